@@ -1,0 +1,3 @@
+DROP TABLE job_attempts;
+DROP TABLE idempotency_keys;
+DROP TABLE jobs;

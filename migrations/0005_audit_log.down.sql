@@ -1,0 +1,3 @@
+DROP FUNCTION drop_audit_partitions(interval);
+DROP FUNCTION ensure_audit_partitions(integer);
+DROP TABLE audit_log;
