@@ -1,0 +1,170 @@
+//! What the queue stores of a job, and what a claim returns.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{JobId, LeaseToken, Priority, QueueName, TenantId};
+
+/// W3C trace context of whoever enqueued the job, so that its trace goes on in the worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceContext {
+    /// The `traceparent` header.
+    pub traceparent: String,
+    /// The `tracestate` header.
+    pub tracestate: Option<String>,
+}
+
+/// What dispatch needs to know of a job. The payload stays in the ledger, except with `durability=fast`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Envelope {
+    /// The job; pushes are idempotent by it.
+    pub id: JobId,
+    /// What to do, e.g. `ingest`.
+    pub kind: String,
+    /// The queue it waits in.
+    pub queue: QueueName,
+    /// 9 is served first.
+    pub priority: Priority,
+    /// Whose job it is; tenants of one priority take turns.
+    pub tenant: TenantId,
+    /// Not before this time, in unix milliseconds of Redis' clock. `None` is now.
+    pub run_at_ms: Option<i64>,
+    /// When the job was accepted, in unix milliseconds, as the producer saw it. For people only.
+    pub enqueued_at_ms: i64,
+    /// The trace that the job belongs to.
+    pub trace: Option<TraceContext>,
+    /// The full job record. Only for `durability=fast`, whose jobs have no row in the ledger yet.
+    pub fast: Option<serde_json::Value>,
+}
+
+impl Envelope {
+    /// A job with default priority that may run at once, accepted now.
+    pub fn new(kind: impl Into<String>, queue: QueueName, tenant: TenantId) -> Self {
+        Self {
+            id: JobId::new(),
+            kind: kind.into(),
+            queue,
+            priority: Priority::default(),
+            tenant,
+            run_at_ms: None,
+            enqueued_at_ms: chrono::Utc::now().timestamp_millis(),
+            trace: None,
+            fast: None,
+        }
+    }
+}
+
+/// What became of one envelope of a push.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pushed {
+    /// It waits, or is scheduled, now.
+    Queued,
+    /// The job was already waiting, scheduled or leased, and was left as it is.
+    Present,
+    /// The window of the queue is full; the job was not stored. It waits in the ledger, or the caller is told.
+    Full,
+}
+
+/// What ack, release and heartbeat need to name a lease.
+#[derive(Debug, Clone)]
+pub struct LeaseRef {
+    /// The leased job.
+    pub id: JobId,
+    /// Its queue.
+    pub queue: QueueName,
+    /// Its partition at the time of the claim.
+    pub partition: u16,
+    /// Proof of the claim.
+    pub token: LeaseToken,
+    /// The job's record, kept to register the lease again when Redis has lost its data.
+    pub envelope: Arc<Envelope>,
+    /// Which life of the data the claim saw; see [`Epoch`].
+    pub epoch: Epoch,
+}
+
+/// Names one life of a partition's data: it changes when the data was lost (`FLUSHALL`, empty restart) and when the
+/// server restarted. A job that is unknown in the *same* life was finished or cancelled by somebody else; one
+/// unknown in *another* life may have been lost, so its lease is registered again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Epoch {
+    /// Random text that the partition's first write stored.
+    pub data: Arc<str>,
+    /// The server's `run_id`.
+    pub run: Arc<str>,
+}
+
+/// One claimed job with its lease, which starts in Redis when the claim ran there.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    /// The job.
+    pub envelope: Arc<Envelope>,
+    /// Proof of this claim.
+    pub token: LeaseToken,
+    /// Where the job lives.
+    pub partition: u16,
+    /// The queue it came from.
+    pub queue: QueueName,
+    /// Which life of the data the claim saw.
+    pub epoch: Epoch,
+    /// The local monotonic time just *before* the claim was sent, from which the local lease is counted.
+    pub sent_at: std::time::Instant,
+}
+
+impl Claim {
+    /// What ack, release and heartbeat take.
+    pub fn lease_ref(&self) -> LeaseRef {
+        LeaseRef {
+            id: self.envelope.id,
+            queue: self.queue.clone(),
+            partition: self.partition,
+            token: self.token.clone(),
+            envelope: Arc::clone(&self.envelope),
+            epoch: self.epoch.clone(),
+        }
+    }
+}
+
+/// The answer to one lease's heartbeat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beat {
+    /// The lease is ours and runs for its full time again.
+    Extended,
+    /// Redis had lost the job; the lease is registered again with our token.
+    Reregistered,
+    /// The lease is no longer ours: expired and given to somebody else, finished or cancelled.
+    Lost,
+}
+
+/// Depth and age of one priority.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct PriorityStats {
+    /// Waiting jobs.
+    pub depth: u64,
+    /// How long the oldest waiting job has waited, in milliseconds; looks at the first
+    /// [`STATS_TENANTS`](crate::STATS_TENANTS) tenants in turn.
+    pub oldest_ms: Option<u64>,
+}
+
+/// What a queue holds right now, over all its partitions.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct QueueStats {
+    /// Index is the priority, 0 to 9.
+    pub by_priority: [PriorityStats; Priority::LEVELS],
+    /// Jobs that wait for their time.
+    pub scheduled: u64,
+    /// Leased jobs.
+    pub in_flight: u64,
+}
+
+impl QueueStats {
+    /// Waiting jobs of all priorities.
+    pub fn depth(&self) -> u64 {
+        self.by_priority.iter().map(|level| level.depth).sum()
+    }
+
+    /// The age of the oldest waiting job of any priority, in milliseconds.
+    pub fn oldest_ms(&self) -> Option<u64> {
+        self.by_priority.iter().filter_map(|level| level.oldest_ms).max()
+    }
+}

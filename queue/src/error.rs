@@ -1,0 +1,99 @@
+//! What can go wrong on the Redis side, sorted by what the caller should do.
+
+use redis::{ErrorKind, RedisError, ServerErrorKind};
+use uuid::Uuid;
+
+/// An error of the queue. [`is_unavailable`](QueueError::is_unavailable) tells outages, which are nobody's fault
+/// and never charged to a job, from everything else.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// Redis can't serve us now: refused, reset, no reply in time, `LOADING`, `READONLY`, `MASTERDOWN`,
+    /// `CLUSTERDOWN`, or a full memory for anything but a push. The outcome of the call is unknown.
+    #[error("the queue's Redis is unavailable: {0}")]
+    Unavailable(String),
+    /// A push was refused because Redis is at its `maxmemory`. Nothing was stored.
+    #[error(
+        "the queue's Redis is full (used memory is over its maxmemory): drain the queue or raise maxmemory"
+    )]
+    Full,
+    /// The server may evict keys, so that jobs could vanish.
+    #[error(
+        "the queue's Redis has maxmemory-policy {policy}, which may evict jobs: set maxmemory-policy noeviction, \
+         or point REDIS_QUEUE_URL at a server that has it"
+    )]
+    Evicting {
+        /// The policy seen.
+        policy: String,
+    },
+    /// The key prefix is stamped by another ledger.
+    #[error(
+        "key prefix {prefix:?} on this Redis belongs to ledger {found}, and this process uses ledger {ours}: \
+         set FLOTILLA_PREFIX to a prefix of its own, or REDIS_QUEUE_URL to the right server"
+    )]
+    OtherLedger {
+        /// The key prefix.
+        prefix: String,
+        /// The ledger that the prefix belongs to.
+        found: String,
+        /// The ledger of the caller.
+        ours: Uuid,
+    },
+    /// A setting that can't work.
+    #[error("{setting} is {value:?}: {allowed}")]
+    Config {
+        /// The environment variable or field.
+        setting: &'static str,
+        /// What was seen.
+        value: String,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+    /// Redis answered something this version doesn't understand, or a script failed. A bug or a foreign writer.
+    #[error("unexpected answer from the queue's Redis: {0}")]
+    Protocol(String),
+}
+
+impl QueueError {
+    /// Whether this is an outage: wait and try again, charge nobody.
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Full)
+    }
+}
+
+impl From<RedisError> for QueueError {
+    fn from(error: RedisError) -> Self {
+        // A script's own error reaches us as text with the original code in front, e.g. "OOM command not allowed".
+        let text = error.to_string();
+        let unavailable = match error.kind() {
+            ErrorKind::Io | ErrorKind::ClusterConnectionNotFound => true,
+            ErrorKind::Server(kind) => matches!(
+                kind,
+                ServerErrorKind::BusyLoading
+                    | ServerErrorKind::TryAgain
+                    | ServerErrorKind::ClusterDown
+                    | ServerErrorKind::MasterDown
+                    | ServerErrorKind::ReadOnly
+            ),
+            _ => error.is_io_error() || error.is_timeout() || error.is_connection_dropped(),
+        };
+        let code = error.code().unwrap_or_default();
+        if unavailable
+            || matches!(
+                code,
+                "LOADING"
+                    | "READONLY"
+                    | "MASTERDOWN"
+                    | "CLUSTERDOWN"
+                    | "OOM"
+                    | "BUSY"
+                    | "MISCONF"
+                    | "TRYAGAIN"
+                    | "NOREPLICAS"
+            )
+        {
+            Self::Unavailable(text)
+        } else {
+            Self::Protocol(text)
+        }
+    }
+}
