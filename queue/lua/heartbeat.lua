@@ -1,0 +1,39 @@
+#!lua flags=allow-oom
+-- Extends leases that are the caller's, and tells lost leases from lost data.
+--
+-- KEYS[1]  the partition
+-- ARGV[1]  now_ms, or '' for Redis' clock
+-- ARGV[2]  lease, ms
+-- ARGV[3…] 4 per job: id, token, the epoch its claim saw, 1 if the server restarted since
+-- Returns  one number per job: 1 extended, 0 lost, 2 gone together with the data (the caller may restore it)
+-- Complexity: O(jobs * log(leased)); the caller sends at most 500 jobs
+local part = KEYS[1]
+local now = tonumber(ARGV[1])
+if not now then
+  local t = redis.call('TIME')
+  now = t[1] * 1000 + math.floor(t[2] / 1000)
+end
+local expiry = now + tonumber(ARGV[2])
+local epoch = redis.call('HGET', part, 'epoch')
+local leases, answers = {}, {}
+for i = 3, #ARGV, 4 do
+  local id = ARGV[i]
+  local job = redis.call('HMGET', part .. ':j:' .. id, 's', 'x')
+  local answer = 0
+  if job[1] == 'l' then
+    if job[2] == ARGV[i + 1] then
+      answer = 1
+      leases[#leases + 1] = expiry
+      leases[#leases + 1] = id
+    end
+  elseif epoch ~= ARGV[i + 2] then
+    -- Another life of the data: the job is absent, or the ledger put it back before this heartbeat came.
+    if job[1] ~= 's' then answer = 2 end
+  elseif not job[1] and ARGV[i + 3] == '1' then
+    -- The same life, but a restart may have cut off its last moments.
+    answer = 2
+  end
+  answers[#answers + 1] = answer
+end
+if #leases > 0 then redis.call('ZADD', part .. ':l', unpack(leases)) end
+return answers

@@ -1,0 +1,32 @@
+#!lua flags=no-writes,allow-oom
+-- Counts what the partition holds.
+--
+-- KEYS[1]  the partition
+-- ARGV[1]  now_ms, or '' for Redis' clock
+-- ARGV[2]  at how many tenants per priority to look for the oldest job
+-- Returns  {10 depths, 10 ages of the oldest in ms or -1, scheduled, leased}, priorities from 0
+-- Complexity: O(priorities * tenants looked at)
+--@ partition.lua
+local now = clock(ARGV[1])
+local answer = {}
+for priority = 0, 9 do
+  local since = now
+  if count['w' .. priority] > 0 then
+    for _, tenant in ipairs(redis.call('LRANGE', ring_key(priority), 0, tonumber(ARGV[2]) - 1)) do
+      -- The first of the next few entries that is not stale.
+      for _, entry in ipairs(redis.call('LRANGE', list_key(priority, tenant), 0, 7)) do
+        local id, seq, entered = string.match(entry, '^(%S+) (%d+) (%d+)$')
+        local job = redis.call('HMGET', job_key(id), 's', 'q')
+        if job[1] == 'w' and job[2] == seq then
+          since = math.min(since, tonumber(entered))
+          break
+        end
+      end
+    end
+  end
+  answer[priority + 1] = count['w' .. priority]
+  answer[priority + 11] = count['w' .. priority] > 0 and math.max(0, now - since) or -1
+end
+answer[21] = redis.call('ZCARD', SCHEDULE)
+answer[22] = redis.call('ZCARD', LEASES)
+return answer
