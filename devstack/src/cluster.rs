@@ -257,11 +257,35 @@ fn measure(dir: &Path) -> Result<Size, StartError> {
     Ok(size)
 }
 
+/// What `postmaster.pid` says; it stays behind when the postmaster is killed.
+pub(crate) struct LockFile {
+    pub(crate) pid: Option<u32>,
+    /// Id of the System V shared memory segment.
+    shared_memory: Option<u32>,
+}
+
+impl LockFile {
+    pub(crate) fn path(data: &Path) -> PathBuf {
+        data.join("postmaster.pid")
+    }
+
+    pub(crate) fn read(data: &Path) -> Option<Self> {
+        // Lines: pid, data directory, start time, port, socket directory, listen address, shared memory (key id), status.
+        let text = fs::read_to_string(Self::path(data)).ok()?;
+        let lines: Vec<_> = text.lines().collect();
+        Some(Self {
+            pid: lines.first().and_then(|line| line.trim().parse().ok()),
+            shared_memory: lines.get(6).and_then(|line| line.split_whitespace().nth(1)?.parse().ok()),
+        })
+    }
+}
+
 /// Removes the System V segment of a postmaster that was killed, if nobody is attached to it.
 ///
 /// A restart on the same data directory would do it; a test's directory is never started again, and the kernel has a
 /// limited number of segments.
-pub(crate) fn free_shared_memory(segment: u32) {
+pub(crate) fn free_leftovers(data: &Path) {
+    let Some(segment) = LockFile::read(data).and_then(|file| file.shared_memory) else { return };
     // sysvipc(5): key shmid perms size cpid lpid nattch ...
     let Ok(table) = fs::read_to_string("/proc/sysvipc/shm") else { return };
     let unused = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).any(|fields| {

@@ -7,9 +7,11 @@ mod launch;
 mod logs;
 mod ports;
 mod postgres;
+mod probe;
 mod process;
 mod redis;
 mod server;
+mod stack;
 pub mod testing;
 mod vectors;
 
@@ -18,4 +20,5 @@ pub use crate::postgres::{Postgres, PostgresEngine, PostgresOptions};
 pub use crate::process::ProcessId;
 pub use crate::redis::{Redis, RedisEngine, RedisOptions, RedisRole};
 pub use crate::server::{Engine, READY_WITHIN, Server};
+pub use crate::stack::{Service, ServiceStatus, Stack, StackOptions, StackStatus, State};
 pub use crate::vectors::{BINARY_VARIABLE, Vectors, VectorsEngine, VectorsOptions};

@@ -58,7 +58,10 @@ pub(crate) async fn show(
     let (text, mut position) = read_tail(log, SHOWN_LINES).context("cannot read", log)?;
     out.write_all(text.as_bytes()).await.context("cannot write the log of", log)?;
     out.flush().await.context("cannot write the log of", log)?;
-    while follow {
+    if !follow {
+        return Ok(());
+    }
+    loop {
         tokio::time::sleep(FOLLOW_POLL).await;
         // Opened anew each time, because a restart may have moved the file away.
         let mut file = File::open(log).context("cannot read", log)?;
@@ -72,7 +75,6 @@ pub(crate) async fn show(
         out.write_all(&fresh).await.context("cannot write the log of", log)?;
         out.flush().await.context("cannot write the log of", log)?;
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use sqlx::Connection;
 
 use crate::account::{Account, Place};
-use crate::cluster::{self, Programs};
+use crate::cluster::{self, LockFile, Programs};
 use crate::error::{IoContext, StartError};
 use crate::launch::Launch;
+use crate::probe;
 use crate::process::{ProcessId, living_in, wait_gone};
 use crate::server::{Engine, READY_WITHIN, Server};
 
@@ -120,18 +120,14 @@ impl Engine for PostgresEngine {
     }
 
     async fn probe(&self, url: &str, pid: u32) -> Result<(), String> {
-        if self.lock_file().and_then(|file| file.pid) != Some(pid) {
+        if LockFile::read(&self.data).and_then(|file| file.pid) != Some(pid) {
             return Err(format!("postmaster.pid does not name process {pid} yet"));
         }
-        let mut connection = sqlx::PgConnection::connect(url).await.map_err(|error| error.to_string())?;
-        sqlx::query("SELECT 1").execute(&mut connection).await.map_err(|error| error.to_string())?;
-        connection.close().await.map_err(|error| error.to_string())
+        probe::postgres(url).await
     }
 
     fn discard(&self) {
-        if let Some(segment) = self.lock_file().and_then(|file| file.shared_memory) {
-            cluster::free_shared_memory(segment);
-        }
+        cluster::free_leftovers(&self.data);
     }
 
     fn note(&self) -> Option<&str> {
@@ -139,38 +135,17 @@ impl Engine for PostgresEngine {
     }
 }
 
-/// What `postmaster.pid` says; it stays behind when the postmaster is killed.
-struct LockFile {
-    pid: Option<u32>,
-    /// Id of the System V shared memory segment.
-    shared_memory: Option<u32>,
-}
-
 impl PostgresEngine {
-    fn lock_path(&self) -> PathBuf {
-        self.data.join("postmaster.pid")
-    }
-
-    fn lock_file(&self) -> Option<LockFile> {
-        // Lines: pid, data directory, start time, port, socket directory, listen address, shared memory (key id), status.
-        let text = fs::read_to_string(self.lock_path()).ok()?;
-        let lines: Vec<_> = text.lines().collect();
-        Some(LockFile {
-            pid: lines.first().and_then(|line| line.trim().parse().ok()),
-            shared_memory: lines.get(6).and_then(|line| line.split_whitespace().nth(1)?.parse().ok()),
-        })
-    }
-
     /// Removes what a killed postmaster left in the data directory, once nobody works on it any more.
     ///
-    /// Postgres checks its pid file itself, but takes any process of the same account that got the old pid for a
-    /// postmaster and then refuses to start; and it must never start while old backends still write.
+    /// Postgres checks its lock files itself, but takes any process that got the old pid (or the old one, as long as its
+    /// parent hasn't reaped it) for a postmaster and then refuses to start; and it must never start while old backends still write.
     async fn clear_stale(&self) -> Result<(), StartError> {
         if !cfg!(target_os = "linux") {
             return Ok(());
         }
         let living = living_in(&self.data);
-        let named = self.lock_file().and_then(|file| file.pid).and_then(ProcessId::of);
+        let named = LockFile::read(&self.data).and_then(|file| file.pid).and_then(ProcessId::of);
         if let Some(postmaster) = named
             && living.contains(&postmaster)
         {
@@ -191,13 +166,18 @@ impl PostgresEngine {
                 });
             }
         }
-        let path = self.lock_path();
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).context("cannot remove", &path)
+        // The socket has a lock file as well, with the same pid in it.
+        let sockets = fs::read_dir(&self.socket).context("cannot list", &self.socket)?;
+        let sockets = sockets.flatten().map(|entry| entry.path());
+        for path in sockets.chain([LockFile::path(&self.data)]) {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).context("cannot remove", &path);
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     fn config(&self, port: u16) -> String {

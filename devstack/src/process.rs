@@ -172,16 +172,19 @@ mod table {
     }
 
     pub(super) fn entry(pid: u32) -> Option<Entry> {
-        // proc(5): pid (comm) state ppid ... with starttime as field 22. The name may hold spaces and brackets.
+        // proc(5): pid (comm) state ppid ... with num_threads as field 20 and starttime as field 22. The name may hold spaces and brackets.
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
         let state = fields.next()?;
         let parent = fields.next()?.parse().ok()?;
-        let started = fields.nth(17)?;
+        let threads: u32 = fields.nth(15)?.parse().ok()?;
+        let started = fields.nth(1)?;
         Some(Entry {
             id: ProcessId { pid, started: format!("{}:{started}", boot()) },
             parent,
-            ended: matches!(state, "Z" | "X" | "x"),
+            // A zombie with more than one thread is a first thread that ended before the others: they still hold the
+            // process' files and sockets, and a restart would find the port in use.
+            ended: matches!(state, "Z" | "X" | "x") && threads <= 1,
         })
     }
 

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 
 use crate::error::{IoContext, StartError};
 use crate::launch::{Launch, find_program};
+use crate::probe;
 use crate::server::{Engine, READY_WITHIN, Server};
 
 /// The configurations that production starts from; ours change only what a private server needs.
@@ -101,21 +102,13 @@ impl Engine for RedisEngine {
     }
 
     async fn probe(&self, url: &str, pid: u32) -> Result<(), String> {
-        let info = ask(url).await.map_err(|error| error.to_string())?;
+        let info = probe::redis(url).await?;
         // Another server may have been quicker to take the port.
         if info.lines().any(|line| line.trim_end() == format!("process_id:{pid}")) {
             return Ok(());
         }
         Err(format!("a server answers, but it is not process {pid}"))
     }
-}
-
-/// PING (refused while the data is loading), then which process answers.
-async fn ask(url: &str) -> redis::RedisResult<String> {
-    let client = redis::Client::open(url)?;
-    let mut connection = client.get_multiplexed_async_connection().await?;
-    redis::cmd("PING").exec_async(&mut connection).await?;
-    redis::cmd("INFO").arg("server").query_async(&mut connection).await
 }
 
 impl RedisEngine {

@@ -18,7 +18,7 @@ use crate::process::ProcessId;
 /// needs up to 20 s with 200,000 points.
 pub const READY_WITHIN: Duration = Duration::from_secs(90);
 /// How long a graceful stop may take (Postgres writes a checkpoint) before the server is killed.
-pub(crate) const STOP_WITHIN: Duration = Duration::from_secs(60);
+pub(crate) const STOP_WITHIN: Duration = Duration::from_mins(1);
 /// How long a dropped server may take to free what the kernel holds for it before it is killed.
 const DISCARD_WITHIN: Duration = Duration::from_secs(10);
 /// How often an unanswered probe is repeated, and how long one may take.
@@ -82,7 +82,8 @@ impl<E: Engine> Server<E> {
     /// Errors: missing programs (with what to install), no port, or no answer in time (with the last log lines).
     /// If cancelled, the process is ended.
     pub async fn start(dir: &Path, options: E::Options) -> Result<Self, StartError> {
-        Self::start_as(dir, options, Lifetime::Handle, &|_, _| Ok(())).await
+        // Boxed: together with what a caller adds it would be a large future.
+        Box::pin(Self::start_as(dir, options, Lifetime::Handle, &|_, _| Ok(()))).await
     }
 
     pub(crate) async fn start_as(
@@ -211,7 +212,7 @@ impl<E: Engine> Server<E> {
     /// Waits until the server answers.
     async fn ready(&self, running: &mut Running) -> Result<(), StartError> {
         let begun = Instant::now();
-        let mut last = String::from("none");
+        let mut last;
         loop {
             if !running.is_alive() {
                 let status =

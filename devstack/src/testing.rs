@@ -16,6 +16,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::cluster;
 use crate::error::{IoContext, StartError};
 use crate::postgres::{Postgres, PostgresOptions};
 use crate::process::ProcessId;
@@ -230,6 +231,7 @@ fn sweep() {
         if !ours || alive || entry.path().join(KEEP_MARK).exists() {
             continue;
         }
+        cluster::free_leftovers(&entry.path().join("postgres/data"));
         // Another test process may be removing it at the same time.
         if let Err(error) = fs::remove_dir_all(entry.path()) {
             tracing::debug!(dir = %entry.path().display(), %error, "cannot remove the directory of a dead test");

@@ -5,10 +5,10 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use qdrant_client::Qdrant;
 
 use crate::error::{IoContext, StartError};
 use crate::launch::Launch;
+use crate::probe;
 use crate::server::{Engine, READY_WITHIN, Server};
 
 /// Names the program; set it to skip the search and the build.
@@ -90,15 +90,8 @@ impl Engine for VectorsEngine {
     }
 
     async fn probe(&self, url: &str, _pid: u32) -> Result<(), String> {
-        answers(url).await
+        probe::vectors(url).await
     }
-}
-
-/// Whether a Qdrant server answers there.
-pub(crate) async fn answers(url: &str) -> Result<(), String> {
-    let client =
-        Qdrant::from_url(url).skip_compatibility_check().build().map_err(|error| error.to_string())?;
-    client.health_check().await.map(|_| ()).map_err(|error| error.to_string())
 }
 
 /// Runs the build script, which answers at once when nothing changed; the first build takes several minutes, and its
@@ -135,7 +128,7 @@ async fn build() -> Result<PathBuf, StartError> {
     if program.is_file() {
         return Ok(program);
     }
-    Err(missing(format!("{} printed {:?}, which is not a file", script.display(), program)))
+    Err(missing(format!("{} printed `{}`, which is not a file", script.display(), program.display())))
 }
 
 /// From the working directory upwards, then from the package under test upwards (cargo sets its directory).

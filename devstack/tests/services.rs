@@ -253,7 +253,7 @@ async fn nothing_is_left_when_the_test_process_is_killed() {
         .env("DEVSTACK_TEST_CHILD", &out)
         .spawn()
         .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     while !out.exists() {
         assert!(Instant::now() < deadline, "the child never started its services");
         assert!(child.try_wait().unwrap().is_none(), "the child ended early");
