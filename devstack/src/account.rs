@@ -63,23 +63,51 @@ impl Account {
     }
 
     /// Finds a directory for data that this account can reach: `wanted`, or one under /var/tmp named after it.
+    ///
+    /// The other directory's path is noted in `wanted`: whoever removes `wanted` begins empty, as with the other services.
     pub(crate) fn place(&self, wanted: &Path) -> Result<Place, StartError> {
         if self.can_enter(wanted).context("cannot look into", wanted)? {
             return Ok(Place { dir: wanted.to_owned(), note: None });
         }
-        let full = wanted.canonicalize().context("cannot find", wanted)?;
-        let hash = Sha256::digest(full.as_os_str().as_encoded_bytes());
-        let hash = hash.iter().take(8).fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
-        let dir = Path::new("/var/tmp").join(format!("flotilla-{hash}"));
-        private_dir(&dir)?;
+        let marker = wanted.join("elsewhere");
+        let dir = match fs::read_to_string(&marker) {
+            Ok(text) => {
+                let dir = PathBuf::from(text.trim_end());
+                private_dir(&dir)?;
+                dir
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let dir = fresh_elsewhere(wanted)?;
+                fs::write(&marker, format!("{}\n", dir.display())).context("cannot write", &marker)?;
+                dir
+            }
+            Err(error) => return Err(error).context("cannot read", &marker),
+        };
         self.give(&dir)?;
         let note = format!(
             "Postgres can't run as root, and the account `{}` can't enter {}: its data is in {} instead",
             self.name,
-            full.display(),
+            wanted.display(),
             dir.display()
         );
         Ok(Place { dir, note: Some(note) })
+    }
+}
+
+/// Makes a new directory under /var/tmp (kept over reboots), named after `wanted`.
+fn fresh_elsewhere(wanted: &Path) -> Result<PathBuf, StartError> {
+    let full = wanted.canonicalize().context("cannot find", wanted)?;
+    let hash = Sha256::digest(full.as_os_str().as_encoded_bytes());
+    let hash = hash.iter().take(8).fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
+    let mut number = 0;
+    loop {
+        let suffix = if number == 0 { String::new() } else { format!("-{number}") };
+        let dir = Path::new("/var/tmp").join(format!("flotilla-{hash}{suffix}"));
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            Ok(()) => return Ok(dir),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
+            Err(error) => return Err(error).context("cannot create", &dir),
+        }
     }
 }
 

@@ -6,6 +6,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use devstack::{ProcessId, Service, Stack, StackOptions, StackStatus, State};
+use qdrant_client::Qdrant;
+use qdrant_client::qdrant::{
+    CountPointsBuilder, CreateCollectionBuilder, Distance, PointStruct, UpsertPointsBuilder,
+    VectorParamsBuilder,
+};
 use sqlx::{Connection, PgConnection};
 
 const DEADLINE: Duration = Duration::from_mins(1);
@@ -91,6 +96,16 @@ async fn assert_written(status: &StackStatus, times: i64) {
     assert_eq!(length, times, "entries in Redis");
 }
 
+async fn sigkill(pid: u32) {
+    let process = ProcessId::of(pid).unwrap();
+    process.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+    let deadline = Instant::now() + DEADLINE;
+    while process.is_alive() {
+        assert!(Instant::now() < deadline, "{process:?} survived SIGKILL");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 #[tokio::test]
 async fn data_and_addresses_survive_down_and_up() {
     let dir = Down::new();
@@ -119,14 +134,8 @@ async fn killed_servers_come_back_with_everything_acknowledged() {
     for round in 1..=3 {
         write(&status).await;
         for service in [Service::Postgres, Service::RedisQueue] {
-            let process = ProcessId::of(pid(&status, service)).unwrap();
-            // The postmaster alone: its backends have to be seen to by `up`.
-            process.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
-            let deadline = Instant::now() + DEADLINE;
-            while process.is_alive() {
-                assert!(Instant::now() < deadline, "{process:?} survived SIGKILL");
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+            // Of Postgres only the postmaster: its backends have to be seen to by `up`.
+            sigkill(pid(&status, service)).await;
         }
         let seen = Stack::status_with(dir.path(), &stores()).await.unwrap();
         assert!(matches!(seen.services[0].state, State::Crashed { .. }), "{seen:?}");
@@ -137,6 +146,59 @@ async fn killed_servers_come_back_with_everything_acknowledged() {
         assert_eq!(status.env(), before, "same ports");
         assert_written(&status, round).await;
     }
+}
+
+/// The first run builds the vector server, which takes minutes.
+#[tokio::test]
+async fn points_survive_down_up_and_kill_9() {
+    let dir = Down::new();
+    let options = StackOptions { services: vec![Service::Vectors], external: BTreeMap::new() };
+    let first = Stack::up_with(dir.path(), &options).await.unwrap();
+    let client = Qdrant::from_url(url(&first, Service::Vectors)).skip_compatibility_check().build().unwrap();
+    let vectors = VectorParamsBuilder::new(4, Distance::Cosine);
+    client.create_collection(CreateCollectionBuilder::new("c").vectors_config(vectors)).await.unwrap();
+    for id in 1..=3 {
+        let point = PointStruct::new(id, vec![1.0, 0.5, 0.25, 0.125], qdrant_client::Payload::new());
+        client.upsert_points(UpsertPointsBuilder::new("c", vec![point]).wait(true)).await.unwrap();
+        if id == 1 {
+            assert_eq!(Stack::down(dir.path()).await.unwrap(), [Service::Vectors]);
+        } else {
+            let status = Stack::status_with(dir.path(), &options).await.unwrap();
+            sigkill(pid(&status, Service::Vectors)).await;
+        }
+        let status = Stack::up_with(dir.path(), &options).await.unwrap();
+        assert_eq!(status.env(), first.env());
+        let client =
+            Qdrant::from_url(url(&status, Service::Vectors)).skip_compatibility_check().build().unwrap();
+        let counted = client.count(CountPointsBuilder::new("c").exact(true)).await.unwrap();
+        assert_eq!(counted.result.unwrap().count, id);
+    }
+}
+
+#[tokio::test]
+async fn a_directory_that_postgres_can_not_enter_is_replaced_and_told() {
+    if !nix::unistd::geteuid().is_root() {
+        // Anybody else runs Postgres as themselves, and can enter their own directories.
+        return;
+    }
+    let closed = Down::new();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(closed.path(), mode).unwrap();
+    let options = StackOptions { services: vec![Service::Postgres], external: BTreeMap::new() };
+    let status = Stack::up_with(closed.path(), &options).await.unwrap();
+    let marker = closed.path().join("postgres/elsewhere");
+    let elsewhere = std::path::PathBuf::from(std::fs::read_to_string(&marker).unwrap().trim_end());
+    let note = status.services[0].note.clone().unwrap();
+    assert!(note.contains(elsewhere.to_str().unwrap()), "{note}");
+    let mut postgres = PgConnection::connect(url(&status, Service::Postgres)).await.unwrap();
+    sqlx::query("CREATE TABLE t (n int)").execute(&mut postgres).await.unwrap();
+    Stack::down(closed.path()).await.unwrap();
+    let status = Stack::up_with(closed.path(), &options).await.unwrap();
+    let mut postgres = PgConnection::connect(url(&status, Service::Postgres)).await.unwrap();
+    sqlx::query("SELECT n FROM t").execute(&mut postgres).await.expect("the same data is found again");
+    Stack::down(closed.path()).await.unwrap();
+    assert!(elsewhere.starts_with("/var/tmp"), "{elsewhere:?}");
+    std::fs::remove_dir_all(&elsewhere).unwrap();
 }
 
 #[tokio::test]
