@@ -1,0 +1,93 @@
+//! What the tests of this crate share: a private Redis and a queue on it.
+#![allow(dead_code)] // each test program uses a part
+
+use std::time::{Duration, Instant};
+
+use devstack::{Redis, RedisOptions, testing::TestServices};
+use queue::{Claim, Envelope, JobId, Priority, Queue, QueueConfig, QueueName, TenantId, WorkerId};
+
+/// A private Redis and a queue on it. Dropping it ends the server.
+pub struct Stage {
+    services: TestServices,
+    pub config: QueueConfig,
+    pub queue: Queue,
+}
+
+impl Stage {
+    pub async fn new() -> Self {
+        Self::with(|_| ()).await
+    }
+
+    /// With other settings than the tests' own.
+    pub async fn with(change: impl FnOnce(&mut QueueConfig)) -> Self {
+        Self::on(RedisOptions::queue(), change).await
+    }
+
+    pub async fn on(options: RedisOptions, change: impl FnOnce(&mut QueueConfig)) -> Self {
+        let services = TestServices::builder().redis_queue_with(options).start().await.unwrap();
+        let mut config =
+            QueueConfig { url: services.redis_queue().url().to_owned(), ..QueueConfig::default() };
+        change(&mut config);
+        let queue = Queue::connect(config.clone()).await.unwrap();
+        Self { services, config, queue }
+    }
+
+    pub fn redis(&self) -> &Redis {
+        self.services.redis_queue()
+    }
+
+    /// A connection of the test's own, for looking behind the queue.
+    pub async fn raw(&self) -> redis::aio::MultiplexedConnection {
+        redis::Client::open(self.config.url.as_str())
+            .unwrap()
+            .get_multiplexed_async_connection()
+            .await
+            .unwrap()
+    }
+
+    pub async fn claim(&self, max: usize) -> Vec<Claim> {
+        self.queue.claim(&name(), &worker(), max).await.unwrap()
+    }
+}
+
+/// The queue that the tests use.
+pub fn name() -> QueueName {
+    QueueName::new("ingest").unwrap()
+}
+
+pub fn worker() -> WorkerId {
+    WorkerId::new("test:1")
+}
+
+pub fn job(tenant: &str, priority: u8) -> Envelope {
+    Envelope {
+        priority: Priority::try_from(priority).unwrap(),
+        ..Envelope::new("ingest", name(), TenantId::new(tenant).unwrap())
+    }
+}
+
+pub fn jobs(count: usize) -> Vec<Envelope> {
+    (0..count).map(|_| job("acme", 5)).collect()
+}
+
+pub fn ids(claims: &[Claim]) -> Vec<JobId> {
+    claims.iter().map(|claim| claim.envelope.id).collect()
+}
+
+/// Waits until `check` returns something; panics with `state` after the deadline.
+pub async fn eventually<T, F: Future<Output = Option<T>>, S: Future<Output = String>>(
+    within: Duration,
+    mut check: impl FnMut() -> F,
+    state: impl FnOnce() -> S,
+) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(value) = check().await {
+            return value;
+        }
+        if begun.elapsed() > within {
+            panic!("not within {within:?}: {}", state().await);
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
