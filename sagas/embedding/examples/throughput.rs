@@ -4,7 +4,7 @@
 //! cargo run --release -p embedding --example throughput [DOCUMENTS] [WORDS] [CALLS]
 //! ```
 //!
-//! DOCUMENTS texts (default 512) of WORDS words each (default 100, about 128 tokens), in CALLS
+//! DOCUMENTS texts (default 512) of WORDS words each (default 100, about as many tokens), in CALLS
 //! concurrent calls of equal size (default 8). Data goes to stdout.
 
 use std::time::Instant;

@@ -104,7 +104,7 @@ async fn concurrent_calls_each_get_their_own_vectors_in_order() {
 async fn the_runtimes_only_thread_stays_free_while_a_big_batch_is_embedded() {
     let embedder = open(2);
     let started = Instant::now();
-    let work = embedder.embed(mixed_texts("big", 120));
+    let work = embedder.embed(mixed_texts("big", 60));
     let seen = Cell::new((0_u32, Duration::ZERO));
     let ticks = async {
         let mut timer = tokio::time::interval(Duration::from_millis(5));
@@ -117,7 +117,7 @@ async fn the_runtimes_only_thread_stays_free_while_a_big_batch_is_embedded() {
         }
     };
     tokio::select! {
-        vectors = work => assert_eq!(vectors.unwrap().len(), 120),
+        vectors = work => assert_eq!(vectors.unwrap().len(), 60),
         () = ticks => {}
     }
     let took = started.elapsed();
