@@ -43,6 +43,8 @@ CREATE TABLE document_versions (
     -- When the janitor next removes this version's points and cache entry; null while readers may see it.
     sweep_after   timestamptz,
     sweeps        smallint NOT NULL DEFAULT 0,
+    -- The saga whose publish replaced this version and whose `retire` step waits for the first sweep.
+    retired_by    uuid,
     CHECK (state <> 'published' OR (vectors_hash IS NOT NULL AND published_at IS NOT NULL)),
     CHECK (state IN ('staged', 'published') = (sweep_after IS NULL)),
     CHECK (body IS NOT NULL OR state NOT IN ('staged', 'published'))

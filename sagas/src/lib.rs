@@ -1,1 +1,13 @@
+#![doc = include_str!("../README.md")]
 
+pub mod chunking;
+pub mod coalescing;
+pub mod engine;
+pub mod error;
+pub mod fault;
+pub mod janitor;
+pub mod kinds;
+pub mod search;
+pub mod stores;
+
+pub use error::{Class, Dependency, StepError, StoreError};

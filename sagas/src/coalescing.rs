@@ -1,0 +1,250 @@
+//! The coalescer: turns concurrent single calls into batches.
+//!
+//! A flush starts at once when none is in flight; calls that arrive meanwhile wait and form the next batch, at most
+//! `max_items` or after `max_wait`. So an idle system pays no delay and a busy one shares its round trips and commits. A
+//! batch that is refused because of its data is split until the guilty item alone fails (PROTOCOL.md 20).
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use metrics::histogram;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::Instant,
+};
+
+use crate::error::{Class, Dependency, StoreError};
+
+/// A store call that can serve many callers at once.
+#[async_trait]
+pub trait Batch: Send + Sync + 'static {
+    /// One caller's part.
+    type Item: Clone + Send + Sync + 'static;
+    /// One caller's answer.
+    type Reply: Send + 'static;
+    /// The name in metrics.
+    const OP: &'static str;
+    /// Whose call it is.
+    const DEPENDENCY: Dependency;
+
+    /// Does the items' work in one round trip; answers in the items' order. An error fails the whole batch.
+    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<Self::Reply>, StoreError>;
+}
+
+/// Limits of a coalescer.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Items in one batch.
+    pub max_items: usize,
+    /// How long an item waits for company while another flush is in flight.
+    pub max_wait: Duration,
+    /// Flushes in flight at once.
+    pub in_flight: usize,
+    /// Callers that wait at most; the next one waits to enter, which is the back-pressure.
+    pub backlog: usize,
+}
+
+impl Default for Limits {
+    /// 128 items, 2 ms, 2 flushes, 1,024 callers.
+    fn default() -> Self {
+        Self { max_items: 128, max_wait: Duration::from_millis(2), in_flight: 2, backlog: 1024 }
+    }
+}
+
+struct Call<B: Batch> {
+    item: B::Item,
+    deadline: Instant,
+    reply: oneshot::Sender<Result<B::Reply, StoreError>>,
+}
+
+/// A handle to one coalescer; its task ends when the last handle is dropped, after a last flush.
+pub struct Coalescer<B: Batch> {
+    calls: mpsc::Sender<Call<B>>,
+}
+
+impl<B: Batch> Clone for Coalescer<B> {
+    fn clone(&self) -> Self {
+        Self { calls: self.calls.clone() }
+    }
+}
+
+impl<B: Batch> Coalescer<B> {
+    /// Starts the coalescer's task on the current runtime.
+    pub fn spawn(batch: B, limits: Limits) -> Self {
+        let (calls, receiver) = mpsc::channel(limits.backlog);
+        tokio::spawn(run(Arc::new(batch), limits, receiver));
+        Self { calls }
+    }
+
+    /// Joins the next batch and waits for this item's answer. No flush that holds the item starts after `deadline`, and
+    /// one under way is given up then; whether it took effect is then unknown. Dropping the future withdraws the item
+    /// unless its flush has begun.
+    pub async fn call(&self, item: B::Item, deadline: Instant) -> Result<B::Reply, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let late = || StoreError::new(B::DEPENDENCY, Class::Timeout, format!("{}: no answer in time", B::OP));
+        let call = Call { item, deadline, reply };
+        tokio::time::timeout_at(deadline, async {
+            self.calls.send(call).await.map_err(|_| closed::<B>())?;
+            answer.await.map_err(|_| closed::<B>())?
+        })
+        .await
+        .map_err(|_| late())?
+    }
+}
+
+fn closed<B: Batch>() -> StoreError {
+    StoreError::new(B::DEPENDENCY, Class::Unavailable, format!("{}: the coalescer has stopped", B::OP))
+}
+
+async fn run<B: Batch>(batch: Arc<B>, limits: Limits, mut calls: mpsc::Receiver<Call<B>>) {
+    let slots = Arc::new(Semaphore::new(limits.in_flight));
+    while let Some(first) = calls.recv().await {
+        let mut pending = vec![first];
+        let slot = fill::<B>(&mut calls, &mut pending, limits, &slots).await;
+        let Some(slot) = slot else { return };
+        let batch = Arc::clone(&batch);
+        tokio::spawn(async move {
+            serve(batch.as_ref(), pending).await;
+            drop(slot);
+        });
+    }
+}
+
+/// Collects a batch. With an idle store it is what is there now; otherwise what comes until a slot is free and the
+/// batch is full or `max_wait` has passed.
+async fn fill<B: Batch>(
+    calls: &mut mpsc::Receiver<Call<B>>,
+    pending: &mut Vec<Call<B>>,
+    limits: Limits,
+    slots: &Arc<Semaphore>,
+) -> Option<OwnedSemaphorePermit> {
+    let idle = slots.available_permits() == limits.in_flight;
+    let until = Instant::now() + if idle { Duration::ZERO } else { limits.max_wait };
+    let mut slot = None;
+    loop {
+        while pending.len() < limits.max_items {
+            match calls.try_recv() {
+                Ok(call) => pending.push(call),
+                Err(_) => break,
+            }
+        }
+        if slot.is_some() && (pending.len() >= limits.max_items || Instant::now() >= until) {
+            return slot;
+        }
+        tokio::select! {
+            biased;
+            permit = Arc::clone(slots).acquire_owned(), if slot.is_none() => slot = Some(permit.ok()?),
+            call = calls.recv(), if pending.len() < limits.max_items => match call {
+                Some(call) => pending.push(call),
+                None => return match slot { Some(slot) => Some(slot), None => Arc::clone(slots).acquire_owned().await.ok() },
+            },
+            () = tokio::time::sleep_until(until), if slot.is_some() => {}
+        }
+    }
+}
+
+/// Flushes the calls that still wait, splitting a batch whose data is refused.
+async fn serve<B: Batch>(batch: &B, calls: Vec<Call<B>>) {
+    let mut work = vec![calls];
+    while let Some(mut calls) = work.pop() {
+        let now = Instant::now();
+        calls.retain(|call| !call.reply.is_closed() && call.deadline > now);
+        let Some(deadline) = calls.iter().map(|call| call.deadline).min() else { continue };
+        histogram!("coalescer_batch_size", "op" => B::OP).record(calls.len() as f64);
+        let items: Vec<B::Item> = calls.iter().map(|call| call.item.clone()).collect();
+        let late = StoreError::new(B::DEPENDENCY, Class::Timeout, format!("{}: no answer in time", B::OP));
+        match tokio::time::timeout_at(deadline, batch.flush(&items)).await.unwrap_or(Err(late)) {
+            Ok(replies) => {
+                for (call, reply) in calls.into_iter().zip(replies) {
+                    answer(call, Ok(reply));
+                }
+            }
+            Err(error) if error.class == Class::Data && calls.len() > 1 => {
+                let half = calls.split_off(calls.len() / 2);
+                work.push(half);
+                work.push(calls);
+            }
+            Err(error) => {
+                for call in calls {
+                    answer(call, Err(error.clone()));
+                }
+            }
+        }
+    }
+}
+
+fn answer<B: Batch>(call: Call<B>, reply: Result<B::Reply, StoreError>) {
+    // A caller that gave up reads its outcome back from the store.
+    if call.reply.send(reply).is_err() {
+        tracing::trace!(op = B::OP, "the caller of a coalesced item had gone");
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// Refuses odd numbers as data and records the batches it saw.
+    #[derive(Clone, Default)]
+    struct Evens(Arc<Mutex<Vec<Vec<u32>>>>, Arc<tokio::sync::Notify>);
+
+    #[async_trait]
+    impl Batch for Evens {
+        type Item = u32;
+        type Reply = u32;
+        const OP: &'static str = "evens";
+        const DEPENDENCY: Dependency = Dependency::Postgres;
+        async fn flush(&self, items: &[u32]) -> Result<Vec<u32>, StoreError> {
+            self.0.lock().unwrap().push(items.to_vec());
+            self.1.notified().await;
+            self.1.notify_one();
+            if items.iter().any(|n| n % 2 == 1) {
+                return Err(StoreError::new(Dependency::Postgres, Class::Data, "odd"));
+            }
+            Ok(items.iter().map(|n| n * 10).collect())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refused_batch_fails_only_its_guilty_item() {
+        let evens = Evens::default();
+        let coalescer =
+            Coalescer::spawn(evens.clone(), Limits { in_flight: 1, max_wait: Duration::from_secs(5), ..Limits::default() });
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let calls: Vec<_> = [2, 4, 5, 6, 8]
+            .map(|n| {
+                let coalescer = coalescer.clone();
+                tokio::spawn(async move { coalescer.call(n, deadline).await.map_err(|e| e.class) })
+            })
+            .into_iter()
+            .collect();
+        evens.1.notify_one();
+        let mut replies = vec![];
+        for call in calls {
+            replies.push(call.await.unwrap());
+        }
+        assert_eq!(replies, [Ok(20), Ok(40), Err(Class::Data), Ok(60), Ok(80)]);
+    }
+
+    #[tokio::test]
+    async fn a_withdrawn_or_late_item_is_never_flushed() {
+        let evens = Evens::default();
+        let coalescer = Coalescer::spawn(evens.clone(), Limits { in_flight: 1, ..Limits::default() });
+        let now = Instant::now();
+        let first = tokio::spawn({
+            let coalescer = coalescer.clone();
+            async move { coalescer.call(2, now + Duration::from_secs(10)).await }
+        });
+        while evens.0.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let late = coalescer.call(4, now + Duration::from_millis(20)).await.unwrap_err();
+        assert_eq!(late.class, Class::Timeout);
+        evens.1.notify_one();
+        assert_eq!(first.await.unwrap().unwrap(), 20);
+        assert_eq!(coalescer.call(6, now + Duration::from_secs(10)).await.unwrap(), 60);
+        assert_eq!(*evens.0.lock().unwrap(), [vec![2], vec![6]]);
+    }
+}

@@ -1,0 +1,260 @@
+//! What a step gets: its job, its fence, and the guarded way to call a dependency.
+
+use std::{
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use queue::{Lease, WorkerId};
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::breaker::Breakers;
+use crate::{
+    error::{Class, Dependency, StepError, StoreError},
+    stores::postgres::{Fence, ending::Run, take::{StepRecord, TakenJob}},
+};
+
+/// A job that alone gets `unavailable` so often while probes succeed is charged like any other failure (PROTOCOL.md 16).
+const LONE_OUTAGES: u32 = 5;
+
+/// Time that a run and its current step may use, not counting what is spent waiting for a dependency or the lease.
+#[derive(Debug)]
+struct Budget(Mutex<Times>);
+
+#[derive(Debug)]
+struct Times {
+    job_until: Instant,
+    step_until: Instant,
+    waiting: bool,
+}
+
+impl Budget {
+    fn times(&self) -> std::sync::MutexGuard<'_, Times> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `work` with the clocks stopped.
+    async fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        let since = Instant::now();
+        self.times().waiting = true;
+        let done = work.await;
+        let mut times = self.times();
+        times.waiting = false;
+        times.job_until += since.elapsed();
+        times.step_until += since.elapsed();
+        done
+    }
+}
+
+/// Limits of calls to dependencies.
+#[derive(Debug, Clone, Copy)]
+pub struct CallLimits {
+    /// No answer within this time is a time-out.
+    pub call_timeout: Duration,
+    /// Calls with effects end this long before the lease does, so that nothing of ours arrives after it.
+    pub lease_margin: Duration,
+}
+
+/// What one delivery of one job knows. Steps use it for every call that leaves the process.
+pub struct StepContext {
+    /// The job, as taken.
+    pub job: Arc<TakenJob>,
+    /// The saga's run.
+    pub saga_id: Uuid,
+    /// Whether an earlier delivery began this run, so that effects of it may be there.
+    pub resumed: bool,
+    /// Who runs it.
+    pub worker: WorkerId,
+    /// When this delivery began.
+    pub started_at: chrono::DateTime<chrono::Utc>,
+    pub(super) lease: Lease,
+    pub(super) breakers: Breakers,
+    pub(super) limits: CallLimits,
+    /// A person wants the job to end. Not heeded while compensating.
+    pub(super) cancel: CancellationToken,
+    /// This process wants to end.
+    pub(super) stop: CancellationToken,
+    pub(super) compensating: bool,
+    pub(super) steps: Mutex<Vec<StepRecord>>,
+    budget: Budget,
+}
+
+impl StepContext {
+    #[allow(clippy::too_many_arguments)] // one caller, and every part has another owner
+    pub(super) fn new(
+        job: Arc<TakenJob>,
+        saga_id: Uuid,
+        resumed: bool,
+        worker: WorkerId,
+        lease: Lease,
+        breakers: Breakers,
+        limits: CallLimits,
+        cancel: CancellationToken,
+        stop: CancellationToken,
+    ) -> Self {
+        let until = Instant::now() + job.timeout;
+        let budget = Budget(Mutex::new(Times { job_until: until, step_until: until, waiting: false }));
+        Self {
+            job,
+            saga_id,
+            resumed,
+            worker,
+            started_at: chrono::Utc::now(),
+            lease,
+            breakers,
+            limits,
+            cancel,
+            stop,
+            compensating: false,
+            steps: Mutex::default(),
+            budget,
+        }
+    }
+
+    /// The number that every write of this run carries. A store that can check it is safe from zombies.
+    pub fn fence(&self) -> Fence {
+        self.job.fence
+    }
+
+    /// The same for every delivery of this run's step, and for no other. A store that can check neither this nor the
+    /// fence sees the step's effect at least once.
+    pub fn idempotency_key(&self, step: &str) -> String {
+        format!("{}/{step}", self.saga_id)
+    }
+
+    /// Who ends this run, for the log.
+    pub fn run(&self) -> Run {
+        Run {
+            job_id: self.job.id,
+            fence: self.job.fence,
+            saga_id: Some(self.saga_id),
+            worker: self.worker.clone(),
+            started_at: self.started_at,
+        }
+    }
+
+    /// The steps of this delivery so far.
+    pub fn steps_so_far(&self) -> Vec<StepRecord> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn record(&self, step: StepRecord) {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner).push(step);
+    }
+
+    /// Calls a dependency. Waits, uncharged, while its circuit breaker is open and while the lease waits to be renewed;
+    /// gives the call a deadline before the lease's end; tells an outage from a slow answer by a probe. `call` gets the
+    /// deadline and may be made again: it must be idempotent.
+    ///
+    /// Errors: [`StepError::LeaseLost`] as soon as the lease is known to be somebody else's, [`StepError::Cancelled`] and
+    /// [`StepError::Stopping`] on request, else the store's own. Cancel-safe as far as `call` is.
+    pub async fn call<T, F, C>(&self, dependency: Dependency, call: F) -> Result<T, StepError>
+    where
+        F: Fn(Instant) -> C,
+        C: Future<Output = Result<T, StoreError>>,
+    {
+        let mut lone = 0;
+        loop {
+            self.ready(dependency).await?;
+            let deadline = self.deadline(dependency)?;
+            let answer = self.unless_ended(async { Ok(timeout_at(deadline, call(deadline)).await) }).await?;
+            let error = match answer {
+                Ok(Ok(value)) => return Ok(value),
+                Ok(Err(error)) if !matches!(error.class, Class::Unavailable | Class::Timeout) => return Err(error.into()),
+                Ok(Err(error)) => error,
+                Err(_) => StoreError::new(dependency, Class::Timeout, "no answer in time"),
+            };
+            let asking = self.unless_ended(async { Ok(self.breakers.confirm_outage(dependency, &error).await) });
+            let outage = self.budget.wait(asking).await?;
+            if outage {
+                continue;
+            }
+            lone += 1;
+            if error.class == Class::Timeout || lone >= LONE_OUTAGES {
+                return Err(StoreError { class: if lone >= LONE_OUTAGES { Class::Transient } else { error.class }, ..error }.into());
+            }
+            self.pause(Duration::from_millis(50) * 2u32.pow(lone)).await?;
+        }
+    }
+
+    /// Sleeps, unless the run has to end.
+    pub async fn pause(&self, time: Duration) -> Result<(), StepError> {
+        self.unless_ended(async {
+            tokio::time::sleep(time).await;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Waits for the breaker to close and the lease to be long enough; neither counts against the job's time.
+    async fn ready(&self, dependency: Dependency) -> Result<(), StepError> {
+        let ready = self.unless_ended(async {
+            self.breakers.closed(dependency).await;
+            self.lease.valid(self.limits.lease_margin * 2).await.map_err(|_| StepError::LeaseLost)
+        });
+        self.budget.wait(ready).await
+    }
+
+    /// Runs one try of a step within its time-out. Waiting for a dependency does not count, so an outage of any length
+    /// does not time a step out.
+    pub(super) async fn within<T>(
+        &self,
+        timeout: Duration,
+        work: impl Future<Output = Result<T, StepError>>,
+    ) -> Result<T, StepError> {
+        self.budget.times().step_until = Instant::now() + timeout;
+        let mut work = std::pin::pin!(work);
+        loop {
+            let until = {
+                let times = self.budget.times();
+                if times.waiting { Instant::now() + Duration::from_millis(100) } else { times.step_until }
+            };
+            match timeout_at(until, &mut work).await {
+                Ok(done) => return done,
+                Err(_) if self.budget.times().waiting || self.budget.times().step_until > until => {}
+                Err(_) => {
+                    return Err(StepError::Failed {
+                        class: Class::Timeout,
+                        code: "step_timeout",
+                        message: format!("no end within {timeout:?}"),
+                    });
+                }
+            }
+        }
+    }
+
+    fn deadline(&self, dependency: Dependency) -> Result<Instant, StepError> {
+        let now = Instant::now();
+        let mut deadline = if dependency == Dependency::Embedder {
+            // Has no effect anywhere, and may well be longer than one call to a store: its step's time-out bounds it.
+            now + self.job.timeout
+        } else {
+            now + self.limits.call_timeout.min(self.lease.remaining().saturating_sub(self.limits.lease_margin))
+        };
+        if !self.compensating {
+            let budget = self.budget.times().job_until;
+            if budget <= now {
+                return Err(StepError::Failed {
+                    class: Class::Timeout,
+                    code: "job_timeout",
+                    message: format!("the job's time of {:?} is used up", self.job.timeout),
+                });
+            }
+            deadline = deadline.min(budget);
+        }
+        Ok(deadline)
+    }
+
+    async fn unless_ended<T>(&self, work: impl Future<Output = Result<T, StepError>>) -> Result<T, StepError> {
+        tokio::select! {
+            biased;
+            () = self.lease.lost().cancelled_owned() => Err(StepError::LeaseLost),
+            () = self.stop.cancelled() => Err(StepError::Stopping),
+            () = self.cancel.cancelled(), if !self.compensating => Err(StepError::Cancelled),
+            done = work => done,
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! The saga engine: runs definitions over a log in Postgres, forward or backward, under a fence.
+//!
+//! [`Saga`] and [`Step`] define what is done; [`Engine::run`] does it for one taken job; [`StepContext`] is how a step
+//! reaches the outside; [`Breakers`] pause what needs a dependency that is down.
+
+pub mod breaker;
+mod context;
+mod definition;
+mod run;
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+pub use breaker::Breakers;
+pub use context::{CallLimits, StepContext};
+pub use definition::{Commits, RetryPolicy, Saga, Step};
+use queue::{Lease, WorkerId};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    error::{Class, Dependency, StepError, StoreError},
+    stores::postgres::{
+        Postgres,
+        ending::{Failure, Run, Verdict},
+        take::TakenJob,
+    },
+};
+
+/// Limits and policies of the engine.
+#[derive(Debug, Clone, Copy)]
+pub struct EngineSettings {
+    /// Limits of calls.
+    pub calls: CallLimits,
+    /// Wait before the second attempt of a job; doubles with each, with full jitter.
+    pub retry_base: Duration,
+    /// Longest wait between attempts.
+    pub retry_cap: Duration,
+    /// Losses while alone in a process after which a job is poison (PROTOCOL.md 13).
+    pub delivery_limit: i32,
+    /// How long a job of an unknown kind waits for a worker that knows it (PROTOCOL.md 15).
+    pub unroutable_after: Duration,
+}
+
+impl Default for EngineSettings {
+    fn default() -> Self {
+        Self {
+            calls: CallLimits { call_timeout: Duration::from_secs(5), lease_margin: Duration::from_secs(2) },
+            retry_base: Duration::from_secs(1),
+            retry_cap: Duration::from_secs(300),
+            delivery_limit: 3,
+            unroutable_after: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// What is to be done with the job's entry in Redis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// The job has ended: remove it.
+    Ack,
+    /// The job waits in the ledger: put it back for so long.
+    Release(Duration),
+    /// The job is somebody else's: leave it alone.
+    Abandoned,
+}
+
+/// What a delivery brings along beside its job.
+pub struct Delivery {
+    /// The taken job.
+    pub job: Arc<TakenJob>,
+    /// Its lease.
+    pub lease: Lease,
+    /// A person wants the job to end.
+    pub cancel: CancellationToken,
+    /// This process wants to end: give the job back.
+    pub stop: CancellationToken,
+}
+
+/// A definition without its data type.
+#[async_trait]
+pub(crate) trait AnySaga: Send + Sync {
+    fn needs(&self) -> &[Dependency];
+    fn points(&self) -> Vec<String>;
+    async fn drive(&self, engine: &Engine, delivery: Delivery) -> Result<Ended, StoreError>;
+}
+
+/// The engine of one process; clones share everything.
+#[derive(Clone)]
+pub struct Engine {
+    pub(crate) postgres: Postgres,
+    pub(crate) settings: EngineSettings,
+    pub(crate) breakers: Breakers,
+    pub(crate) worker: WorkerId,
+    sagas: Arc<HashMap<&'static str, Arc<dyn AnySaga>>>,
+}
+
+/// The sagas that a worker knows.
+#[derive(Default)]
+pub struct Registry(HashMap<&'static str, Arc<dyn AnySaga>>);
+
+impl Registry {
+    /// Adds a definition. A later one of the same kind replaces an earlier one.
+    #[must_use]
+    pub fn with(mut self, saga: impl Saga) -> Self {
+        self.0.insert(saga.kind(), Arc::new(run::Registered(saga)));
+        self
+    }
+}
+
+impl Engine {
+    /// An engine that runs the registered sagas.
+    pub fn new(postgres: Postgres, breakers: Breakers, worker: WorkerId, settings: EngineSettings, registry: Registry) -> Self {
+        Self { postgres, settings, breakers, worker, sagas: Arc::new(registry.0) }
+    }
+
+    /// The breakers, for those who pause queues.
+    pub fn breakers(&self) -> &Breakers {
+        &self.breakers
+    }
+
+    /// What must answer for jobs of this kind to be worth claiming. Jobs of unknown kinds need the ledger alone.
+    pub fn needs(&self, kind: &str) -> &[Dependency] {
+        self.sagas.get(kind).map_or(&[Dependency::Postgres], |saga| saga.needs())
+    }
+
+    /// The names of all fault points at the steps of all registered sagas, for the crash matrix.
+    pub fn fault_points(&self) -> Vec<String> {
+        let mut points: Vec<String> = self.sagas.values().flat_map(|saga| saga.points()).collect();
+        points.sort();
+        points
+    }
+
+    /// Runs one taken job to whatever end this delivery can bring it. Never fails: what can't be settled now is left to
+    /// the next delivery, as after a crash.
+    pub async fn run(&self, delivery: Delivery) -> Ended {
+        let job = Arc::clone(&delivery.job);
+        let done = match self.sagas.get(job.kind.as_str()) {
+            Some(saga) => saga.drive(self, delivery).await,
+            None => self.unroutable(delivery).await,
+        };
+        match done {
+            Ok(ended) => ended,
+            Err(error) => {
+                tracing::warn!(job = %job.id, %error, "left to the next delivery");
+                Ended::Abandoned
+            }
+        }
+    }
+
+    /// A kind that this worker does not know goes back uncharged, for a newer worker; it is dead only when none has
+    /// come for long (PROTOCOL.md 15).
+    async fn unroutable(&self, delivery: Delivery) -> Result<Ended, StoreError> {
+        let job = &delivery.job;
+        let run = Run {
+            job_id: job.id,
+            fence: job.fence,
+            saga_id: None,
+            worker: self.worker.clone(),
+            started_at: chrono::Utc::now(),
+        };
+        if job.unroutable_for.is_some_and(|time| time >= self.settings.unroutable_after) || self.settings.unroutable_after.is_zero() {
+            let error = StepError::permanent(
+                "unknown_kind",
+                format!(
+                    "no worker has known the kind {:?} for {:?}; known here: {}",
+                    job.kind,
+                    self.settings.unroutable_after,
+                    { let mut known: Vec<_> = self.sagas.keys().copied().collect(); known.sort_unstable(); known.join(", ") }
+                ),
+            );
+            let kept = self.postgres.finish(&run, &Verdict::Dead { failure: failure(&error) }, &[]).await?;
+            return Ok(if kept { Ended::Ack } else { Ended::Abandoned });
+        }
+        // Long enough not to spin, short enough that a deploy is noticed; never longer than what is left of the limit.
+        let left = self.settings.unroutable_after.saturating_sub(job.unroutable_for.unwrap_or_default());
+        let delay = Duration::from_secs(10).min(left).max(Duration::from_millis(100));
+        tracing::info!(job = %job.id, kind = job.kind, ?delay, "unknown kind: released uncharged");
+        let kept = self.postgres.release(&run, delay, None, true).await?;
+        Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
+    }
+
+    /// The wait before a job's next attempt: exponential with full jitter, or what the error asks for.
+    pub(crate) fn retry_in(&self, attempts: i32, error: &StepError) -> Duration {
+        let exponent = u32::try_from(attempts).unwrap_or(0).min(20);
+        let most = self.settings.retry_base.saturating_mul(2u32.saturating_pow(exponent)).min(self.settings.retry_cap);
+        let jittered = most.mul_f64(rand::random_range(0.0..=1.0));
+        match error {
+            StepError::Store(StoreError { retry_after: Some(wish), .. }) => jittered.max(*wish),
+            _ => jittered,
+        }
+    }
+}
+
+/// The durable form of an error.
+pub(crate) fn failure(error: &StepError) -> Failure {
+    let class = error.class().unwrap_or(Class::Permanent);
+    let code = match error {
+        // A store's refusal of this job's own data is named for that, not for the store.
+        StepError::Store(e) if e.class == Class::Data => "refused_data".to_owned(),
+        StepError::Store(e) => format!("{}_{}", e.dependency.name(), e.class.name()),
+        other => other.code().to_owned(),
+    };
+    let text = error.to_string();
+    let chain: Vec<String> = text.split(": ").map(str::to_owned).collect();
+    Failure { class, code, error: text, chain }
+}
+
+/// The step's state as it is kept when a job goes back mid-run.
+pub(crate) fn encode<D: serde::Serialize>(data: &D) -> Result<serde_json::Value, StoreError> {
+    serde_json::to_value(json!(data)).map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string()))
+}

@@ -1,0 +1,258 @@
+//! What can go wrong, sorted by what must be done about it.
+
+use std::time::Duration;
+
+use embedding::EmbedError;
+use serde::{Deserialize, Serialize};
+
+/// Something outside this process that a saga needs. Each has a circuit breaker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dependency {
+    /// The ledger, the saga log and the documents.
+    Postgres,
+    /// Qdrant, or the development vector server.
+    Vectors,
+    /// The cache Redis.
+    Cache,
+    /// The embedding provider.
+    Embedder,
+}
+
+impl Dependency {
+    /// Every dependency, in the order of declaration.
+    pub const ALL: [Self; 4] = [Self::Postgres, Self::Vectors, Self::Cache, Self::Embedder];
+
+    /// The name in metrics, errors and output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Postgres => "postgres",
+            Self::Vectors => "vectors",
+            Self::Cache => "cache",
+            Self::Embedder => "embedder",
+        }
+    }
+}
+
+impl std::fmt::Display for Dependency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What to do about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Class {
+    /// An outage: wait for the dependency, charge nobody (PROTOCOL.md 16).
+    Unavailable,
+    /// No reply in time while the dependency answers its probe: try again, charged.
+    Timeout,
+    /// May well work the next time: try again, charged.
+    Transient,
+    /// Too many requests: try again when told, charged.
+    RateLimited,
+    /// The data was refused (SQLSTATE 22, 23; invalid argument): never works again for this item, and a batch that
+    /// holds such an item is split to find it.
+    Data,
+    /// Will not work however often it is tried.
+    Permanent,
+}
+
+impl Class {
+    /// The name in dead letters and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unavailable => "unavailable",
+            Self::Timeout => "timeout",
+            Self::Transient => "transient",
+            Self::RateLimited => "rate_limited",
+            Self::Data => "data",
+            Self::Permanent => "permanent",
+        }
+    }
+
+    /// Whether another attempt can succeed.
+    pub fn is_retryable(self) -> bool {
+        !matches!(self, Self::Data | Self::Permanent)
+    }
+}
+
+/// An error of a dependency. Cheap to clone: one failed batch answers many callers.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{dependency}: {message}")]
+pub struct StoreError {
+    /// Who failed.
+    pub dependency: Dependency,
+    /// What to do about it.
+    pub class: Class,
+    /// What happened, with its causes.
+    pub message: String,
+    /// When the dependency wants to be asked again.
+    pub retry_after: Option<Duration>,
+}
+
+impl StoreError {
+    /// An error without a wish for a later time.
+    pub fn new(dependency: Dependency, class: Class, message: impl Into<String>) -> Self {
+        Self { dependency, class, message: message.into(), retry_after: None }
+    }
+
+    /// Whether this is an outage.
+    pub fn is_unavailable(&self) -> bool {
+        self.class == Class::Unavailable
+    }
+}
+
+/// An error and its causes on one line, outermost first.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        let next_text = next.to_string();
+        if !text.contains(&next_text) {
+            text.push_str(": ");
+            text.push_str(&next_text);
+        }
+        cause = next.source();
+    }
+    text
+}
+
+impl From<sqlx::Error> for StoreError {
+    /// SQLSTATE classes as PROTOCOL.md 16 and 20 sort them.
+    fn from(error: sqlx::Error) -> Self {
+        let class = match &error {
+            sqlx::Error::Database(db) => {
+                let code = db.code().unwrap_or_default();
+                match code.as_ref() {
+                    c if c.starts_with("08") || c.starts_with("57P0") || c.starts_with("53") => Class::Unavailable,
+                    "57014" => Class::Timeout,
+                    "40001" | "40P01" | "55P03" => Class::Transient,
+                    c if c.starts_with("22") || c.starts_with("23") => Class::Data,
+                    _ => Class::Permanent,
+                }
+            }
+            sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::WorkerCrashed
+            | sqlx::Error::Protocol(_) => Class::Unavailable,
+            sqlx::Error::Encode(_) | sqlx::Error::InvalidArgument(_) => Class::Data,
+            _ => Class::Permanent,
+        };
+        Self::new(Dependency::Postgres, class, with_causes(&error))
+    }
+}
+
+impl From<qdrant_client::QdrantError> for StoreError {
+    fn from(error: qdrant_client::QdrantError) -> Self {
+        use qdrant_client::QdrantError as Q;
+        // Code values of the gRPC standard; tonic's own type is not re-exported by the client.
+        let class = match &error {
+            Q::ResponseError { status } => match i32::from(status.code()) {
+                14 | 1 => Class::Unavailable,
+                4 => Class::Timeout,
+                8 => Class::RateLimited,
+                3 | 11 => Class::Data,
+                10 | 13 | 2 => Class::Transient,
+                _ => Class::Permanent,
+            },
+            Q::ResourceExhaustedError { .. } => Class::RateLimited,
+            Q::Io(_) => Class::Unavailable,
+            _ => Class::Permanent,
+        };
+        Self::new(Dependency::Vectors, class, with_causes(&error))
+    }
+}
+
+impl From<redis::RedisError> for StoreError {
+    fn from(error: redis::RedisError) -> Self {
+        let outage = error.is_io_error()
+            || error.is_timeout()
+            || error.is_connection_dropped()
+            || error.is_connection_refusal()
+            || matches!(
+                error.code(),
+                Some("LOADING" | "READONLY" | "MASTERDOWN" | "CLUSTERDOWN" | "OOM" | "BUSY" | "MISCONF" | "TRYAGAIN")
+            );
+        let class = if outage { Class::Unavailable } else { Class::Permanent };
+        Self::new(Dependency::Cache, class, with_causes(&error))
+    }
+}
+
+impl From<EmbedError> for StoreError {
+    fn from(error: EmbedError) -> Self {
+        let (class, retry_after) = match error.class() {
+            embedding::ErrorClass::Unavailable => (Class::Unavailable, None),
+            embedding::ErrorClass::RateLimited { retry_after } => (Class::RateLimited, retry_after),
+            embedding::ErrorClass::Transient => (Class::Transient, None),
+            embedding::ErrorClass::Permanent => (Class::Permanent, None),
+        };
+        Self { dependency: Dependency::Embedder, class, message: with_causes(&error), retry_after }
+    }
+}
+
+/// Why a step did not succeed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StepError {
+    /// A dependency failed; its class decides.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The step itself says no.
+    #[error("{message}")]
+    Failed {
+        /// What to do about it.
+        class: Class,
+        /// The reason as a word, for filters: `empty_document`, `wrong_dimension`, …
+        code: &'static str,
+        /// The reason as a sentence.
+        message: String,
+    },
+    /// The fence refused a write: somebody else has the job. Nothing more may be done.
+    #[error("the lease was lost: another worker has this job")]
+    LeaseLost,
+    /// A person asked for the job's end.
+    #[error("cancelled on request")]
+    Cancelled,
+    /// A job with a higher order number has already settled this document (PROTOCOL.md 8).
+    #[error("superseded by a later job on the same document")]
+    Superseded,
+    /// This process stops; the job goes back, uncharged.
+    #[error("the worker stops")]
+    Stopping,
+}
+
+impl StepError {
+    /// A failure that no retry mends.
+    pub fn permanent(code: &'static str, message: impl Into<String>) -> Self {
+        Self::Failed { class: Class::Permanent, code, message: message.into() }
+    }
+
+    /// A failure that another attempt may mend.
+    pub fn transient(code: &'static str, message: impl Into<String>) -> Self {
+        Self::Failed { class: Class::Transient, code, message: message.into() }
+    }
+
+    /// What to do about it; `None` for the endings that are no failures.
+    pub fn class(&self) -> Option<Class> {
+        match self {
+            Self::Store(error) => Some(error.class),
+            Self::Failed { class, .. } => Some(*class),
+            Self::LeaseLost | Self::Cancelled | Self::Superseded | Self::Stopping => None,
+        }
+    }
+
+    /// The word for filters.
+    pub fn code(&self) -> &str {
+        match self {
+            Self::Store(error) => error.dependency.name(),
+            Self::Failed { code, .. } => code,
+            Self::LeaseLost => "lease_lost",
+            Self::Cancelled => "cancelled",
+            Self::Superseded => "superseded",
+            Self::Stopping => "stopping",
+        }
+    }
+}

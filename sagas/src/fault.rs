@@ -1,0 +1,75 @@
+//! Fault points, for tests only: built in with the feature `faults`, absent otherwise.
+//!
+//! `FLOTILLA_FAULTS="ingest.vectors.after=kill;ingest.cache.before=error*3"` makes the named points act; each acts as often
+//! as its number says (default once) over all processes that share `FLOTILLA_FAULTS_DIR`, where each firing leaves a file.
+//! Actions: `kill` (SIGKILL of this process), `stop` (SIGSTOP), `hang` (never returns), `error` (transient), `permanent`,
+//! `unavailable`.
+
+/// Acts if the environment arms this point. Only in a function that returns a `Result` with an error made from a
+/// [`StoreError`](crate::error::StoreError).
+#[macro_export]
+macro_rules! fault_point {
+    ($name:expr) => {
+        #[cfg(feature = "faults")]
+        $crate::fault::point($name).await?;
+    };
+}
+
+#[cfg(feature = "faults")]
+pub use armed::point;
+
+#[cfg(feature = "faults")]
+mod armed {
+    use std::{path::PathBuf, sync::LazyLock};
+
+    use crate::error::{Class, Dependency, StoreError};
+
+    struct Arming {
+        point: String,
+        action: String,
+        times: u32,
+    }
+
+    static ARMED: LazyLock<Vec<Arming>> = LazyLock::new(|| {
+        std::env::var("FLOTILLA_FAULTS")
+            .unwrap_or_default()
+            .split(';')
+            .filter_map(|part| part.split_once('='))
+            .map(|(point, action)| {
+                let (action, times) = action.split_once('*').unwrap_or((action, "1"));
+                Arming { point: point.trim().to_owned(), action: action.to_owned(), times: times.parse().unwrap_or(1) }
+            })
+            .collect()
+    });
+
+    /// Whether one of the firings is still free; the file system decides between processes.
+    fn claim(arming: &Arming) -> bool {
+        let Some(dir) = std::env::var_os("FLOTILLA_FAULTS_DIR").map(PathBuf::from) else { return true };
+        (0..arming.times).any(|n| {
+            std::fs::OpenOptions::new().write(true).create_new(true).open(dir.join(format!("{}.{n}", arming.point))).is_ok()
+        })
+    }
+
+    /// Acts if armed; see the module.
+    pub async fn point(name: &str) -> Result<(), StoreError> {
+        use nix::sys::signal::{Signal, raise};
+        let Some(arming) = ARMED.iter().find(|arming| arming.point == name) else { return Ok(()) };
+        if !claim(arming) {
+            return Ok(());
+        }
+        tracing::warn!(point = name, action = arming.action, "fault point acts");
+        let error = |class| Err(StoreError::new(Dependency::Postgres, class, format!("fault point {name}")));
+        match arming.action.as_str() {
+            "kill" => {
+                raise(Signal::SIGKILL).map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string()))?;
+                std::future::pending().await
+            }
+            "stop" => raise(Signal::SIGSTOP)
+                .map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string())),
+            "hang" => std::future::pending().await,
+            "permanent" => error(Class::Permanent),
+            "unavailable" => error(Class::Unavailable),
+            _ => error(Class::Transient),
+        }
+    }
+}

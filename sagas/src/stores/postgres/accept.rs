@@ -1,0 +1,356 @@
+//! Acceptance: jobs enter the ledger (contract point 1). One transaction for a whole batch.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
+
+use chrono::{DateTime, Utc};
+use queue::{JobId, Priority, QueueName, TenantId, TraceContext};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use super::Postgres;
+use crate::error::StoreError;
+
+/// A key under which the same request is accepted once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Idempotency {
+    /// The caller's key, 1 to 256 characters.
+    pub key: String,
+    /// Keys of different scopes never meet.
+    pub scope: String,
+    /// How long the key is remembered.
+    pub ttl: Duration,
+}
+
+/// A job to accept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NewJob {
+    /// Made by the client, so that a retried call is the same job.
+    pub id: JobId,
+    /// `ingest`, `embed`, `delete`, or a user's own.
+    pub kind: String,
+    /// Where it waits.
+    pub queue: QueueName,
+    /// 9 first.
+    pub priority: Priority,
+    /// The owner, who must exist.
+    pub tenant: TenantId,
+    /// The request, a JSON object.
+    pub payload: Value,
+    /// Not before; `None` is now.
+    pub run_at: Option<DateTime<Utc>>,
+    /// Charged failures before the job is dead.
+    pub max_attempts: i32,
+    /// Hard cap on one run.
+    pub timeout: Duration,
+    /// The caller's name for the document the job is about; gives the job its place in that document's order.
+    pub document: Option<String>,
+    /// Keep this order number instead of taking a new one: replays do (PROTOCOL.md 8).
+    pub keep_order: Option<i64>,
+    /// Accept the same request once.
+    pub idempotency: Option<Idempotency>,
+    /// The job that enqueues this one.
+    pub parent: Option<JobId>,
+    /// The dead job that this one replays.
+    pub replay_of: Option<JobId>,
+    /// The producer's trace.
+    pub trace: Option<TraceContext>,
+}
+
+impl NewJob {
+    /// A job with the defaults: its kind's own queue, priority 5, at once, 5 attempts, 5 minutes.
+    pub fn new(kind: impl Into<String>, queue: QueueName, tenant: TenantId, payload: Value) -> Self {
+        Self {
+            id: JobId::new(),
+            kind: kind.into(),
+            queue,
+            priority: Priority::default(),
+            tenant,
+            payload,
+            run_at: None,
+            max_attempts: 5,
+            timeout: Duration::from_secs(300),
+            document: None,
+            keep_order: None,
+            idempotency: None,
+            parent: None,
+            replay_of: None,
+            trace: None,
+        }
+    }
+
+    /// SHA-256 of what makes the request the same: kind, document and payload.
+    fn fingerprint(&self) -> Vec<u8> {
+        let mut hash = Sha256::new();
+        hash.update(self.kind.as_bytes());
+        hash.update([0]);
+        hash.update(self.document.as_deref().unwrap_or_default().as_bytes());
+        hash.update([0]);
+        hash.update(self.payload.to_string().as_bytes());
+        hash.finalize().to_vec()
+    }
+}
+
+/// What became of one job of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Accepted {
+    /// It is in the ledger.
+    New(JobId),
+    /// The same request was accepted before, as this job.
+    Duplicate(JobId),
+    /// The idempotency key was used with another request; that was this job.
+    Conflict(JobId),
+    /// No such tenant.
+    UnknownTenant,
+}
+
+impl Postgres {
+    /// Accepts a batch in one transaction; answers in its order. Array order is the order of jobs on one document.
+    /// Calling again with the same ids after an unknown outcome accepts nothing twice. With `dispatched` the caller
+    /// promises to put the jobs into Redis itself; otherwise the relay does.
+    pub async fn accept(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
+        let mut tx = self.pool.begin().await?;
+        let mut replies: Vec<Option<Accepted>> = vec![None; jobs.len()];
+        refuse_unknown_tenants(&mut tx, jobs, &mut replies).await?;
+        already_there(&mut tx, jobs, &mut replies).await?;
+        reserve_keys(&mut tx, jobs, &mut replies).await?;
+        let fresh: Vec<&NewJob> = jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
+        if !fresh.is_empty() {
+            let places = order(&mut tx, &fresh).await?;
+            insert(&mut tx, &fresh, &places, dispatched).await?;
+        }
+        tx.commit().await?;
+        Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
+    }
+
+    /// Brings jobs with `durability=fast` into the ledger when a worker is about to take them. Those of unknown tenants
+    /// or with keys already used stay out, and so are dropped by the take.
+    pub async fn admit_fast(&self, jobs: &[NewJob]) -> Result<(), StoreError> {
+        for reply in self.accept(jobs, true).await? {
+            if let Accepted::Conflict(id) = reply {
+                tracing::warn!(job = %id, "a fast job's idempotency key was used with another request; the later one is dropped");
+            }
+        }
+        Ok(())
+    }
+
+    /// Marks accepted jobs as not dispatched, so that the relay puts them into Redis.
+    pub async fn leave_to_relay(&self, jobs: &[JobId]) -> Result<(), StoreError> {
+        sqlx::query("UPDATE jobs SET dispatched_at = NULL WHERE id = ANY($1) AND state = 'waiting'")
+            .bind(jobs.iter().map(|id| id.0).collect::<Vec<_>>())
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+}
+
+async fn refuse_unknown_tenants(
+    connection: &mut PgConnection,
+    jobs: &[NewJob],
+    replies: &mut [Option<Accepted>],
+) -> Result<(), sqlx::Error> {
+    let mut names: Vec<String> = jobs.iter().map(|job| job.tenant.to_string()).collect();
+    names.sort();
+    names.dedup();
+    let known: Vec<String> = sqlx::query_scalar("SELECT id FROM tenants WHERE id = ANY($1)").bind(&names).fetch_all(connection).await?;
+    for (job, reply) in jobs.iter().zip(replies) {
+        if !known.iter().any(|name| *name == job.tenant.to_string()) {
+            *reply = Some(Accepted::UnknownTenant);
+        }
+    }
+    Ok(())
+}
+
+/// Jobs that an earlier call with the same ids has accepted (PROTOCOL.md 20).
+async fn already_there(
+    connection: &mut PgConnection,
+    jobs: &[NewJob],
+    replies: &mut [Option<Accepted>],
+) -> Result<(), sqlx::Error> {
+    let there: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM jobs WHERE id = ANY($1)")
+        .bind(jobs.iter().map(|job| job.id.0).collect::<Vec<_>>())
+        .fetch_all(connection)
+        .await?;
+    for (job, reply) in jobs.iter().zip(replies) {
+        if reply.is_none() && there.contains(&job.id.0) {
+            *reply = Some(Accepted::New(job.id));
+        }
+    }
+    Ok(())
+}
+
+/// Reserves the idempotency keys; requests with a key that is taken get their answer here. Duplicates inside the batch
+/// are folded first: the first of them counts.
+async fn reserve_keys(
+    connection: &mut PgConnection,
+    jobs: &[NewJob],
+    replies: &mut [Option<Accepted>],
+) -> Result<(), sqlx::Error> {
+    type Key<'a> = (String, &'a str, &'a str);
+    let key_of = |job: &'_ NewJob| -> Option<(String, String, String)> {
+        job.idempotency.as_ref().map(|i| (job.tenant.to_string(), i.scope.clone(), i.key.clone()))
+    };
+    // Sorted by key, so that two batches lock rows in one order.
+    let mut first: BTreeMap<(String, String, String), (usize, Vec<u8>)> = BTreeMap::new();
+    for (i, job) in jobs.iter().enumerate() {
+        if replies[i].is_some() {
+            continue;
+        }
+        let Some(key) = key_of(job) else { continue };
+        let print = job.fingerprint();
+        match first.get(&key) {
+            None => {
+                first.insert(key, (i, print));
+            }
+            Some((winner, same)) => {
+                let id = jobs[*winner].id;
+                replies[i] = Some(if *same == print { Accepted::Duplicate(id) } else { Accepted::Conflict(id) });
+            }
+        }
+    }
+    if first.is_empty() {
+        return Ok(());
+    }
+    let column = |f: &dyn Fn(&(String, String, String)) -> String| first.keys().map(f).collect::<Vec<_>>();
+    let (tenants, scopes, keys) = (column(&|k| k.0.clone()), column(&|k| k.1.clone()), column(&|k| k.2.clone()));
+    let prints: Vec<Vec<u8>> = first.values().map(|(_, print)| print.clone()).collect();
+    let ids: Vec<Uuid> = first.values().map(|(i, _)| jobs[*i].id.0).collect();
+    let ttls: Vec<f64> =
+        first.values().map(|(i, _)| jobs[*i].idempotency.as_ref().map_or(0.0, |k| k.ttl.as_secs_f64())).collect();
+    sqlx::query(
+        "INSERT INTO idempotency_keys AS k (tenant, scope, key, fingerprint, job_id, expires_at)
+         SELECT tenant, scope, key, print, job, now() + make_interval(secs => ttl)
+         FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::uuid[], $6::float8[])
+              AS n (tenant, scope, key, print, job, ttl)
+         ON CONFLICT (tenant, scope, key) DO UPDATE
+             SET fingerprint = EXCLUDED.fingerprint, job_id = EXCLUDED.job_id, expires_at = EXCLUDED.expires_at
+             WHERE k.expires_at <= now()",
+    )
+    .bind(&tenants)
+    .bind(&scopes)
+    .bind(&keys)
+    .bind(prints)
+    .bind(ids)
+    .bind(ttls)
+    .execute(&mut *connection)
+    .await?;
+    let rows = sqlx::query(
+        "SELECT k.tenant, k.scope, k.key, k.fingerprint, k.job_id FROM idempotency_keys k
+         JOIN unnest($1::text[], $2::text[], $3::text[]) AS n (tenant, scope, key) USING (tenant, scope, key)",
+    )
+    .bind(&tenants)
+    .bind(&scopes)
+    .bind(&keys)
+    .fetch_all(connection)
+    .await?;
+    let mut standing: HashMap<Key<'_>, (Vec<u8>, Uuid)> = HashMap::new();
+    for row in &rows {
+        standing.insert(
+            (row.try_get("tenant")?, row.try_get("scope")?, row.try_get("key")?),
+            (row.try_get("fingerprint")?, row.try_get("job_id")?),
+        );
+    }
+    for (i, job) in jobs.iter().enumerate() {
+        let Some(key) = key_of(job) else { continue };
+        let Some((print, holder)) = standing.get(&(key.0.clone(), key.1.as_str(), key.2.as_str())) else { continue };
+        if *holder == job.id.0 && replies[i].is_none() {
+            continue;
+        }
+        if !matches!(replies[i], Some(Accepted::UnknownTenant | Accepted::New(_))) {
+            let id = JobId(*holder);
+            replies[i] =
+                Some(if *print == job.fingerprint() { Accepted::Duplicate(id) } else { Accepted::Conflict(id) });
+        }
+    }
+    Ok(())
+}
+
+/// The document id and order number of each job, given under the document row's lock.
+async fn order(connection: &mut PgConnection, jobs: &[&NewJob]) -> Result<Vec<Option<(Uuid, i64)>>, sqlx::Error> {
+    let mut wanted: BTreeMap<(String, String), i64> = BTreeMap::new();
+    for job in jobs {
+        if let Some(document) = &job.document {
+            *wanted.entry((job.tenant.to_string(), document.clone())).or_default() += i64::from(job.keep_order.is_none());
+        }
+    }
+    if wanted.is_empty() {
+        return Ok(vec![None; jobs.len()]);
+    }
+    let rows = sqlx::query(
+        "INSERT INTO documents AS d (id, tenant, key, last_order)
+         SELECT id, tenant, key, num FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bigint[]) AS n (id, tenant, key, num)
+         ON CONFLICT (tenant, key) DO UPDATE SET last_order = d.last_order + EXCLUDED.last_order
+         RETURNING d.id, d.tenant, d.key, d.last_order",
+    )
+    .bind(wanted.keys().map(|_| Uuid::now_v7()).collect::<Vec<_>>())
+    .bind(wanted.keys().map(|(tenant, _)| tenant.clone()).collect::<Vec<_>>())
+    .bind(wanted.keys().map(|(_, key)| key.clone()).collect::<Vec<_>>())
+    .bind(wanted.values().copied().collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    let mut next: HashMap<(String, String), (Uuid, i64)> = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let key: (String, String) = (row.try_get("tenant")?, row.try_get("key")?);
+        let given = wanted.get(&key).copied().unwrap_or_default();
+        next.insert(key, (row.try_get("id")?, row.try_get::<i64, _>("last_order")? - given));
+    }
+    Ok(jobs
+        .iter()
+        .map(|job| {
+            let place = next.get_mut(&(job.tenant.to_string(), job.document.clone()?))?;
+            if job.keep_order.is_none() {
+                place.1 += 1;
+            }
+            Some((place.0, job.keep_order.unwrap_or(place.1)))
+        })
+        .collect())
+}
+
+async fn insert(
+    connection: &mut PgConnection,
+    jobs: &[&NewJob],
+    places: &[Option<(Uuid, i64)>],
+    dispatched: bool,
+) -> Result<(), sqlx::Error> {
+    let text = |f: &dyn Fn(&NewJob) -> String| jobs.iter().map(|job| f(job)).collect::<Vec<_>>();
+    sqlx::query(
+        "INSERT INTO jobs (id, kind, queue, priority, tenant, payload, run_at, max_attempts, timeout_ms, document_id,
+                           doc_order, parent, replay_of, traceparent, tracestate, dispatched_at)
+         SELECT id, kind, queue, priority, tenant, payload, coalesce(run_at, now()), max_attempts, timeout_ms, document_id,
+                doc_order, parent, replay_of, traceparent, tracestate, CASE WHEN $16 THEN now() END
+         FROM unnest($1::uuid[], $2::text[], $3::text[], $4::smallint[], $5::text[], $6::jsonb[], $7::timestamptz[],
+                     $8::integer[], $9::integer[], $10::uuid[], $11::bigint[], $12::uuid[], $13::uuid[], $14::text[], $15::text[])
+              AS j (id, kind, queue, priority, tenant, payload, run_at, max_attempts, timeout_ms, document_id, doc_order,
+                    parent, replay_of, traceparent, tracestate)",
+    )
+    .bind(jobs.iter().map(|job| job.id.0).collect::<Vec<_>>())
+    .bind(text(&|job| job.kind.clone()))
+    .bind(text(&|job| job.queue.to_string()))
+    .bind(jobs.iter().map(|job| i16::from(job.priority.get())).collect::<Vec<_>>())
+    .bind(text(&|job| job.tenant.to_string()))
+    .bind(jobs.iter().map(|job| job.payload.clone()).collect::<Vec<_>>())
+    .bind(jobs.iter().map(|job| job.run_at).collect::<Vec<_>>())
+    .bind(jobs.iter().map(|job| job.max_attempts).collect::<Vec<_>>())
+    .bind(jobs.iter().map(|job| i32::try_from(job.timeout.as_millis()).unwrap_or(i32::MAX)).collect::<Vec<_>>())
+    .bind(places.iter().map(|p| p.map(|p| p.0)).collect::<Vec<_>>())
+    .bind(places.iter().map(|p| p.map(|p| p.1)).collect::<Vec<_>>())
+    .bind(jobs.iter().map(|job| job.parent.map(|id| id.0)).collect::<Vec<_>>())
+    .bind(jobs.iter().map(|job| job.replay_of.map(|id| id.0)).collect::<Vec<_>>())
+    .bind(jobs.iter().map(|job| job.trace.as_ref().map(|t| t.traceparent.clone())).collect::<Vec<_>>())
+    .bind(jobs.iter().map(|job| job.trace.as_ref().and_then(|t| t.tracestate.clone())).collect::<Vec<_>>())
+    .bind(dispatched)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Accepts one job inside the caller's transaction and leaves it to the relay.
+pub(super) async fn accept_one(connection: &mut PgConnection, job: &NewJob) -> Result<(), sqlx::Error> {
+    let places = order(connection, &[job]).await?;
+    insert(connection, &[job], &places, false).await
+}

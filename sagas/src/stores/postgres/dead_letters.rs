@@ -1,0 +1,192 @@
+//! Dead letters: list, show, replay, discard. They are written in `ending`, with the job's death.
+
+use chrono::{DateTime, Utc};
+use queue::{JobId, Priority, QueueName, TenantId};
+use serde::Serialize;
+use serde_json::{Value, json};
+use sqlx::{FromRow, Row};
+use std::time::Duration;
+use uuid::Uuid;
+
+use super::{
+    Postgres,
+    accept::NewJob,
+};
+use crate::error::{Class, Dependency, StoreError};
+
+/// A job that will not be tried again without a person.
+#[derive(Debug, Clone, Serialize, FromRow)]
+pub struct DeadLetter {
+    /// The letter.
+    pub id: Uuid,
+    /// The job that died.
+    pub job_id: Uuid,
+    /// Its last run, if it had one.
+    pub saga_id: Option<Uuid>,
+    /// Owner.
+    pub tenant: String,
+    /// Kind of the job.
+    pub kind: String,
+    /// Queue of the job.
+    pub queue: String,
+    /// The reason as a word.
+    pub class: String,
+    /// The reason as a sentence.
+    pub reason: String,
+    /// Causes, outermost first.
+    pub error_chain: Value,
+    /// The request.
+    pub payload: Value,
+    /// W3C trace context.
+    pub traceparent: Option<String>,
+    /// When the job died.
+    pub created_at: DateTime<Utc>,
+    /// `open`, `replayed` or `discarded`.
+    pub state: String,
+    /// When a person dealt with it.
+    pub resolved_at: Option<DateTime<Utc>>,
+    /// Who.
+    pub resolved_by: Option<String>,
+    /// Why.
+    pub note: Option<String>,
+    /// The job that replays it.
+    pub replay_job: Option<Uuid>,
+}
+
+/// Which dead letters; newest first.
+#[derive(Debug, Clone, Default)]
+pub struct DeadLetterFilter {
+    /// Only of this tenant.
+    pub tenant: Option<String>,
+    /// Only of this kind.
+    pub kind: Option<String>,
+    /// Only with this reason word.
+    pub class: Option<String>,
+    /// Only in this state.
+    pub state: Option<String>,
+    /// Page length.
+    pub limit: i64,
+}
+
+/// The answer to a replay or a discard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resolved {
+    /// Done; for a replay, as this job, which is in the ledger and left to the relay.
+    Done(Option<JobId>),
+    /// Somebody has dealt with it before.
+    Already(String),
+    /// No such letter.
+    Unknown,
+}
+
+/// How a dead letter is replayed.
+#[derive(Debug, Clone, Default)]
+pub struct Replay {
+    /// Who asks.
+    pub actor: String,
+    /// A mended request in place of the original one.
+    pub payload: Option<Value>,
+    /// A mended kind.
+    pub kind: Option<String>,
+    /// Take a new place at the end of the document's order instead of the original one.
+    pub as_latest: bool,
+}
+
+impl Postgres {
+    /// A page of dead letters, newest first.
+    pub async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetter>, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT * FROM dead_letters
+             WHERE ($1::text IS NULL OR tenant = $1) AND ($2::text IS NULL OR kind = $2) AND ($3::text IS NULL OR class = $3)
+               AND ($4::text IS NULL OR state = $4) ORDER BY created_at DESC, id LIMIT $5",
+        )
+        .bind(&filter.tenant)
+        .bind(&filter.kind)
+        .bind(&filter.class)
+        .bind(&filter.state)
+        .bind(filter.limit)
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
+    /// One dead letter, by its own id or its job's.
+    pub async fn dead_letter(&self, id: Uuid) -> Result<Option<DeadLetter>, StoreError> {
+        Ok(sqlx::query_as("SELECT * FROM dead_letters WHERE id = $1 OR job_id = $1").bind(id).fetch_optional(&self.pool).await?)
+    }
+
+    /// Enqueues the dead job again as a new job that keeps the original's order number. The letter's row is locked
+    /// meanwhile, so that two people can't replay it twice.
+    pub async fn replay(&self, id: Uuid, how: &Replay) -> Result<Resolved, StoreError> {
+        let mut tx = self.pool.begin().await?;
+        let row = sqlx::query(
+            "SELECT l.id, l.state, j.id AS job, j.kind, j.queue, j.priority, j.tenant, j.payload, j.max_attempts, j.timeout_ms,
+                    j.doc_order, d.key AS document
+             FROM dead_letters l JOIN jobs j ON j.id = l.job_id LEFT JOIN documents d ON d.id = j.document_id
+             WHERE l.id = $1 OR l.job_id = $1 FOR UPDATE OF l",
+        )
+        .bind(id)
+        .fetch_optional(&mut *tx)
+        .await?;
+        let Some(row) = row else { return Ok(Resolved::Unknown) };
+        let state: String = row.try_get("state")?;
+        if state != "open" {
+            return Ok(Resolved::Already(state));
+        }
+        let odd = |e: &dyn std::fmt::Display| {
+            StoreError::new(Dependency::Postgres, Class::Permanent, format!("the dead job can't be read: {e}"))
+        };
+        let kind: String = row.try_get("kind")?;
+        let new_kind = how.kind.clone().unwrap_or_else(|| kind.clone());
+        let queue: String = if new_kind == kind { row.try_get("queue")? } else { new_kind.clone() };
+        let payload = match &how.payload {
+            Some(payload) => payload.clone(),
+            None => row.try_get("payload")?,
+        };
+        let document: Option<String> = row.try_get("document")?;
+        let mut job = NewJob::new(
+            new_kind,
+            QueueName::new(queue).map_err(|e| odd(&e))?,
+            TenantId::new(row.try_get::<String, _>("tenant")?).map_err(|e| odd(&e))?,
+            payload,
+        );
+        job.priority = Priority::try_from(i64::from(row.try_get::<i16, _>("priority")?)).map_err(|e| odd(&e))?;
+        job.max_attempts = row.try_get("max_attempts")?;
+        job.timeout = Duration::from_millis(row.try_get::<i32, _>("timeout_ms")?.unsigned_abs().into());
+        job.keep_order = if how.as_latest { None } else { row.try_get("doc_order")? };
+        job.document = document.or_else(|| crate::kinds::document_of(&job.kind, &job.payload));
+        job.replay_of = Some(JobId(row.try_get("job")?));
+        super::accept::accept_one(&mut tx, &job).await?;
+        sqlx::query(
+            "UPDATE dead_letters SET state = 'replayed', resolved_at = now(), resolved_by = $2, replay_job = $3 WHERE id = $1",
+        )
+        .bind(row.try_get::<Uuid, _>("id")?)
+        .bind(&how.actor)
+        .bind(job.id.0)
+        .execute(&mut *tx)
+        .await?;
+        tx.commit().await?;
+        self.record_action(&how.actor, "dlq.replay", &id.to_string(), &json!({ "job": job.id.to_string() })).await?;
+        Ok(Resolved::Done(Some(job.id)))
+    }
+
+    /// Closes a dead letter without a replay.
+    pub async fn discard(&self, id: Uuid, actor: &str, reason: &str) -> Result<Resolved, StoreError> {
+        let done = sqlx::query(
+            "UPDATE dead_letters SET state = 'discarded', resolved_at = now(), resolved_by = $2, note = $3
+             WHERE (id = $1 OR job_id = $1) AND state = 'open'",
+        )
+        .bind(id)
+        .bind(actor)
+        .bind(reason)
+        .execute(&self.pool)
+        .await?;
+        if done.rows_affected() == 1 {
+            self.record_action(actor, "dlq.discard", &id.to_string(), &json!({ "reason": reason })).await?;
+            return Ok(Resolved::Done(None));
+        }
+        Ok(match self.dead_letter(id).await? {
+            Some(letter) => Resolved::Already(letter.state),
+            None => Resolved::Unknown,
+        })
+    }
+}

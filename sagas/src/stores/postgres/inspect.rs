@@ -1,0 +1,280 @@
+//! What people and tools look at: jobs, sagas, counts.
+
+use chrono::{DateTime, Utc};
+use queue::JobId;
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::FromRow;
+use uuid::Uuid;
+
+use super::Postgres;
+use crate::error::StoreError;
+
+/// A job as people see it.
+#[derive(Debug, Clone, Serialize, FromRow)]
+pub struct JobView {
+    /// The job.
+    pub id: Uuid,
+    /// What it does.
+    pub kind: String,
+    /// Where it waits or waited.
+    pub queue: String,
+    /// 0 to 9.
+    pub priority: i16,
+    /// Owner.
+    pub tenant: String,
+    /// `waiting`, `running`, `succeeded`, `cancelled`, `dead` or `parked`.
+    pub state: String,
+    /// More on how it ended.
+    pub outcome: Option<String>,
+    /// What it returned.
+    pub result: Option<Value>,
+    /// The caller's name of its document.
+    pub document: Option<String>,
+    /// Its place among that document's jobs.
+    pub doc_order: Option<i64>,
+    /// Takes.
+    pub deliveries: i32,
+    /// Takes that ended in a lost lease.
+    pub lost_deliveries: i32,
+    /// Charged failures.
+    pub attempts: i32,
+    /// Charged failures at which it is dead.
+    pub max_attempts: i32,
+    /// Not before.
+    pub run_at: DateTime<Utc>,
+    /// Who runs it, or ran it last.
+    pub worker: Option<String>,
+    /// The last charged error.
+    pub last_error: Option<String>,
+    /// The job that enqueued it.
+    pub parent: Option<Uuid>,
+    /// The dead job that it replays.
+    pub replay_of: Option<Uuid>,
+    /// W3C trace context.
+    pub traceparent: Option<String>,
+    /// When a person asked for its end.
+    pub cancel_requested_at: Option<DateTime<Utc>>,
+    /// When it was accepted.
+    pub created_at: DateTime<Utc>,
+    /// When it was last taken.
+    pub taken_at: Option<DateTime<Utc>>,
+    /// When it ended.
+    pub finished_at: Option<DateTime<Utc>>,
+}
+
+const JOB: &str = "SELECT j.id, j.kind, j.queue, j.priority, j.tenant, j.state, j.outcome, j.result, d.key AS document, j.doc_order,
+       j.deliveries, j.lost_deliveries, j.attempts, j.max_attempts, j.run_at, j.worker, j.last_error, j.parent, j.replay_of,
+       j.traceparent, j.cancel_requested_at, j.created_at, j.taken_at, j.finished_at
+  FROM jobs j LEFT JOIN documents d ON d.id = j.document_id";
+
+/// Which jobs to list; newest first.
+#[derive(Debug, Clone, Default)]
+pub struct JobFilter {
+    /// Only of this tenant.
+    pub tenant: Option<String>,
+    /// Only in this state.
+    pub state: Option<String>,
+    /// Only of this kind.
+    pub kind: Option<String>,
+    /// Only older ids: the last id of the page before.
+    pub before: Option<Uuid>,
+    /// Page length.
+    pub limit: i64,
+}
+
+/// One charged failure.
+#[derive(Debug, Clone, Serialize, FromRow)]
+pub struct AttemptView {
+    /// Counts from 1.
+    pub attempt: i32,
+    /// Who ran it.
+    pub worker: String,
+    /// When it was taken.
+    pub started_at: DateTime<Utc>,
+    /// When it failed.
+    pub ended_at: DateTime<Utc>,
+    /// `transient`, `timeout`, …
+    pub class: String,
+    /// What happened.
+    pub error: String,
+}
+
+/// A saga run as people see it.
+#[derive(Debug, Clone, Serialize, FromRow)]
+pub struct SagaView {
+    /// The run.
+    pub id: Uuid,
+    /// Its job.
+    pub job_id: Uuid,
+    /// Kind.
+    pub kind: String,
+    /// Version of its definition.
+    pub definition_version: i32,
+    /// Owner.
+    pub tenant: String,
+    /// `running`, `compensating`, `finishing`, `completed`, `compensated` or `parked`.
+    pub state: String,
+    /// First step not known to be done.
+    pub next_step: i16,
+    /// How the job ends after compensation.
+    pub verdict: Option<Value>,
+    /// What turned it backward.
+    pub error: Option<String>,
+    /// When it began.
+    pub created_at: DateTime<Utc>,
+    /// When it ended.
+    pub finished_at: Option<DateTime<Utc>>,
+}
+
+/// A step of a run.
+#[derive(Debug, Clone, Serialize, FromRow)]
+pub struct StepView {
+    /// The delivery it belongs to.
+    pub fence: i64,
+    /// Place in that delivery.
+    pub seq: i32,
+    /// Its name.
+    pub step_name: String,
+    /// `execute` or `compensate`.
+    pub direction: String,
+    /// `succeeded` or `failed`.
+    pub state: String,
+    /// Tries.
+    pub attempts: i32,
+    /// First try began.
+    pub started_at: DateTime<Utc>,
+    /// Last try ended.
+    pub ended_at: DateTime<Utc>,
+    /// The last error.
+    pub error: Option<String>,
+}
+
+/// How many jobs are in which state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, FromRow)]
+pub struct JobCounts {
+    /// Waiting, scheduled ones included.
+    pub waiting: i64,
+    /// Taken.
+    pub running: i64,
+    /// Ended well.
+    pub succeeded: i64,
+    /// Ended by a person.
+    pub cancelled: i64,
+    /// Ended as dead letters.
+    pub dead: i64,
+    /// Waiting for a person with effects standing.
+    pub parked: i64,
+    /// Jobs with more than one delivery.
+    pub redelivered: i64,
+}
+
+impl Postgres {
+    /// One job.
+    pub async fn job(&self, id: JobId, tenant: Option<&str>) -> Result<Option<JobView>, StoreError> {
+        let sql = format!("{JOB} WHERE j.id = $1 AND ($2::text IS NULL OR j.tenant = $2)");
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(id.0).bind(tenant).fetch_optional(&self.pool).await?)
+    }
+
+    /// A page of jobs, newest first.
+    pub async fn jobs(&self, filter: &JobFilter) -> Result<Vec<JobView>, StoreError> {
+        let sql = format!(
+            "{JOB} WHERE ($1::text IS NULL OR j.tenant = $1) AND ($2::text IS NULL OR j.state = $2)
+               AND ($3::text IS NULL OR j.kind = $3) AND ($4::uuid IS NULL OR j.id < $4) ORDER BY j.id DESC LIMIT $5"
+        );
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql))
+            .bind(&filter.tenant)
+            .bind(&filter.state)
+            .bind(&filter.kind)
+            .bind(filter.before)
+            .bind(filter.limit)
+            .fetch_all(&self.pool)
+            .await?)
+    }
+
+    /// The states of these jobs, for waiting on many at once.
+    pub async fn job_states(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, String)>, StoreError> {
+        Ok(sqlx::query_as("SELECT id, state FROM jobs WHERE id = ANY($1)").bind(ids).fetch_all(&self.pool).await?)
+    }
+
+    /// The charged failures of a job.
+    pub async fn attempts(&self, job: JobId) -> Result<Vec<AttemptView>, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT attempt, worker, started_at, ended_at, class, error FROM job_attempts WHERE job_id = $1 ORDER BY attempt",
+        )
+        .bind(job.0)
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
+    /// The saga runs of a job, oldest first.
+    pub async fn sagas_of(&self, job: JobId) -> Result<Vec<SagaView>, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT id, job_id, kind, definition_version, tenant, state, next_step, verdict, error, created_at, finished_at
+             FROM sagas WHERE job_id = $1 ORDER BY created_at",
+        )
+        .bind(job.0)
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
+    /// One saga run.
+    pub async fn saga(&self, id: Uuid) -> Result<Option<SagaView>, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT id, job_id, kind, definition_version, tenant, state, next_step, verdict, error, created_at, finished_at
+             FROM sagas WHERE id = $1",
+        )
+        .bind(id)
+        .fetch_optional(&self.pool)
+        .await?)
+    }
+
+    /// A page of saga runs in a state, newest first.
+    pub async fn sagas(&self, state: Option<&str>, limit: i64) -> Result<Vec<SagaView>, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT id, job_id, kind, definition_version, tenant, state, next_step, verdict, error, created_at, finished_at
+             FROM sagas WHERE $1::text IS NULL OR state = $1 ORDER BY id DESC LIMIT $2",
+        )
+        .bind(state)
+        .bind(limit)
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
+    /// The steps of a run in the order they happened.
+    pub async fn steps(&self, saga: Uuid) -> Result<Vec<StepView>, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT fence, seq, step_name, direction, state, attempts, started_at, ended_at, error
+             FROM saga_steps WHERE saga_id = $1 ORDER BY fence, seq",
+        )
+        .bind(saga)
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
+    /// Counts of all jobs of the ledger, or of those accepted since.
+    pub async fn job_counts(&self, since: Option<DateTime<Utc>>) -> Result<JobCounts, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting, count(*) FILTER (WHERE state = 'running') AS running,
+                    count(*) FILTER (WHERE state = 'succeeded') AS succeeded, count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+                    count(*) FILTER (WHERE state = 'dead') AS dead, count(*) FILTER (WHERE state = 'parked') AS parked,
+                    count(*) FILTER (WHERE lost_deliveries > 0) AS redelivered
+             FROM jobs WHERE $1::timestamptz IS NULL OR created_at >= $1",
+        )
+        .bind(since)
+        .fetch_one(&self.pool)
+        .await?)
+    }
+
+    /// Open dead letters by kind and class, for the gauge.
+    pub async fn dead_letter_counts(&self) -> Result<Vec<(String, String, i64)>, StoreError> {
+        Ok(sqlx::query_as("SELECT kind, class, count(*) FROM dead_letters WHERE state = 'open' GROUP BY 1, 2")
+            .fetch_all(&self.pool)
+            .await?)
+    }
+
+    /// Parked sagas, for the gauge and its alert.
+    pub async fn parked_count(&self) -> Result<i64, StoreError> {
+        Ok(sqlx::query_scalar("SELECT count(*) FROM sagas WHERE state = 'parked'").fetch_one(&self.pool).await?)
+    }
+}

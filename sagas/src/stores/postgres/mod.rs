@@ -1,0 +1,201 @@
+//! Postgres: the ledger, the saga log, documents and dead letters. Every SQL statement of the project is below here.
+//!
+//! Rules that all files keep: a saga's write happens in a transaction that holds its job's row locked under the fence
+//! ([`lock_alive`]); rows are locked in id order and tables in the order documents, versions, sagas, jobs, where a file
+//! that takes only the job's lock may take it first, because nothing else locks that saga's rows without it.
+
+pub mod accept;
+pub mod compensation;
+pub mod dead_letters;
+pub mod deletion;
+pub mod documents;
+pub mod ending;
+pub mod inspect;
+pub mod janitor;
+pub mod ledger;
+pub mod publish;
+pub mod relay;
+pub mod stage;
+pub mod take;
+pub mod tenants;
+
+use std::{collections::HashMap, str::FromStr, time::Duration};
+
+use queue::JobId;
+use sqlx::{
+    PgConnection, PgPool, Row,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use uuid::Uuid;
+
+use crate::error::{Class, Dependency, StoreError};
+
+/// The migrations, built into the binary.
+pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
+
+/// The schema that holds every table, so that Flotilla can live in a database with others.
+pub const SCHEMA: &str = "flotilla";
+
+/// The number that only grows, granted by Postgres with each take; every write of a saga carries it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct Fence(pub i64);
+
+/// How to connect.
+#[derive(Debug, Clone)]
+pub struct PostgresConfig {
+    /// `postgres://…`, from `DATABASE_URL`.
+    pub url: String,
+    /// Connections of this process at most.
+    pub max_connections: u32,
+    /// No reply within this time counts as a time-out. The server is told to give up the statement then, too.
+    pub call_timeout: Duration,
+}
+
+impl PostgresConfig {
+    /// The defaults: 8 connections, 5 s.
+    pub fn new(url: impl Into<String>) -> Self {
+        Self { url: url.into(), max_connections: 8, call_timeout: Duration::from_secs(5) }
+    }
+}
+
+/// The handle to Postgres; clones share one pool.
+#[derive(Debug, Clone)]
+pub struct Postgres {
+    pool: PgPool,
+    call_timeout: Duration,
+}
+
+impl Postgres {
+    /// Makes the pool without connecting; the first call connects. Fails for an unreadable URL.
+    pub fn lazy(config: &PostgresConfig) -> Result<Self, StoreError> {
+        let options = PgConnectOptions::from_str(&config.url)
+            .map_err(|e| {
+                StoreError::new(Dependency::Postgres, Class::Permanent, format!("DATABASE_URL can't be read: {e}"))
+            })?
+            .application_name("flotilla")
+            .options([
+                ("search_path", SCHEMA.to_owned()),
+                // The server ends what the client has given up, and a dead client's locks.
+                ("statement_timeout", config.call_timeout.as_millis().to_string()),
+                ("idle_in_transaction_session_timeout", (config.call_timeout * 2).as_millis().to_string()),
+                ("tcp_user_timeout", (config.call_timeout * 2).as_millis().to_string()),
+            ]);
+        let pool = PgPoolOptions::new()
+            .max_connections(config.max_connections)
+            .acquire_timeout(config.call_timeout)
+            .idle_timeout(Duration::from_secs(300))
+            .connect_lazy_with(options);
+        Ok(Self { pool, call_timeout: config.call_timeout })
+    }
+
+    /// Connects once to see that the server answers.
+    pub async fn connect(config: &PostgresConfig) -> Result<Self, StoreError> {
+        let this = Self::lazy(config)?;
+        this.probe().await?;
+        Ok(this)
+    }
+
+    /// The pool, for read-only tools and tests.
+    pub fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    /// No reply within this time is a time-out.
+    pub fn call_timeout(&self) -> Duration {
+        self.call_timeout
+    }
+
+    /// Whether the server answers within a second, on a connection of its own: a hung pool can't speak for the server.
+    pub async fn probe(&self) -> Result<(), StoreError> {
+        use sqlx::Connection;
+        let work = async {
+            let mut connection = PgConnection::connect_with(&self.pool.connect_options()).await?;
+            sqlx::query("SELECT 1").execute(&mut connection).await?;
+            connection.close().await
+        };
+        match tokio::time::timeout(Duration::from_secs(1), work).await {
+            Ok(result) => Ok(result?),
+            Err(_) => Err(StoreError::new(Dependency::Postgres, Class::Unavailable, "no answer within 1 s")),
+        }
+    }
+
+    /// Applies all migrations that are missing.
+    pub async fn migrate_up(&self) -> Result<(), StoreError> {
+        let mut connection = self.migration_connection().await?;
+        MIGRATOR.run(&mut connection).await.map_err(migration_error)
+    }
+
+    /// Reverts to `target` (0: everything).
+    pub async fn migrate_down(&self, target: i64) -> Result<(), StoreError> {
+        let mut connection = self.migration_connection().await?;
+        MIGRATOR.undo(&mut connection, target).await.map_err(migration_error)
+    }
+
+    /// Each migration's version, description and whether it is applied.
+    pub async fn migrations(&self) -> Result<Vec<(i64, String, bool)>, StoreError> {
+        let mut connection = self.migration_connection().await?;
+        let applied: Vec<i64> = match sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success")
+            .fetch_all(&mut connection)
+            .await
+        {
+            Ok(applied) => applied,
+            // 42P01: the table is not there yet, so nothing was applied.
+            Err(sqlx::Error::Database(e)) if e.code().as_deref() == Some("42P01") => vec![],
+            Err(e) => return Err(e.into()),
+        };
+        Ok(MIGRATOR
+            .iter()
+            .filter(|m| !m.migration_type.is_down_migration())
+            .map(|m| (m.version, m.description.to_string(), applied.contains(&m.version)))
+            .collect())
+    }
+
+    /// A connection without the statement time-out, on which migrations may take long.
+    async fn migration_connection(&self) -> Result<PgConnection, StoreError> {
+        use sqlx::Connection;
+        let options = self.pool.connect_options().as_ref().clone().options([("statement_timeout", "0")]);
+        let mut connection = PgConnection::connect_with(&options).await?;
+        sqlx::query("CREATE SCHEMA IF NOT EXISTS flotilla").execute(&mut connection).await?;
+        Ok(connection)
+    }
+
+    /// The id of this ledger, which stamps the Redis prefix that serves it.
+    pub async fn ledger_id(&self) -> Result<Uuid, StoreError> {
+        Ok(sqlx::query_scalar("SELECT id FROM ledger").fetch_one(&self.pool).await?)
+    }
+}
+
+fn migration_error(error: sqlx::migrate::MigrateError) -> StoreError {
+    StoreError::new(Dependency::Postgres, Class::Permanent, crate::error::with_causes(&error))
+}
+
+/// A job that is still ours, its row locked until the transaction ends.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Alive {
+    pub cancel_requested: bool,
+}
+
+/// **The fence.** Locks the rows of those jobs that still run under the fence given, in id order, and returns them. A
+/// job that is absent from the answer has lost its lease: nothing may be written for it. Every write of a saga is in a
+/// transaction that began with this statement.
+pub(crate) async fn lock_alive(
+    connection: &mut PgConnection,
+    jobs: &[(JobId, Fence)],
+) -> Result<HashMap<JobId, Alive>, sqlx::Error> {
+    let ids: Vec<Uuid> = jobs.iter().map(|(id, _)| id.0).collect();
+    let fences: Vec<i64> = jobs.iter().map(|(_, fence)| fence.0).collect();
+    let rows = sqlx::query(
+        "SELECT j.id, j.cancel_requested_at IS NOT NULL AS cancel_requested
+         FROM jobs j JOIN unnest($1::uuid[], $2::bigint[]) AS held (id, fence) ON held.id = j.id
+         WHERE j.fence = held.fence AND j.state = 'running'
+         ORDER BY j.id FOR NO KEY UPDATE OF j",
+    )
+    .bind(ids)
+    .bind(fences)
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| Ok((JobId(row.try_get("id")?), Alive { cancel_requested: row.try_get("cancel_requested")? })))
+        .collect()
+}

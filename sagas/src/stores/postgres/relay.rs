@@ -1,0 +1,140 @@
+//! What relay and reconciler read: the ledger is the outbox (PROTOCOL.md 18).
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use queue::{Envelope, JobId, Priority, QueueName, TenantId, TraceContext};
+use sqlx::{PgConnection, Postgres as Db, Row, Transaction, postgres::PgRow};
+use uuid::Uuid;
+
+use super::Postgres;
+use crate::error::{Class, Dependency, StoreError};
+
+/// Undispatched jobs, locked until [`Batch::done`] or drop, so that two relays never take the same ones.
+pub struct Batch {
+    tx: Transaction<'static, Db>,
+    /// The jobs.
+    pub envelopes: Vec<Envelope>,
+}
+
+impl Batch {
+    /// Records that these jobs are in Redis. The others stay undispatched.
+    pub async fn done(mut self, dispatched: &[JobId]) -> Result<(), StoreError> {
+        sqlx::query("UPDATE jobs SET dispatched_at = now() WHERE id = ANY($1)")
+            .bind(dispatched.iter().map(|id| id.0).collect::<Vec<_>>())
+            .execute(&mut *self.tx)
+            .await?;
+        Ok(self.tx.commit().await?)
+    }
+}
+
+const ENVELOPE: &str = "id, kind, queue, priority, tenant, traceparent, tracestate, created_at, run_at, run_at > now() AS later";
+
+impl Postgres {
+    /// The oldest undispatched jobs, at most `limit`.
+    pub async fn undispatched(&self, limit: i64) -> Result<Batch, StoreError> {
+        let mut tx = self.pool.begin().await?;
+        let envelopes = envelopes(
+            &mut tx,
+            sqlx::AssertSqlSafe(format!(
+                "SELECT {ENVELOPE} FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting'
+                 ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED"
+            )),
+            limit,
+        )
+        .await?;
+        Ok(Batch { tx, envelopes })
+    }
+
+    /// How many jobs wait for the relay.
+    pub async fn undispatched_count(&self) -> Result<i64, StoreError> {
+        Ok(sqlx::query_scalar("SELECT count(*) FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting'")
+            .fetch_one(&self.pool)
+            .await?)
+    }
+
+    /// A page of unfinished dispatched jobs after `after`, oldest ids first, without those changed within `grace`: they
+    /// may be on their way. The running among them are ones that a worker took.
+    pub async fn unfinished(&self, after: Uuid, limit: i64, grace: Duration) -> Result<Vec<Envelope>, StoreError> {
+        let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
+            "SELECT {ENVELOPE} FROM jobs
+             WHERE id > $1 AND state IN ('waiting', 'running') AND dispatched_at < now() - make_interval(secs => $3)
+               AND coalesce(taken_at, created_at) < now() - make_interval(secs => $3)
+             ORDER BY id LIMIT $2"
+        )))
+        .bind(after)
+        .bind(limit)
+        .bind(grace.as_secs_f64())
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(envelope).collect()
+    }
+
+    /// The envelope of one unfinished job.
+    pub async fn envelope(&self, job: JobId) -> Result<Option<Envelope>, StoreError> {
+        let row = sqlx::query(sqlx::AssertSqlSafe(format!(
+            "SELECT {ENVELOPE} FROM jobs WHERE id = $1 AND state IN ('waiting', 'running')"
+        )))
+        .bind(job.0)
+        .fetch_optional(&self.pool)
+        .await?;
+        row.as_ref().map(envelope).transpose()
+    }
+
+    /// Whether this process is the one that runs the role `name` for now. The answer holds as long as the returned
+    /// connection lives; another process takes over when it ends.
+    pub async fn lead(&self, name: &str) -> Result<Option<Leadership>, StoreError> {
+        use sqlx::Connection;
+        let mut connection = PgConnection::connect_with(&self.pool.connect_options()).await?;
+        let leads: bool = sqlx::query_scalar("SELECT pg_try_advisory_lock(hashtext('flotilla.role.' || $1))")
+            .bind(name)
+            .fetch_one(&mut connection)
+            .await?;
+        Ok(leads.then_some(Leadership(connection)))
+    }
+}
+
+/// Leadership of a role; ends when dropped.
+pub struct Leadership(PgConnection);
+
+impl Leadership {
+    /// Fails when the leadership's connection is gone, and the lock with it.
+    pub async fn check(&mut self) -> Result<(), StoreError> {
+        sqlx::query("SELECT 1").execute(&mut self.0).await?;
+        Ok(())
+    }
+}
+
+async fn envelopes(
+    connection: &mut PgConnection,
+    sql: sqlx::AssertSqlSafe<String>,
+    limit: i64,
+) -> Result<Vec<Envelope>, StoreError> {
+    let rows = sqlx::query(sql).bind(limit).fetch_all(connection).await?;
+    rows.iter().map(envelope).collect()
+}
+
+fn envelope(row: &PgRow) -> Result<Envelope, StoreError> {
+    // The columns' checks allow nothing that these types refuse.
+    let odd = |what: &str, e: &dyn std::fmt::Display| {
+        StoreError::new(Dependency::Postgres, Class::Permanent, format!("a job's {what} can't be read: {e}"))
+    };
+    let run_at: DateTime<Utc> = row.try_get("run_at")?;
+    let created_at: DateTime<Utc> = row.try_get("created_at")?;
+    let later: bool = row.try_get("later")?;
+    let traceparent: Option<String> = row.try_get("traceparent")?;
+    Ok(Envelope {
+        id: JobId(row.try_get("id")?),
+        kind: row.try_get("kind")?,
+        queue: QueueName::new(row.try_get::<String, _>("queue")?).map_err(|e| odd("queue", &e))?,
+        priority: Priority::try_from(i64::from(row.try_get::<i16, _>("priority")?)).map_err(|e| odd("priority", &e))?,
+        tenant: TenantId::new(row.try_get::<String, _>("tenant")?).map_err(|e| odd("tenant", &e))?,
+        run_at_ms: later.then(|| run_at.timestamp_millis()),
+        enqueued_at_ms: created_at.timestamp_millis(),
+        trace: match traceparent {
+            Some(traceparent) => Some(TraceContext { traceparent, tracestate: row.try_get("tracestate")? }),
+            None => None,
+        },
+        fast: None,
+    })
+}

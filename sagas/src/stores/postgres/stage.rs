@@ -1,0 +1,225 @@
+//! The stage: the saga's row, the staged version and its chunks, in one transaction with many others.
+
+use async_trait::async_trait;
+use queue::JobId;
+use serde_json::Value;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{Fence, Postgres, lock_alive};
+use crate::{
+    coalescing::Batch,
+    error::{Dependency, StoreError},
+};
+
+/// A saga run's first row in the log.
+#[derive(Debug, Clone)]
+pub struct NewSaga {
+    /// The run.
+    pub id: Uuid,
+    /// Its job.
+    pub job_id: JobId,
+    /// Under this fence.
+    pub fence: Fence,
+    /// Kind of the saga.
+    pub kind: String,
+    /// Version of its definition.
+    pub definition_version: i32,
+    /// Owner.
+    pub tenant: String,
+    /// First step not done once this is committed.
+    pub next_step: i16,
+    /// The saga's typed data.
+    pub data: Value,
+}
+
+/// A version to stage.
+#[derive(Debug, Clone)]
+pub struct NewVersion {
+    /// Fresh for this run.
+    pub id: Uuid,
+    /// Its document.
+    pub document_id: Uuid,
+    /// The job's order number; for a re-embedding, that of the version copied.
+    pub doc_order: i64,
+    /// For people.
+    pub title: Option<String>,
+    /// The whole text.
+    pub body: String,
+    /// A JSON object of the caller's.
+    pub metadata: Value,
+    /// SHA-256 of the body.
+    pub content_hash: Vec<u8>,
+    /// Embedding model.
+    pub model: String,
+    /// Vector length.
+    pub dimensions: i32,
+    /// Qdrant collection.
+    pub collection: String,
+    /// Texts of the chunks, in order.
+    pub chunks: Vec<String>,
+}
+
+/// One saga's stage.
+#[derive(Debug, Clone)]
+pub struct Stage {
+    /// The run that begins.
+    pub saga: NewSaga,
+    /// What it stages.
+    pub version: NewVersion,
+}
+
+/// The coalesced stage. The reply is `false` where the fence refused.
+#[derive(Debug, Clone)]
+pub struct StageBatch(pub Postgres);
+
+#[async_trait]
+impl Batch for StageBatch {
+    type Item = std::sync::Arc<Stage>;
+    type Reply = bool;
+    const OP: &'static str = "stage";
+    const DEPENDENCY: Dependency = Dependency::Postgres;
+
+    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<bool>, StoreError> {
+        let mut tx = self.0.pool.begin().await?;
+        let held: Vec<_> = items.iter().map(|item| (item.saga.job_id, item.saga.fence)).collect();
+        let alive = lock_alive(&mut tx, &held).await?;
+        let live: Vec<&Stage> =
+            items.iter().filter(|item| alive.contains_key(&item.saga.job_id)).map(AsRef::as_ref).collect();
+        if !live.is_empty() {
+            let sagas: Vec<&NewSaga> = live.iter().map(|item| &item.saga).collect();
+            insert_sagas(&mut tx, &sagas).await?;
+            insert_versions(&mut tx, &live).await?;
+            insert_chunks(&mut tx, &live).await?;
+        }
+        crate::fault_point!("ingest.stage.inside");
+        tx.commit().await?;
+        Ok(items.iter().map(|item| alive.contains_key(&item.saga.job_id)).collect())
+    }
+}
+
+/// Writes the sagas' first rows. The caller holds the fences. A row that is there already is an earlier try of the same
+/// call whose reply was lost.
+pub(super) async fn insert_sagas(connection: &mut PgConnection, sagas: &[&NewSaga]) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, next_step, data, fence)
+         SELECT id, job_id, kind, version, tenant, 'running', next_step, data, fence
+         FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::smallint[], $7::jsonb[], $8::bigint[])
+              AS s (id, job_id, kind, version, tenant, next_step, data, fence)
+         ORDER BY id
+         ON CONFLICT (id) DO NOTHING",
+    )
+    .bind(sagas.iter().map(|s| s.id).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| s.job_id.0).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| s.kind.clone()).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| s.definition_version).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| s.tenant.clone()).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| s.next_step).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| s.data.clone()).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| s.fence.0).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn insert_versions(connection: &mut PgConnection, items: &[&Stage]) -> Result<(), sqlx::Error> {
+    let versions: Vec<&NewVersion> = items.iter().map(|item| &item.version).collect();
+    sqlx::query(
+        "INSERT INTO document_versions
+             (id, document_id, tenant, doc_order, saga_id, state, title, body, metadata, content_hash, model, dimensions,
+              collection, chunk_count)
+         SELECT id, document_id, tenant, doc_order, saga_id, 'staged', title, body, metadata, content_hash, model,
+                dimensions, collection, chunk_count
+         FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::bigint[], $5::uuid[], $6::text[], $7::text[], $8::jsonb[],
+                     $9::bytea[], $10::text[], $11::integer[], $12::text[], $13::integer[])
+              AS v (id, document_id, tenant, doc_order, saga_id, title, body, metadata, content_hash, model, dimensions,
+                    collection, chunk_count)
+         ORDER BY id
+         ON CONFLICT (id) DO NOTHING",
+    )
+    .bind(versions.iter().map(|v| v.id).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.document_id).collect::<Vec<_>>())
+    .bind(items.iter().map(|i| i.saga.tenant.clone()).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.doc_order).collect::<Vec<_>>())
+    .bind(items.iter().map(|i| i.saga.id).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.title.clone()).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.body.clone()).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.metadata.clone()).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.content_hash.clone()).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.model.clone()).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.dimensions).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.collection.clone()).collect::<Vec<_>>())
+    .bind(versions.iter().map(|v| v.chunks.len() as i32).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn insert_chunks(connection: &mut PgConnection, items: &[&Stage]) -> Result<(), sqlx::Error> {
+    let (mut ids, mut numbers, mut bodies) = (vec![], vec![], vec![]);
+    for version in items.iter().map(|item| &item.version) {
+        for (no, body) in version.chunks.iter().enumerate() {
+            ids.push(version.id);
+            numbers.push(no as i32);
+            bodies.push(body.clone());
+        }
+    }
+    sqlx::query(
+        "INSERT INTO chunks (version_id, no, body)
+         SELECT * FROM unnest($1::uuid[], $2::integer[], $3::text[]) ON CONFLICT DO NOTHING",
+    )
+    .bind(ids)
+    .bind(numbers)
+    .bind(bodies)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+impl Postgres {
+    /// Writes the first row of a saga whose first step does not do so itself. `false`: the fence refused.
+    pub async fn begin_saga(&self, saga: &NewSaga) -> Result<bool, StoreError> {
+        let mut tx = self.pool.begin().await?;
+        if lock_alive(&mut tx, &[(saga.job_id, saga.fence)]).await?.is_empty() {
+            return Ok(false);
+        }
+        insert_sagas(&mut tx, &[saga]).await?;
+        tx.commit().await?;
+        Ok(true)
+    }
+
+    /// The texts of a version's chunks, in order.
+    pub async fn chunks(&self, version: Uuid) -> Result<Vec<String>, StoreError> {
+        Ok(sqlx::query_scalar("SELECT body FROM chunks WHERE version_id = $1 ORDER BY no")
+            .bind(version)
+            .fetch_all(&self.pool)
+            .await?)
+    }
+
+    /// Withdraws a staged version: readers never saw it and never will; the janitor removes what a late writer may still
+    /// put into the other stores. `false`: the fence refused.
+    pub async fn abandon_version(
+        &self,
+        job: JobId,
+        fence: Fence,
+        version: Uuid,
+        sweep_after: std::time::Duration,
+    ) -> Result<bool, StoreError> {
+        let mut tx = self.pool.begin().await?;
+        sqlx::query("SELECT FROM document_versions WHERE id = $1 FOR NO KEY UPDATE").bind(version).execute(&mut *tx).await?;
+        if lock_alive(&mut tx, &[(job, fence)]).await?.is_empty() {
+            return Ok(false);
+        }
+        sqlx::query("DELETE FROM chunks WHERE version_id = $1").bind(version).execute(&mut *tx).await?;
+        sqlx::query(
+            "UPDATE document_versions SET state = 'abandoned', body = NULL, sweep_after = now() + make_interval(secs => $2)
+             WHERE id = $1 AND state = 'staged'",
+        )
+        .bind(version)
+        .bind(sweep_after.as_secs_f64())
+        .execute(&mut *tx)
+        .await?;
+        tx.commit().await?;
+        Ok(true)
+    }
+}

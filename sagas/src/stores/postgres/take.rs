@@ -1,0 +1,280 @@
+//! The take: Postgres grants the fence (PROTOCOL.md 1).
+
+use std::{collections::HashMap, time::Duration};
+
+use async_trait::async_trait;
+use queue::{JobId, WorkerId};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sqlx::{Row, postgres::PgRow};
+use uuid::Uuid;
+
+use super::{Fence, Postgres, accept};
+use crate::{
+    coalescing::Batch,
+    error::{Dependency, StoreError},
+};
+
+/// What the ledger knows of a job, as a worker gets it with the take.
+#[derive(Debug, Clone)]
+pub struct TakenJob {
+    /// The job.
+    pub id: JobId,
+    /// What to do.
+    pub kind: String,
+    /// Where it waited.
+    pub queue: String,
+    /// 0 to 9.
+    pub priority: i16,
+    /// The owner.
+    pub tenant: String,
+    /// The request.
+    pub payload: Value,
+    /// Carried by every write of this run.
+    pub fence: Fence,
+    /// Takes so far, this one included.
+    pub deliveries: i32,
+    /// Takes that ended in a lost lease.
+    pub lost_deliveries: i32,
+    /// Of those, how many happened while the job ran alone in its process.
+    pub lost_alone: i32,
+    /// Charged failures so far.
+    pub attempts: i32,
+    /// Charged failures after which the job is dead.
+    pub max_attempts: i32,
+    /// Hard cap on one run.
+    pub timeout: Duration,
+    /// The document that the job is about.
+    pub document_id: Option<Uuid>,
+    /// The job's place in that document's order.
+    pub doc_order: Option<i64>,
+    /// A person asked for its end.
+    pub cancel_requested: bool,
+    /// W3C trace context of the producer.
+    pub traceparent: Option<String>,
+    /// Since when no worker has known the kind.
+    pub unroutable_for: Option<Duration>,
+    /// The unfinished run of an earlier delivery.
+    pub saga: Option<OpenSaga>,
+}
+
+/// An unfinished saga run, as the log has it.
+#[derive(Debug, Clone)]
+pub struct OpenSaga {
+    /// The run.
+    pub id: Uuid,
+    /// Version of the definition that began it.
+    pub definition_version: i32,
+    /// Whether it has begun to compensate; then it never goes forward again.
+    pub compensating: bool,
+    /// First forward step that is not known to be done.
+    pub next_step: i16,
+    /// The saga's typed data.
+    pub data: Value,
+    /// How the job ends after compensation.
+    pub verdict: Option<Value>,
+    /// Deliveries lost since compensation began.
+    pub lost_compensating: i32,
+}
+
+/// The answer for one job of a batch.
+#[derive(Debug, Clone)]
+pub enum Take {
+    /// It is ours, under a new fence.
+    Taken(Box<TakenJob>),
+    /// It has ended, or never existed: drop it from Redis.
+    Gone,
+    /// It is not due yet, or another job of its document goes first: put it back for so long.
+    NotYet(Duration),
+}
+
+/// One job of a take.
+#[derive(Debug, Clone)]
+pub struct TakeItem {
+    /// The claimed job.
+    pub id: JobId,
+    /// The full record of a job with `durability=fast`, which the ledger does not have yet.
+    pub fast: Option<accept::NewJob>,
+}
+
+/// The coalesced take of one worker.
+#[derive(Debug, Clone)]
+pub struct TakeBatch {
+    /// The ledger.
+    pub postgres: Postgres,
+    /// Who takes.
+    pub worker: WorkerId,
+}
+
+/// How long a job waits whose document is busy, before it is looked at again.
+const BLOCKED_FOR: Duration = Duration::from_millis(200);
+
+#[async_trait]
+impl Batch for TakeBatch {
+    type Item = TakeItem;
+    type Reply = Take;
+    const OP: &'static str = "take";
+    const DEPENDENCY: Dependency = Dependency::Postgres;
+
+    async fn flush(&self, items: &[TakeItem]) -> Result<Vec<Take>, StoreError> {
+        let fast: Vec<_> = items.iter().filter_map(|item| item.fast.clone()).collect();
+        if !fast.is_empty() {
+            self.postgres.admit_fast(&fast).await?;
+        }
+        let ids: Vec<JobId> = items.iter().map(|item| item.id).collect();
+        let mut taken = self.postgres.take(&ids, &self.worker).await?;
+        let refused: Vec<Uuid> = ids.iter().filter(|id| !taken.contains_key(id)).map(|id| id.0).collect();
+        let mut waits = if refused.is_empty() { HashMap::new() } else { self.postgres.why_refused(&refused).await? };
+        Ok(ids
+            .iter()
+            .map(|id| match taken.remove(id) {
+                Some(job) => Take::Taken(Box::new(job)),
+                None => waits.remove(id).map_or(Take::Gone, Take::NotYet),
+            })
+            .collect())
+    }
+}
+
+impl Postgres {
+    /// Takes the jobs that may run now: fence and delivery count grow, a delivery that ended in a lost lease is counted
+    /// (the row still says `running`), and the unfinished saga comes along. Of one document's jobs only the first in
+    /// order is taken, and none while another runs.
+    async fn take(&self, ids: &[JobId], worker: &WorkerId) -> Result<HashMap<JobId, TakenJob>, StoreError> {
+        let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+        let mut tx = self.pool.begin().await?;
+        let rows = sqlx::query(
+            "WITH due AS (
+                SELECT j.id, j.state, j.runs_alone FROM jobs j
+                WHERE j.id = ANY($1) AND j.state IN ('waiting', 'running') AND j.run_at <= now()
+                  AND NOT EXISTS (
+                      SELECT FROM jobs o
+                      WHERE o.document_id = j.document_id AND o.id <> j.id AND o.state IN ('waiting', 'running')
+                        AND (o.state = 'running' OR (o.doc_order < j.doc_order AND o.run_at <= now())))
+                ORDER BY j.id FOR NO KEY UPDATE OF j
+             ), taken AS (
+                UPDATE jobs j SET
+                    fence = fence + 1, deliveries = deliveries + 1,
+                    lost_deliveries = lost_deliveries + (due.state = 'running')::integer,
+                    lost_alone = lost_alone + (due.state = 'running' AND due.runs_alone)::integer,
+                    runs_alone = false, state = 'running', worker = $2, taken_at = now(),
+                    dispatched_at = coalesce(dispatched_at, now())
+                FROM due WHERE j.id = due.id
+                RETURNING j.*, due.state = 'running' AS was_lost
+             )
+             SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.fence, t.deliveries, t.lost_deliveries,
+                    t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
+                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.traceparent, t.was_lost,
+                    extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s,
+                    s.id AS saga_id, s.definition_version, s.state AS saga_state, s.next_step, s.data, s.verdict,
+                    s.lost_compensating
+             FROM taken t LEFT JOIN sagas s ON s.job_id = t.id AND s.state IN ('running', 'compensating')",
+        )
+        .bind(&ids)
+        .bind(worker.to_string())
+        .fetch_all(&mut *tx)
+        .await?;
+        let mut taken = HashMap::with_capacity(rows.len());
+        let mut lost_compensating: Vec<Uuid> = vec![];
+        for row in &rows {
+            let mut job = taken_job(row)?;
+            if let Some(saga) = job.saga.as_mut()
+                && saga.compensating
+                && row.try_get("was_lost")?
+            {
+                saga.lost_compensating += 1;
+                lost_compensating.push(saga.id);
+            }
+            taken.insert(job.id, job);
+        }
+        if !lost_compensating.is_empty() {
+            sqlx::query("UPDATE sagas SET lost_compensating = lost_compensating + 1 WHERE id = ANY($1)")
+                .bind(&lost_compensating)
+                .execute(&mut *tx)
+                .await?;
+        }
+        tx.commit().await?;
+        Ok(taken)
+    }
+
+    /// How long each job that was not taken has to wait. Jobs that have ended are absent.
+    async fn why_refused(&self, ids: &[Uuid]) -> Result<HashMap<JobId, Duration>, StoreError> {
+        let rows = sqlx::query(
+            "SELECT id, extract(epoch FROM run_at - now())::float8 AS due_in_s FROM jobs
+             WHERE id = ANY($1) AND state IN ('waiting', 'running')",
+        )
+        .bind(ids)
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter()
+            .map(|row| {
+                let due_in: f64 = row.try_get("due_in_s")?;
+                let wait = if due_in > 0.0 { Duration::from_secs_f64(due_in) } else { BLOCKED_FOR };
+                Ok((JobId(row.try_get("id")?), wait))
+            })
+            .collect()
+    }
+
+    /// Records that a taken job runs alone in its process from now on, so that a loss counts towards the delivery
+    /// limit (PROTOCOL.md 13). `false`: the fence refused.
+    pub async fn mark_alone(&self, id: JobId, fence: Fence) -> Result<bool, StoreError> {
+        let done = sqlx::query("UPDATE jobs SET runs_alone = true WHERE id = $1 AND fence = $2 AND state = 'running'")
+            .bind(id.0)
+            .bind(fence.0)
+            .execute(&self.pool)
+            .await?;
+        Ok(done.rows_affected() == 1)
+    }
+}
+
+fn taken_job(row: &PgRow) -> Result<TakenJob, sqlx::Error> {
+    let saga = match row.try_get::<Option<Uuid>, _>("saga_id")? {
+        Some(id) => Some(OpenSaga {
+            id,
+            definition_version: row.try_get("definition_version")?,
+            compensating: row.try_get::<&str, _>("saga_state")? == "compensating",
+            next_step: row.try_get("next_step")?,
+            data: row.try_get("data")?,
+            verdict: row.try_get("verdict")?,
+            lost_compensating: row.try_get("lost_compensating")?,
+        }),
+        None => None,
+    };
+    Ok(TakenJob {
+        id: JobId(row.try_get("id")?),
+        kind: row.try_get("kind")?,
+        queue: row.try_get("queue")?,
+        priority: row.try_get("priority")?,
+        tenant: row.try_get("tenant")?,
+        payload: row.try_get("payload")?,
+        fence: Fence(row.try_get("fence")?),
+        deliveries: row.try_get("deliveries")?,
+        lost_deliveries: row.try_get("lost_deliveries")?,
+        lost_alone: row.try_get("lost_alone")?,
+        attempts: row.try_get("attempts")?,
+        max_attempts: row.try_get("max_attempts")?,
+        timeout: Duration::from_millis(row.try_get::<i32, _>("timeout_ms")?.unsigned_abs().into()),
+        document_id: row.try_get("document_id")?,
+        doc_order: row.try_get("doc_order")?,
+        cancel_requested: row.try_get("cancel_requested")?,
+        traceparent: row.try_get("traceparent")?,
+        unroutable_for: row.try_get::<Option<f64>, _>("unroutable_s")?.map(|s| Duration::from_secs_f64(s.max(0.0))),
+        saga,
+    })
+}
+
+/// How one step of a run went; becomes a row of `saga_steps`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Name of the step.
+    pub step: String,
+    /// Whether this was its compensation.
+    pub compensation: bool,
+    /// Tries within this delivery.
+    pub attempts: i32,
+    /// When the first try began.
+    pub started_at: chrono::DateTime<chrono::Utc>,
+    /// When the last try ended.
+    pub ended_at: chrono::DateTime<chrono::Utc>,
+    /// The last error, if the step failed.
+    pub error: Option<String>,
+}

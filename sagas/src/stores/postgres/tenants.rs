@@ -1,0 +1,69 @@
+//! Tenants and their API keys.
+
+use sha2::{Digest, Sha256};
+use sqlx::Row;
+use uuid::Uuid;
+
+use super::Postgres;
+use crate::error::StoreError;
+
+/// A tenant's settings.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Tenant {
+    /// Its name.
+    pub id: String,
+    /// Waiting jobs at which enqueue answers 429; `None`: the producer's default.
+    pub max_waiting: Option<i64>,
+}
+
+fn digest(key: &str) -> Vec<u8> {
+    Sha256::digest(key.as_bytes()).to_vec()
+}
+
+impl Postgres {
+    /// Makes a tenant; nothing happens if it is there. `true`: it is new.
+    pub async fn create_tenant(&self, id: &str) -> Result<bool, StoreError> {
+        let done = sqlx::query("INSERT INTO tenants (id) VALUES ($1) ON CONFLICT DO NOTHING").bind(id).execute(&self.pool).await?;
+        Ok(done.rows_affected() == 1)
+    }
+
+    /// The tenant, if it exists.
+    pub async fn tenant(&self, id: &str) -> Result<Option<Tenant>, StoreError> {
+        let row = sqlx::query("SELECT id, max_waiting FROM tenants WHERE id = $1").bind(id).fetch_optional(&self.pool).await?;
+        row.map(|row| Ok(Tenant { id: row.try_get("id")?, max_waiting: row.try_get("max_waiting")? })).transpose()
+    }
+
+    /// Stores an API key's hash; the key itself is the caller's to show once.
+    pub async fn create_api_key(&self, tenant: &str, name: &str, key: &str) -> Result<Uuid, StoreError> {
+        let id = Uuid::now_v7();
+        sqlx::query("INSERT INTO api_keys (id, tenant, name, key_hash) VALUES ($1, $2, $3, $4)")
+            .bind(id)
+            .bind(tenant)
+            .bind(name)
+            .bind(digest(key))
+            .execute(&self.pool)
+            .await?;
+        Ok(id)
+    }
+
+    /// Revokes an API key. `false`: there is no such key, or it was revoked before.
+    pub async fn revoke_api_key(&self, id: Uuid) -> Result<bool, StoreError> {
+        let done = sqlx::query("UPDATE api_keys SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL")
+            .bind(id)
+            .execute(&self.pool)
+            .await?;
+        Ok(done.rows_affected() == 1)
+    }
+
+    /// The tenant that an API key speaks for.
+    pub async fn tenant_of_key(&self, key: &str) -> Result<Option<Tenant>, StoreError> {
+        let row = sqlx::query(
+            "SELECT t.id, t.max_waiting FROM api_keys k JOIN tenants t ON t.id = k.tenant
+             WHERE k.key_hash = $1 AND k.revoked_at IS NULL",
+        )
+        .bind(digest(key))
+        .fetch_optional(&self.pool)
+        .await?;
+        row.map(|row| Ok(Tenant { id: row.try_get("id")?, max_waiting: row.try_get("max_waiting")? })).transpose()
+    }
+}
