@@ -1,15 +1,25 @@
 #!lua flags=allow-oom
 -- Puts jobs whose lease expired back to the front of their lists.
 --
+-- A reaper passes when it last looked, because after an outage of Redis the workers could not send heartbeats: every
+-- lease looks expired, and a call sent during a hang would run before any heartbeat. All times are Redis' own.
+--
 -- KEYS[1]  the partition
 -- ARGV[1]  now_ms, or '' for Redis' clock
 -- ARGV[2]  how many at most
--- Returns  {1 if more have expired, then the ids}
+-- ARGV[3]  when the caller last reached Redis, ms, or '' to reap in any case
+-- ARGV[4]  a longer time than this since then is an outage, ms
+-- ARGV[5]  do not reap before, ms
+-- Returns  {now_ms, epoch or nil, 1 after an outage (nothing was reaped), 1 if more have expired, then the ids}
 -- Complexity: O(reaped * log(leased))
 --@ partition.lua
 local now, max = clock(ARGV[1]), tonumber(ARGV[2])
+local last = tonumber(ARGV[3])
+local outage = last and (now - last > tonumber(ARGV[4]) or now < last)
+local answer = { now, epoch, outage and 1 or 0, 0 }
+if outage or last and now < tonumber(ARGV[5]) then return answer end
 local expired = redis.call('ZRANGE', LEASES, '-inf', now, 'BYSCORE', 'LIMIT', 0, max)
-local answer = { #expired == max and 1 or 0 }
+answer[4] = #expired == max and 1 or 0
 -- From the latest to the earliest, so that the one that expired first ends up in front.
 for i = #expired, 1, -1 do
   local id = expired[i]

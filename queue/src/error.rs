@@ -48,6 +48,9 @@ pub enum QueueError {
         /// What is allowed.
         allowed: &'static str,
     },
+    /// The system refused what a role needs to start.
+    #[error("can't start {0}")]
+    Start(String),
     /// Redis answered something this version doesn't understand, or a script failed. A bug or a foreign writer.
     #[error("unexpected answer from the queue's Redis: {0}")]
     Protocol(String),

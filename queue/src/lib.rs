@@ -1,23 +1,43 @@
 #![doc = include_str!("../README.md")]
 
+pub mod ack_layer;
+pub mod acker;
+pub mod backend;
+pub mod claimer;
 pub mod config;
 pub mod envelope;
 pub mod error;
+pub mod gates;
+pub mod heartbeat;
 pub mod ids;
+pub mod lease;
 mod link;
+mod outage;
 mod partition;
 pub mod queue;
+pub mod reaper;
 mod reply;
+pub mod scheduler;
 mod scripts;
+mod wakeups;
 
+pub use ack_layer::AckLayer;
+pub use acker::{Acker, Done};
+pub use backend::QueueBackend;
+pub use claimer::{Claimer, ClaimerConfig, Job};
 pub use config::QueueConfig;
 pub use envelope::{Beat, Claim, Envelope, Epoch, LeaseRef, PriorityStats, Pushed, QueueStats, TraceContext};
 pub use error::QueueError;
+pub use gates::Gates;
+pub use heartbeat::{Heartbeat, HeartbeatConfig};
 pub use ids::{
     InvalidPriority, InvalidQueueName, InvalidTenant, JobId, LeaseToken, MAX_NAME, Priority, QueueName,
     TenantId, WorkerId,
 };
+pub use lease::{Lease, LeaseLost};
 pub use queue::Queue;
+pub use reaper::Reaper;
+pub use scheduler::Scheduler;
 
 /// At how many tenants per priority [`PriorityStats::oldest_ms`] looks.
 pub const STATS_TENANTS: usize = 64;

@@ -66,6 +66,30 @@ pub(crate) struct Claimed {
     pub more: bool,
 }
 
+/// When a reaper may reap; all times are Redis' own, in ms.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ReapGuard {
+    /// When this reaper last reached Redis; 0 if never.
+    pub last: i64,
+    /// A longer silence than this was an outage.
+    pub outage: i64,
+    /// Not before this time.
+    pub not_before: i64,
+}
+
+/// What one look for expired leases in one partition brought.
+#[derive(Debug, Default)]
+pub(crate) struct Reaped {
+    /// Redis' time.
+    pub now_ms: i64,
+    /// The partition's present life.
+    pub epoch: Option<Epoch>,
+    /// Nothing was reaped because Redis, or the reaper, was away.
+    pub outage: bool,
+    /// The jobs that wait again.
+    pub jobs: Vec<JobId>,
+}
+
 impl std::fmt::Debug for Queue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Queue").field("prefix", &self.shared.config.prefix).finish_non_exhaustive()
@@ -333,11 +357,12 @@ impl Queue {
             .collect())
     }
 
-    /// Puts jobs with expired leases back to the front of their lists, over all partitions. Bounded per call.
+    /// Puts jobs with expired leases back to the front of their lists, over all partitions. Bounded per call. Doesn't
+    /// ask whether Redis was away meanwhile; the [`Reaper`](crate::Reaper) does.
     pub async fn reap(&self, queue: &QueueName) -> Result<Vec<JobId>, QueueError> {
         let mut reaped = Vec::new();
         for partition in 0..self.config().partitions {
-            reaped.extend(self.reap_partition(queue, partition).await?);
+            reaped.extend(self.reap_partition(queue, partition, None).await?.jobs);
         }
         Ok(reaped)
     }
@@ -346,24 +371,48 @@ impl Queue {
         &self,
         queue: &QueueName,
         partition: u16,
-    ) -> Result<Vec<JobId>, QueueError> {
-        let mut reaped = Vec::new();
+        guard: Option<ReapGuard>,
+    ) -> Result<Reaped, QueueError> {
+        let mut reaped = Reaped::default();
+        let mut last = guard.map(|guard| guard.last);
         for _ in 0..ROUNDS {
-            let answer = self.script(&scripts::REAP, queue, partition, &[self.now(), text(CHUNK)]).await?;
+            let args = [
+                self.now(),
+                text(CHUNK),
+                optional(last),
+                optional(guard.map(|guard| guard.outage)),
+                optional(guard.map(|guard| guard.not_before)),
+            ];
+            let answer = self.script(&scripts::REAP, queue, partition, &args).await?;
             let mut reply = Reply::new(answer.value)?;
+            reaped.now_ms = reply.integer()?;
+            reaped.epoch = reply.optional()?.map(|data| Epoch { data: data.into(), run: answer.run_id });
+            reaped.outage = reply.integer()? == 1;
             let more = reply.integer()? == 1;
+            last = last.map(|_| reaped.now_ms);
             while !reply.is_empty() {
-                reaped.push(reply.parsed("a job id")?);
+                reaped.jobs.push(reply.parsed("a job id")?);
             }
             if !more {
                 break;
             }
         }
-        if !reaped.is_empty() {
+        if !reaped.jobs.is_empty() {
             metrics::counter!("queue_leases_reaped_total", "queue" => queue.to_string())
-                .increment(reaped.len() as u64);
+                .increment(reaped.jobs.len() as u64);
         }
         Ok(reaped)
+    }
+
+    /// Which life of its data a partition is in; `None` if it has none (nothing was written since it was lost).
+    pub(crate) async fn epoch(&self, queue: &QueueName, partition: u16) -> Result<Option<Epoch>, QueueError> {
+        let mut get = redis::cmd("HGET");
+        get.arg(partition_key(self.config(), queue, partition)).arg("epoch");
+        let answer = self.shared.link.command(&get).await?;
+        match answer.value {
+            Value::Nil => Ok(None),
+            value => Ok(Some(Epoch { data: reply::text(value)?.into(), run: answer.run_id })),
+        }
     }
 
     /// Moves jobs whose time has come to their lists, over all partitions. Returns how many. Bounded per call.
@@ -535,7 +584,7 @@ impl Queue {
     /// returns the answers in the items' order.
     async fn each<'a, T>(
         &self,
-        script: &Script,
+        script: &'static Script,
         items: &'a [T],
         place: impl Fn(&'a T) -> (&'a QueueName, u16),
         head: impl Fn() -> Vec<Vec<u8>>,
@@ -548,28 +597,36 @@ impl Queue {
         for group in places.chunk_by(|a, b| a.0 == b.0) {
             for chunk in group.chunks(CHUNK) {
                 let ((queue, partition), _) = chunk[0];
+                let indices: Vec<usize> = chunk.iter().map(|(_, index)| *index).collect();
                 let mut args = head();
-                for (_, index) in chunk {
+                for index in &indices {
                     write(&mut args, &items[*index]);
                 }
-                calls.push((queue, partition, args, chunk));
+                let key = partition_key(self.config(), queue, partition);
+                calls.push(numbers(Arc::clone(&self.shared), script, key, args, indices));
             }
         }
         let mut answers = vec![0; items.len()];
-        let mut results = stream::iter(calls)
-            .map(|(queue, partition, args, chunk)| async move {
-                let answer = self.script(script, queue, partition, &args).await?;
-                Ok::<_, QueueError>((chunk, Reply::new(answer.value)?))
-            })
-            .buffered(CALLS_AT_ONCE);
-        while let Some((chunk, mut reply)) = results.try_next().await? {
-            for (_, index) in chunk {
-                answers[*index] = reply.integer()?;
+        let mut results = stream::iter(calls).buffered(CALLS_AT_ONCE);
+        while let Some((indices, mut reply)) = results.try_next().await? {
+            for index in indices {
+                answers[index] = reply.integer()?;
             }
         }
-        drop(results);
         Ok(answers)
     }
+}
+
+/// One script call of [`Queue::each`]: the items' indices and their answers.
+async fn numbers(
+    shared: Arc<Shared>,
+    script: &'static Script,
+    key: String,
+    args: Vec<Vec<u8>>,
+    indices: Vec<usize>,
+) -> Result<(Vec<usize>, Reply), QueueError> {
+    let answer = shared.link.script(script, &key, &args).await?;
+    Ok((indices, Reply::new(answer.value)?))
 }
 
 fn lease_place(lease: &LeaseRef) -> (&QueueName, u16) {

@@ -86,7 +86,8 @@ pub async fn eventually<T, F: Future<Output = Option<T>>, S: Future<Output = Str
             return value;
         }
         if begun.elapsed() > within {
-            panic!("not within {within:?}: {}", state().await);
+            let state = state().await;
+            panic!("not within {within:?}: {state}");
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

@@ -1,0 +1,110 @@
+//! Tells Redis which jobs are finished or given back.
+
+use std::time::Duration;
+
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::sleep,
+};
+
+use crate::{
+    envelope::LeaseRef,
+    error::QueueError,
+    heartbeat::Heartbeat,
+    lease::Lease,
+    outage::Outage,
+    queue::{CHUNK, Queue},
+};
+
+/// How many answers may wait for Redis; when more are outstanding, [`Acker::done`] waits.
+const WAITING: usize = 16_384;
+/// How often a batch is sent that Redis refuses for another reason than an outage, before it is left to the reaper.
+const REFUSALS: u32 = 3;
+
+/// What became of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Done {
+    /// It is finished; Redis forgets it. Say so only after the ledger's commit.
+    Ack,
+    /// It goes back to the queue after this delay; with zero to the front of its list.
+    Release(Duration),
+}
+
+enum Message {
+    Done(Lease, Done),
+    Flush(oneshot::Sender<()>),
+}
+
+/// Hands finished and returned jobs to a task that sends them in batches. While Redis is unavailable the task keeps
+/// them and sends them afterwards; a worker never sees an error. Clones share the task, which ends when the last clone
+/// is dropped, after one last attempt.
+#[derive(Clone, Debug)]
+pub struct Acker {
+    messages: mpsc::Sender<Message>,
+    heartbeat: Heartbeat,
+}
+
+impl Acker {
+    /// Starts the task on the present runtime.
+    pub fn spawn(queue: Queue, heartbeat: Heartbeat) -> Self {
+        let (messages, inbox) = mpsc::channel(WAITING);
+        tokio::spawn(run(queue, inbox));
+        Self { messages, heartbeat }
+    }
+
+    /// Ends the lease. Returns at once unless 16,384 answers wait for Redis already. Not cancel-safe: when cancelled
+    /// while waiting, the job comes back after its lease has run out.
+    pub async fn done(&self, lease: &Lease, done: Done) {
+        // First the heartbeat: it must not find the job gone and call the lease lost.
+        self.heartbeat.end(lease);
+        if self.messages.send(Message::Done(lease.clone(), done)).await.is_err() {
+            tracing::error!(id = %lease.id(), "the acker's task is gone; the lease will run out");
+        }
+    }
+
+    /// Returns when everything that was handed over before is known to Redis. Waits through an outage: put a deadline
+    /// around it. Cancel-safe.
+    pub async fn flush(&self) {
+        let (flushed, wait) = oneshot::channel();
+        // Both fail only when the task is gone, and then there is nothing to wait for.
+        if self.messages.send(Message::Flush(flushed)).await.is_ok() && wait.await.is_err() {
+            tracing::debug!("the acker ended before a flush");
+        }
+    }
+}
+
+async fn run(queue: Queue, mut inbox: mpsc::Receiver<Message>) {
+    let mut outage = Outage::new("acker");
+    let mut messages = Vec::new();
+    while inbox.recv_many(&mut messages, CHUNK).await > 0 {
+        let (mut acks, mut releases, mut flushes) = (Vec::new(), Vec::new(), Vec::new());
+        for message in messages.drain(..) {
+            match message {
+                Message::Done(lease, Done::Ack) => acks.push(lease.lease_ref()),
+                Message::Done(lease, Done::Release(delay)) => releases.push((lease.lease_ref(), delay)),
+                Message::Flush(flushed) => flushes.push(flushed),
+            }
+        }
+        let mut refusals = 0;
+        while let Err(error) = send(&queue, &acks, &releases).await {
+            let pause = outage.wait(&error);
+            refusals += u32::from(!error.is_unavailable());
+            if refusals >= REFUSALS || inbox.is_closed() {
+                let count = acks.len() + releases.len();
+                tracing::error!(count, %error, "can't tell Redis what became of these jobs; their leases will run out");
+                break;
+            }
+            sleep(pause).await;
+        }
+        outage.over();
+        for flushed in flushes {
+            // Whoever asked may have stopped waiting.
+            flushed.send(()).ok();
+        }
+    }
+}
+
+/// Sends both kinds side by side. Repeating it is harmless: what got through before is not ours any more.
+async fn send(queue: &Queue, acks: &[LeaseRef], releases: &[(LeaseRef, Duration)]) -> Result<(), QueueError> {
+    tokio::try_join!(queue.ack(acks), queue.release(releases)).map(drop)
+}
