@@ -56,6 +56,7 @@ FAULTS = [
     ("image", "Dockerfile", "COPY scripts/fetch_model.py", "COPY scripts/get_model.py", "get_model.py, which does not"),
     ("image", "Dockerfile", 'ENTRYPOINT ["/usr/local/bin/flotilla"]', "ENTRYPOINT flotilla", "swallow SIGTERM"),
     ("image", ".dockerignore", "!telemetry\n", "", "keeps telemetry out"),
+    ("image", ".dockerignore", "!deploy/redis/redis-queue.conf\n", "", "redis-queue.conf out of the build, and devstack/src"),
     ("image", ".dockerignore", "**/target\n", "", "lets queue/target into"),
     ("redis", QUEUE, "maxmemory-policy noeviction", "maxmemory-policy allkeys-lru", "must be 'noeviction'"),
     ("redis", QUEUE, "appendonly yes", "appendonly no", "must be 'yes'"),
@@ -85,6 +86,7 @@ FAULTS = [
     ("kubernetes", BASE + "kustomization.yaml", "FLOTILLA_PREFIX=", "FLOTILLA_PREFIXES=", "unknown setting FLOTILLA_PREFIXES"),
     ("kubernetes", BASE + "kustomization.yaml", "  - migrate.yaml\n", "", "Job/migrate is missing"),
     ("kubernetes", BASE + "kustomization.yaml", "- worker.yaml", "- workers.yaml", "kubectl kustomize .* found"),
+    ("kubernetes", BASE + "producer.yaml", "{name: FLOTILLA_EMBEDDER_THREADS,", "{name: FLOTILLA_LOG,", "every core of the node"),
     ("kubernetes", BASE + "producer.yaml", "args: [producer]", "args: [produce]", "unknown subcommand 'produce'"),
     ("kubernetes", BASE + "producer.yaml", "httpGet: {path: /readyz, port: http}", "httpGet: {path: /, port: http}",
      "readinessProbe must ask /readyz"),
@@ -134,7 +136,7 @@ FAULTS = [
 # What the copy needs: the files under check, and what they are compared with.
 COPIED = [
     COMPOSE, "Dockerfile", ".dockerignore", "Cargo.toml", "Cargo.lock", "rust-toolchain.toml", "deploy",
-    "scripts/fetch_model.py", "scripts/lint-deploy.sh", "docs/runbook.md",
+    "scripts/fetch_model.py", "scripts/lint-deploy.sh", "docs/runbook.md", "devstack/src", "devstack/Cargo.toml",
 ]  # fmt: skip
 
 
@@ -153,8 +155,10 @@ class Bench:
                 (self.copy / name).parent.mkdir(parents=True, exist_ok=True)
                 (shutil.copytree if (root / name).is_dir() else shutil.copy2)(root / name, self.copy / name)
 
-    def problems(self, check):
+    def problems(self, check, overlay=None):
         here = site.Site(self.copy)
+        if overlay:
+            here.overlays = {overlay: here.overlays[overlay]}
         site.run_check(here, self.checks[check])
         return set(here.problems)
 
@@ -173,7 +177,7 @@ class Bench:
         else:
             path.write_text(text.replace(old, new, 1), encoding="utf-8")
         try:
-            found = self.problems(check) - self.before[check]
+            found = self.problems(check, "production" if "/production/" in file else "dev") - self.before[check]
         finally:
             path.write_text(text, encoding="utf-8")
             path.chmod(mode)

@@ -1,10 +1,11 @@
 """The Dockerfiles: pinned, in stages, without root, and with everything they copy in the build context."""
 
 import fnmatch
+import os
 import re
 import tomllib
 
-from .site import pinned
+from .site import pinned, rust_sources
 
 
 def check_images(here):
@@ -75,9 +76,26 @@ def check_context(here):
         return inside
 
     members = tomllib.loads(here.text("Cargo.toml"))["workspace"]["members"]
+    for source, path in compiled_in(here):
+        if not enters(path):
+            here.bad(".dockerignore", f"keeps {path} out of the build, and {source} compiles it in")
     for path in ["Cargo.toml", "Cargo.lock", "migrations", "scripts/fetch_model.py", ".cargo", *members]:
         if not enters(path):
             here.bad(".dockerignore", f"keeps {path} out of the build")
     for path in ["target/release", "devstack/vector-server/target", ".git", "models", ".flotilla", "queue/target"]:
         if enters(path):
             here.bad(".dockerignore", f"lets {path} into the build")
+
+
+def compiled_in(here):
+    """Files that Rust sources read while they are built: (source, file), both from the root."""
+    for source in rust_sources(here.root):
+        name = str(source.relative_to(here.root))
+        if name.startswith("devstack/vector-server/"):
+            continue
+        for macro, path in re.findall(r'(include_str|include_bytes|migrate)!\("([^"]+)"\)', source.read_text("utf-8")):
+            start = source.parent
+            if macro == "migrate":  # relative to the crate, not to the source
+                while not (start / "Cargo.toml").is_file():
+                    start = start.parent
+            yield name, os.path.relpath(os.path.normpath(start / path), here.root)

@@ -12,7 +12,6 @@ from .site import REQUIRED, ROLES, check_drain, check_environment, parse_all, pi
 
 # The oldest release of Kubernetes that the manifests are written for.
 VERSION = "1.30"
-OVERLAYS = {"dev": "flotilla-dev", "production": "flotilla"}
 # Secrets that production gets from outside (overlays/production/kustomization.yaml says so), with their keys.
 GIVEN_SECRETS = {"production": {"flotilla": REQUIRED, "grafana": {"admin-password"}}, "dev": {}}
 WORKLOADS = {"Deployment", "StatefulSet", "Job"}
@@ -82,7 +81,7 @@ SCALED_OBJECT = {
 
 def check_overlays(here):
     counts = []
-    for overlay, namespace in OVERLAYS.items():
+    for overlay, namespace in here.overlays.items():
         where = f"deploy/kubernetes/overlays/{overlay}"
         resources = [r for r in parse_all(here.tool(where, "kubectl", "kustomize", where)) if r]
         if not resources:
@@ -263,6 +262,9 @@ class Overlay:
         check_environment(self.here, self.at(workload), names)
         for name in sorted(REQUIRED - names):
             self.bad(workload, f"{name} is not set")
+        # The default is one thread for each core of the node, which a pod shares with others.
+        if ROLES[role] and "FLOTILLA_EMBEDDER_THREADS" not in names:
+            self.bad(workload, "FLOTILLA_EMBEDDER_THREADS is not set: the model would take every core of the node")
         if ROLES[role]:
             setting, port = ROLES[role]
             if own.get(setting) != f"0.0.0.0:{port}" or container["ports"][0]["containerPort"] != port:

@@ -1,14 +1,13 @@
 """Prometheus, Grafana and the names they use: every query asks for a metric that exists, in the right way."""
 
 import json
-import os
 import pathlib
 import re
 import tempfile
 
 import yaml
 
-from .site import ENVIRONMENT
+from .site import ENVIRONMENT, rust_sources
 
 RULES = "deploy/prometheus/rules/flotilla.yml"
 TESTS = "deploy/prometheus/tests/flotilla.yml"
@@ -188,13 +187,6 @@ def check_drift(here):
         if file != RUNBOOK or part not in anchors:
             here.bad(f"{RULES} {rule['alert']}", f"{file} has no heading for #{part}")
     return f"{len(here.metrics)} metrics, {len(ENVIRONMENT)} settings, {len(anchors)} headings"
-
-
-def rust_sources(root):
-    for folder, folders, files in os.walk(root):
-        # Build outputs are not sources, and there are very many of them.
-        folders[:] = [name for name in folders if name not in ("target", "node_modules") and not name.startswith(".")]
-        yield from (pathlib.Path(folder) / name for name in files if name.endswith(".rs"))
 
 
 def anchor(heading):

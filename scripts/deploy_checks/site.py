@@ -1,6 +1,8 @@
 """The files under check, the problems found in them, and the facts that several checks need."""
 
 import functools
+import os
+import pathlib
 import re
 import subprocess
 
@@ -9,8 +11,8 @@ import yaml
 # The names a process reads from its environment. Nothing else may be set in a Flotilla container.
 ENVIRONMENT = {
     "DATABASE_URL", "REDIS_QUEUE_URL", "REDIS_CACHE_URL", "QDRANT_URL",
-    "FLOTILLA_PREFIX", "FLOTILLA_EMBEDDER", "FLOTILLA_MODEL_DIR",
-    "FLOTILLA_OPENAI_URL", "FLOTILLA_OPENAI_API_KEY", "FLOTILLA_OPENAI_MODEL",
+    "FLOTILLA_PREFIX", "FLOTILLA_EMBEDDER", "FLOTILLA_EMBEDDER_THREADS", "FLOTILLA_MODEL_DIR",
+    "FLOTILLA_OPENAI_URL", "FLOTILLA_OPENAI_API_KEY", "FLOTILLA_OPENAI_MODEL", "FLOTILLA_OPENAI_DIMENSIONS",
     "FLOTILLA_PRODUCER_ADDR", "FLOTILLA_WORKER_ADDR", "FLOTILLA_QUEUES", "FLOTILLA_CONCURRENCY",
     "FLOTILLA_LEASE_MS", "FLOTILLA_HEARTBEAT_MS", "FLOTILLA_DRAIN_GRACE_MS", "FLOTILLA_LOG",
     "OTEL_EXPORTER_OTLP_ENDPOINT",
@@ -38,6 +40,8 @@ class Site:
     def __init__(self, root):
         self.root = root
         self.problems = []
+        # Kubernetes overlays to look at; the self-test looks only at the one that shows its fault.
+        self.overlays = {"dev": "flotilla-dev", "production": "flotilla"}
 
     def bad(self, where, what):
         self.problems.append(f"{where}: {what}")
@@ -64,6 +68,13 @@ class Site:
             lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
             self.bad(where, f"{' '.join(command[:3])} found: " + " | ".join(lines[:12]))
         return done.stdout
+
+
+def rust_sources(root):
+    for folder, folders, files in os.walk(root):
+        # Build outputs are not sources, and there are very many of them.
+        folders[:] = [name for name in folders if name not in ("target", "node_modules") and not name.startswith(".")]
+        yield from (pathlib.Path(folder) / name for name in files if name.endswith(".rs"))
 
 
 def run_check(here, function):
