@@ -1,1 +1,10 @@
+#![doc = include_str!("../README.md")]
 
+mod canceller;
+mod gatekeeper;
+mod health;
+mod process;
+mod runner;
+
+pub use health::MetricsRender;
+pub use process::{WorkerError, WorkerSettings, run};

@@ -114,6 +114,16 @@ impl Engine {
         Self { postgres, settings, breakers, worker, sagas: Arc::new(registry.0) }
     }
 
+    /// The ledger.
+    pub fn postgres(&self) -> &Postgres {
+        &self.postgres
+    }
+
+    /// Who runs the jobs.
+    pub fn worker(&self) -> &WorkerId {
+        &self.worker
+    }
+
     /// The breakers, for those who pause queues.
     pub fn breakers(&self) -> &Breakers {
         &self.breakers
@@ -122,6 +132,20 @@ impl Engine {
     /// What must answer for jobs of this kind to be worth claiming. Jobs of unknown kinds need the ledger alone.
     pub fn needs(&self, kind: &str) -> &[Dependency] {
         self.sagas.get(kind).map_or(&[Dependency::Postgres], |saga| saga.needs())
+    }
+
+    /// What must answer for a queue's jobs to be worth claiming: all that the kinds need which wait there by default.
+    pub fn queue_needs(&self, queue: &str) -> Vec<Dependency> {
+        let mut needs: Vec<Dependency> = self
+            .sagas
+            .iter()
+            .filter(|(kind, _)| crate::kinds::default_queue(kind) == queue)
+            .flat_map(|(_, saga)| saga.needs().iter().copied())
+            .chain([Dependency::Postgres])
+            .collect();
+        needs.sort_unstable();
+        needs.dedup();
+        needs
     }
 
     /// The names of all fault points at the steps of all registered sagas, for the crash matrix.

@@ -105,7 +105,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         self.forward(data, open.next_step.unsigned_abs().into()).await
     }
 
-    async fn first_delivery(mut self) -> Result<Ended, StoreError> {
+    async fn first_delivery(self) -> Result<Ended, StoreError> {
         let verdict = if self.is_poison() {
             Verdict::Dead { failure: self.poison() }
         } else if self.ctx.job.cancel_requested {
@@ -142,7 +142,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         if begun { Ok(()) } else { Err(StepError::LeaseLost) }
     }
 
-    async fn forward(mut self, mut data: S::Data, from: usize) -> Result<Ended, StoreError> {
+    async fn forward(self, mut data: S::Data, from: usize) -> Result<Ended, StoreError> {
         let steps = self.saga.steps().to_vec();
         for (i, step) in steps.iter().enumerate().skip(from) {
             if let Err(error) = self.execute(step.as_ref(), &mut data).await {
@@ -209,7 +209,7 @@ impl<'a, S: Saga> Drive<'a, S> {
     }
 
     /// What follows a step that did not succeed.
-    async fn failed(mut self, data: &S::Data, step: usize, error: StepError) -> Result<Ended, StoreError> {
+    async fn failed(self, data: &S::Data, step: usize, error: StepError) -> Result<Ended, StoreError> {
         let past_pivot = step > self.saga.pivot();
         match error {
             StepError::LeaseLost => self.refused().await,

@@ -137,14 +137,15 @@ impl Batch for TakeBatch {
 
 impl Postgres {
     /// Takes the jobs that may run now: fence and delivery count grow, a delivery that ended in a lost lease is counted
-    /// (the row still says `running`), and the unfinished saga comes along. Of one document's jobs only the first in
+    /// (the row still says `running`, under another worker: a living worker that takes a job again has only missed an
+    /// answer), and the unfinished saga comes along. Of one document's jobs only the first in
     /// order is taken, and none while another runs.
     async fn take(&self, ids: &[JobId], worker: &WorkerId) -> Result<HashMap<JobId, TakenJob>, StoreError> {
         let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
         let mut tx = self.pool.begin().await?;
         let rows = sqlx::query(
             "WITH due AS (
-                SELECT j.id, j.state, j.runs_alone FROM jobs j
+                SELECT j.id, j.runs_alone, j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost FROM jobs j
                 WHERE j.id = ANY($1) AND j.state IN ('waiting', 'running') AND j.run_at <= now()
                   AND NOT EXISTS (
                       SELECT FROM jobs o
@@ -154,12 +155,12 @@ impl Postgres {
              ), taken AS (
                 UPDATE jobs j SET
                     fence = fence + 1, deliveries = deliveries + 1,
-                    lost_deliveries = lost_deliveries + (due.state = 'running')::integer,
-                    lost_alone = lost_alone + (due.state = 'running' AND due.runs_alone)::integer,
+                    lost_deliveries = lost_deliveries + due.was_lost::integer,
+                    lost_alone = lost_alone + (due.was_lost AND due.runs_alone)::integer,
                     runs_alone = false, state = 'running', worker = $2, taken_at = now(),
                     dispatched_at = coalesce(dispatched_at, now())
                 FROM due WHERE j.id = due.id
-                RETURNING j.*, due.state = 'running' AS was_lost
+                RETURNING j.*, due.was_lost
              )
              SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,

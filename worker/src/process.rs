@@ -1,0 +1,166 @@
+//! Wires a worker process together, runs it, and drains it.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use apalis::prelude::*;
+use queue::{
+    Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Queue, QueueBackend, QueueError, QueueName, Reaper,
+    Scheduler, WorkerId,
+};
+use sagas::{
+    StoreError,
+    engine::{Engine, EngineSettings},
+    janitor::{self, JanitorSettings},
+    kinds::Stores,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    canceller, gatekeeper,
+    health::{self, MetricsRender},
+    runner::Runner,
+};
+
+/// Settings of a worker process.
+#[derive(Debug, Clone)]
+pub struct WorkerSettings {
+    /// Which queues to serve, in turn.
+    pub queues: Vec<QueueName>,
+    /// Jobs that run at once.
+    pub concurrency: usize,
+    /// Who we are; new for every process.
+    pub id: WorkerId,
+    /// How often leases are extended.
+    pub heartbeat: Duration,
+    /// How long running jobs may go on after a request to stop.
+    pub drain_grace: Duration,
+    /// Where `/healthz`, `/readyz` and `/metrics` are served; port 0 takes a free one.
+    pub addr: SocketAddr,
+    /// The engine's limits and policies.
+    pub engine: EngineSettings,
+    /// The janitor's.
+    pub janitor: JanitorSettings,
+}
+
+/// Why a worker can't start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The queue's Redis refuses us, or can't be reached at start.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The ledger can't be reached at start.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The health address can't be served.
+    #[error("FLOTILLA_WORKER_ADDR {addr}: {error}")]
+    Listen {
+        /// The address.
+        addr: SocketAddr,
+        /// Why not.
+        error: std::io::Error,
+    },
+    /// apalis ended by itself.
+    #[error("the worker ended: {0}")]
+    Ended(String),
+}
+
+/// How long the last acks may take once all jobs have ended.
+const FLUSH_WITHIN: Duration = Duration::from_secs(5);
+
+/// Runs a worker until `shutdown`, then drains it: claims no more, lets running jobs end within the grace period, gives the
+/// others back uncharged. Errors only at start.
+pub async fn run(
+    settings: WorkerSettings,
+    stores: Stores,
+    queue: Queue,
+    metrics: MetricsRender,
+    shutdown: CancellationToken,
+) -> Result<(), WorkerError> {
+    queue.stamp(stores.postgres.ledger_id().await?).await?;
+    let heartbeat =
+        Heartbeat::spawn(queue.config().clone(), HeartbeatConfig { interval: settings.heartbeat })?;
+    let listener = tokio::net::TcpListener::bind(settings.addr)
+        .await
+        .map_err(|error| WorkerError::Listen { addr: settings.addr, error })?;
+
+    // Background loops outlive the drain: leases must be kept and breakers probed until the last job has ended.
+    let background = CancellationToken::new();
+    let _stop_background = background.clone().drop_guard();
+    let breakers = stores.breakers(background.clone());
+    let engine = Engine::new(
+        stores.postgres.clone(),
+        breakers.clone(),
+        settings.id.clone(),
+        settings.engine,
+        stores.registry(),
+    );
+    let gates = Gates::new();
+    let acker = Acker::spawn(queue.clone(), heartbeat.clone());
+    gatekeeper::spawn(&engine, &settings.queues, &gates, &background);
+    Reaper::spawn(queue.clone(), settings.queues.clone(), background.clone());
+    Scheduler::spawn(queue.clone(), settings.queues.clone(), background.clone());
+    tokio::spawn(janitor::run(stores.clone(), settings.janitor, background.clone()));
+
+    let stop_jobs = CancellationToken::new();
+    let runner = Arc::new(Runner::new(engine, acker.clone(), settings.engine.calls, stop_jobs.clone()));
+    tokio::spawn(canceller::run(Arc::clone(&runner), stores.postgres.clone(), background.clone()));
+    tokio::spawn(health::serve(listener, breakers, metrics, shutdown.clone(), background.clone()));
+
+    let (claimer, jobs) = Claimer::spawn(
+        queue.clone(),
+        heartbeat,
+        ClaimerConfig {
+            queues: settings.queues.clone(),
+            worker: settings.id.clone(),
+            batch: settings.concurrency.min(64),
+            slots: settings.concurrency,
+        },
+        gates,
+        shutdown.child_token(),
+    );
+    let grace = settings.drain_grace;
+    tokio::spawn({
+        let (shutdown, background) = (shutdown.clone(), background.clone());
+        async move {
+            shutdown.cancelled().await;
+            tracing::info!(?grace, "draining: no more jobs are claimed");
+            tokio::select! {
+                () = tokio::time::sleep(grace) => {
+                    tracing::warn!("the grace period is over: giving running jobs back");
+                    stop_jobs.cancel();
+                }
+                () = background.cancelled() => {}
+            }
+        }
+    });
+    tracing::info!(worker = %settings.id, queues = ?settings.queues.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        concurrency = settings.concurrency, "worker ready");
+    let worker = WorkerBuilder::new(settings.id.to_string())
+        .backend(QueueBackend::new(claimer, jobs, acker.clone()))
+        .data(runner)
+        .catch_panic()
+        .concurrency(settings.concurrency)
+        .build(handle);
+    let stopped = shutdown.clone();
+    let ended = worker
+        .run_until(async move {
+            stopped.cancelled().await;
+            Ok::<(), std::io::Error>(())
+        })
+        .await;
+    if tokio::time::timeout(FLUSH_WITHIN, acker.flush()).await.is_err() {
+        tracing::warn!("Redis didn't hear of the last jobs in time; the take will drop them");
+    }
+    match ended {
+        Ok(()) => Ok(()),
+        Err(_) if shutdown.is_cancelled() => Ok(()),
+        Err(error) => Err(WorkerError::Ended(error.to_string())),
+    }
+}
+
+/// apalis polls all handlers in one task; a task for each job spreads them over the runtime's threads.
+async fn handle(job: queue::Job, runner: Data<Arc<Runner>>) -> Result<(), BoxDynError> {
+    let runner = Arc::clone(&runner);
+    tokio::spawn(async move { runner.process(job).await }).await?;
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! From a claimed job to an answer for Redis: take, run, ack.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use queue::{Acker, Done, Job, JobId, Lease};
+use sagas::{
+    Dependency, StepError,
+    coalescing::{Coalescer, Limits},
+    engine::{CallLimits, Delivery, Ended, Engine},
+    stores::postgres::{
+        ending::Run,
+        take::{Take, TakeBatch, TakeItem, TakenJob},
+    },
+};
+use tokio::{sync::RwLock, time::Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+/// After so many deliveries that ended in a lost lease a job runs alone in its process (PROTOCOL.md 13).
+const ALONE_AFTER: i32 = 2;
+
+/// Runs claimed jobs. One for each process.
+pub(crate) struct Runner {
+    engine: Engine,
+    take: Coalescer<TakeBatch>,
+    acker: Acker,
+    limits: CallLimits,
+    /// Set when running jobs have to go back.
+    stop: CancellationToken,
+    /// Held shared by every job, and exclusively by one that may kill the process.
+    company: RwLock<()>,
+    running: Mutex<HashMap<JobId, CancellationToken>>,
+}
+
+impl Runner {
+    pub fn new(engine: Engine, acker: Acker, limits: CallLimits, stop: CancellationToken) -> Self {
+        let batch = TakeBatch { postgres: engine.postgres().clone(), worker: engine.worker().clone() };
+        let take = Coalescer::spawn(batch, Limits::default());
+        Self { engine, take, acker, limits, stop, company: RwLock::new(()), running: Mutex::default() }
+    }
+
+    /// The jobs that run, with the token that cancels each.
+    pub fn running(&self) -> MutexGuard<'_, HashMap<JobId, CancellationToken>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Brings one claimed job to the end that this delivery can give it. Its slot is free when this returns.
+    pub async fn process(self: Arc<Self>, job: Job) {
+        let envelope = Arc::clone(&job.envelope);
+        let span = tracing::info_span!("job", id = %envelope.id, kind = envelope.kind, queue = %envelope.queue, tenant = %envelope.tenant);
+        let trace = envelope.trace.as_ref();
+        telemetry::set_parent(&span, trace.map(|t| t.traceparent.as_str()), trace.and_then(|t| t.tracestate.as_deref()));
+        let lease = job.lease.clone();
+        let done = async {
+            let company = self.company.read().await;
+            let taken = match self.take(&job).await {
+                Some(Take::Taken(taken)) => taken,
+                Some(Take::Gone) => return Some(Done::Ack),
+                Some(Take::NotYet(wait)) => return Some(Done::Release(wait)),
+                None => return None,
+            };
+            if taken.lost_deliveries < ALONE_AFTER {
+                return self.run(*taken, &lease).await;
+            }
+            drop(company);
+            self.run_alone(*taken, &lease).await
+        }
+        .instrument(span)
+        .await;
+        if let Some(done) = done {
+            self.acker.done(&lease, done).await;
+        }
+    }
+
+    /// Takes the job, waiting out an outage of the ledger. `None`: the lease is lost.
+    async fn take(&self, job: &Job) -> Option<Take> {
+        let fast = match job.envelope.fast.clone().map(serde_json::from_value).transpose() {
+            Ok(fast) => fast,
+            Err(error) => {
+                tracing::error!(%error, "a fast job's record can't be read; dropped");
+                return Some(Take::Gone);
+            }
+        };
+        let item = TakeItem { id: job.envelope.id, fast };
+        loop {
+            let ready = async {
+                self.engine.breakers().closed(Dependency::Postgres).await;
+                job.lease.valid(self.limits.lease_margin * 2).await
+            };
+            tokio::select! {
+                () = self.stop.cancelled() => return Some(Take::NotYet(Duration::ZERO)),
+                ready = ready => ready.ok()?,
+            }
+            let within = self.limits.call_timeout.min(job.lease.remaining().saturating_sub(self.limits.lease_margin));
+            match self.take.call(item.clone(), Instant::now() + within).await {
+                Ok(take) => return Some(take),
+                Err(error) => {
+                    if !self.engine.breakers().confirm_outage(Dependency::Postgres, &error).await {
+                        tracing::warn!(%error, "the take failed; trying again");
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn run(&self, taken: TakenJob, lease: &Lease) -> Option<Done> {
+        let cancel = CancellationToken::new();
+        let id = taken.id;
+        self.running().insert(id, cancel.clone());
+        let delivery =
+            Delivery { job: Arc::new(taken), lease: lease.clone(), cancel, stop: self.stop.clone() };
+        let ended = self.engine.run(delivery).await;
+        self.running().remove(&id);
+        match ended {
+            Ended::Ack => Some(Done::Ack),
+            Ended::Release(wait) => Some(Done::Release(wait)),
+            Ended::Abandoned => None,
+        }
+    }
+
+    /// Waits until nothing else runs in this process, then runs the job, so that only its own doing is counted.
+    async fn run_alone(&self, taken: TakenJob, lease: &Lease) -> Option<Done> {
+        tracing::info!(lost = taken.lost_deliveries, "this job's workers were lost before: it runs alone");
+        let alone = tokio::select! {
+            alone = self.company.write() => Some(alone),
+            () = self.stop.cancelled() => None,
+            () = lease.lost().cancelled_owned() => return None,
+        };
+        let (id, fence) = (taken.id, taken.fence);
+        let marked = match alone {
+            Some(_) => self.engine.postgres().mark_alone(id, fence).await,
+            None => {
+                let run = Run {
+                    job_id: id,
+                    fence,
+                    saga_id: None,
+                    worker: self.engine.worker().clone(),
+                    started_at: chrono::Utc::now(),
+                };
+                return match self.engine.postgres().release(&run, Duration::ZERO, None, false).await {
+                    Ok(true) => Some(Done::Release(Duration::ZERO)),
+                    _ => None,
+                };
+            }
+        };
+        match marked {
+            Ok(true) => self.run(taken, lease).await,
+            Ok(false) => None,
+            Err(error) => {
+                tracing::warn!(error = %StepError::from(error), "left to the next delivery");
+                None
+            }
+        }
+    }
+}
