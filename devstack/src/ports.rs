@@ -8,15 +8,18 @@
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::error::{IoContext, StartError};
 
 /// Below Linux' ephemeral range (32768-60999), above the ports of well-known services.
 const FIRST: u16 = 15_000;
 const LAST: u16 = 31_999;
+/// On loopback the answer comes at once, unless a paused listener's queue is full.
+const CONNECT_LIMIT: Duration = Duration::from_millis(500);
 
 /// A port with its reservation; freed when dropped.
 #[derive(Debug)]
@@ -59,9 +62,15 @@ impl PortLease {
 }
 
 /// Whether nobody listens on this loopback port.
+///
+/// Asked by connecting, not by listening for a moment: a listening socket of ours would be inherited by every server
+/// that another thread is just starting, until that one reaches its `exec`, and the port would be in use by ourselves.
 pub(crate) fn is_free(port: u16) -> bool {
-    // std sets SO_REUSEADDR, so connections in TIME_WAIT don't count.
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    match TcpStream::connect_timeout(&address, CONNECT_LIMIT) {
+        Err(error) => error.kind() == io::ErrorKind::ConnectionRefused,
+        Ok(_) => false,
+    }
 }
 
 fn lock_dir() -> Result<PathBuf, StartError> {
@@ -81,6 +90,16 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+
+    #[test]
+    fn a_listening_port_is_not_free() {
+        let lease = PortLease::free().unwrap();
+        assert!(is_free(lease.port));
+        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, lease.port)).unwrap();
+        assert!(!is_free(lease.port));
+        drop(listener);
+        assert!(is_free(lease.port));
+    }
 
     #[test]
     fn leases_held_together_differ_and_a_held_port_is_refused() {
