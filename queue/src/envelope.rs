@@ -136,6 +136,21 @@ pub enum Beat {
     Lost,
 }
 
+/// Where a job that Redis knows is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In the list of its priority and tenant.
+    Waiting,
+    /// On the schedule, until its time comes.
+    Scheduled,
+    /// With a worker.
+    Leased {
+        /// How long the lease lasts by Redis' clock, in ms; negative: it has ended and no reaper has looked yet.
+        /// `None`: there is no lease, although the job's record says so.
+        left_ms: Option<i64>,
+    },
+}
+
 /// Depth and age of one priority.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct PriorityStats {

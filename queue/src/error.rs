@@ -8,10 +8,11 @@ use uuid::Uuid;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
     /// Redis can't serve us now: refused, reset, no reply in time, `LOADING`, `READONLY`, `MASTERDOWN`,
-    /// `CLUSTERDOWN`, or a full memory for anything but a push. The outcome of the call is unknown.
+    /// `CLUSTERDOWN`. The outcome of the call is unknown.
     #[error("the queue's Redis is unavailable: {0}")]
     Unavailable(String),
-    /// A push was refused because Redis is at its `maxmemory`. Nothing was stored.
+    /// Refused because Redis is at its `maxmemory`; nothing was stored. Only what adds data is refused: claim, ack,
+    /// release, heartbeat, reap, promote and forget go on.
     #[error(
         "the queue's Redis is full (used memory is over its maxmemory): drain the queue or raise maxmemory"
     )]
@@ -65,7 +66,6 @@ impl QueueError {
 
 impl From<RedisError> for QueueError {
     fn from(error: RedisError) -> Self {
-        // A script's own error reaches us as text with the original code in front, e.g. "OOM command not allowed".
         let text = error.to_string();
         let unavailable = match error.kind() {
             ErrorKind::Io | ErrorKind::ClusterConnectionNotFound => true,
@@ -80,6 +80,9 @@ impl From<RedisError> for QueueError {
             _ => error.is_io_error() || error.is_timeout() || error.is_connection_dropped(),
         };
         let code = error.code().unwrap_or_default();
+        if code == "OOM" {
+            return Self::Full;
+        }
         if unavailable
             || matches!(
                 code,
@@ -87,7 +90,6 @@ impl From<RedisError> for QueueError {
                     | "READONLY"
                     | "MASTERDOWN"
                     | "CLUSTERDOWN"
-                    | "OOM"
                     | "BUSY"
                     | "MISCONF"
                     | "TRYAGAIN"

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::{
     STATS_TENANTS,
     config::QueueConfig,
-    envelope::{Beat, Claim, Envelope, Epoch, LeaseRef, PriorityStats, Pushed, QueueStats, TraceContext},
+    envelope::{Beat, Claim, Envelope, Epoch, LeaseRef, Place, PriorityStats, Pushed, QueueStats, TraceContext},
     error::QueueError,
     ids::{JobId, LeaseToken, Priority, QueueName, TenantId, WorkerId},
     link::{Answer, Link},
@@ -174,11 +174,7 @@ impl Queue {
                     push_record(args, envelope);
                 },
             )
-            .await
-            .map_err(|error| match error {
-                QueueError::Unavailable(reason) if reason.starts_with("OOM") => QueueError::Full,
-                other => other,
-            })?;
+            .await?;
         answers
             .into_iter()
             .map(|answer| match answer {
@@ -491,6 +487,40 @@ impl Queue {
             }
         }
         Ok(missing)
+    }
+
+    /// Where each of these jobs is in Redis, in order; `None`: Redis doesn't know it. For audits.
+    pub async fn places(&self, jobs: &[(QueueName, JobId)]) -> Result<Vec<Option<Place>>, QueueError> {
+        let mut places = Vec::with_capacity(jobs.len());
+        for chunk in jobs.chunks(CHUNK) {
+            let mut pipeline = redis::pipe();
+            pipeline.cmd("TIME");
+            for job in chunk {
+                let (queue, partition) = self.job_place(job);
+                let key = partition_key(self.config(), queue, partition);
+                pipeline.cmd("HGET").arg(format!("{key}:j:{}", job.1)).arg("s");
+                pipeline.cmd("ZSCORE").arg(format!("{key}:l")).arg(job.1.to_string());
+            }
+            let mut answers = self.shared.link.pipeline(&pipeline).await?.into_iter();
+            let mut time = Reply::new(answers.next().unwrap_or(Value::Nil))?;
+            let now = self.now_ms.unwrap_or(time.integer()? * 1000 + time.integer()? / 1000);
+            while let (Some(state), Some(lease)) = (answers.next(), answers.next()) {
+                let left_ms = match &lease {
+                    Value::Nil => None,
+                    end => Some(reply::number(end)? - now),
+                };
+                places.push(match state {
+                    Value::Nil => None,
+                    state => Some(match reply::text(state)?.as_str() {
+                        "w" => Place::Waiting,
+                        "s" => Place::Scheduled,
+                        "l" => Place::Leased { left_ms },
+                        other => return Err(QueueError::Protocol(format!("a job's state is {other:?}"))),
+                    }),
+                });
+            }
+        }
+        Ok(places)
     }
 
     /// Depth, age, scheduled and leased jobs, summed over all partitions (the age is the highest).

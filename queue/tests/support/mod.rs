@@ -75,10 +75,10 @@ pub fn ids(claims: &[Claim]) -> Vec<JobId> {
 }
 
 /// Waits until `check` returns something; panics with `state` after the deadline.
-pub async fn eventually<T, F: Future<Output = Option<T>>, S: Future<Output = String>>(
+pub async fn eventually<T>(
     within: Duration,
-    mut check: impl FnMut() -> F,
-    state: impl FnOnce() -> S,
+    mut check: impl AsyncFnMut() -> Option<T>,
+    state: impl AsyncFnOnce() -> String,
 ) -> T {
     let begun = Instant::now();
     loop {
