@@ -26,7 +26,7 @@ build: ## the release binary: target/release/flotilla
 
 demo: ## everything on this machine: build, services, fleet, a real corpus, a killed worker, search, audit
 	@scripts/setup.sh --for demo
-	@scripts/demo.sh
+	@python3 scripts/demo.py
 
 test: ## all tests, over real private services
 	@scripts/setup.sh --for test
