@@ -29,8 +29,8 @@ for i = 3, #ARGV, 4 do
   elseif epoch ~= ARGV[i + 2] then
     -- Another life of the data: the job is absent, or the ledger put it back before this heartbeat came.
     if job[1] ~= 's' then answer = 2 end
-  elseif not job[1] and ARGV[i + 3] == '1' then
-    -- The same life, but a restart may have cut off its last moments.
+  elseif job[1] ~= 's' and ARGV[i + 3] == '1' then
+    -- The same life, but the restart may have cut off its last moments: the push, or the claim.
     answer = 2
   end
   answers[#answers + 1] = answer

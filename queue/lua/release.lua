@@ -9,7 +9,8 @@
 --@ partition.lua
 local now = clock(ARGV[1])
 local answers = {}
-for i = 2, #ARGV, 3 do
+-- From the last to the first, so that jobs released together keep their order in front.
+for i = #ARGV - 2, 2, -3 do
   local id, delay = ARGV[i], tonumber(ARGV[i + 2])
   local key = job_key(id)
   local job = redis.call('HMGET', key, 's', 'x', 'p', 't', 'w')
@@ -27,7 +28,7 @@ for i = 2, #ARGV, 3 do
     end
     add_tenant(job[4], 1)
   end
-  answers[#answers + 1] = ours and 1 or 0
+  answers[(i + 1) / 3] = ours and 1 or 0
 end
 save()
 return answers

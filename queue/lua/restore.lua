@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Registers leases again after Redis lost its data. A job that the ledger has put back meanwhile, and that still
--- waits, is taken over: nobody else has it.
+-- Registers leases again after Redis lost its data. A job that waits although it was leased (the ledger put
+-- it back meanwhile, or a restart lost the claim) is taken over: nobody else has it.
 --
 -- KEYS[1]  the partition
 -- ARGV[1]  now_ms, or '' for Redis' clock

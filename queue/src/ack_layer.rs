@@ -21,6 +21,9 @@ use crate::{
 /// A tower layer for an apalis worker over [`QueueBackend`](crate::QueueBackend). `Ok` acks the job. `Err` gives it back
 /// after a delay: the one in a [`RetryAfterError`], else the layer's own. [`AbortError`] acks as well: the job is not
 /// tried again. A handler whose lease is lost is dropped at once. There is no limit of attempts here; that takes a ledger.
+///
+/// Add apalis' `catch_panic` *before* this layer, which puts it outside: a job that panics then comes back when its
+/// lease has run out. Inside, it turns a panic into [`AbortError`], and the job is acked.
 #[derive(Debug, Clone)]
 pub struct AckLayer {
     acker: Acker,
@@ -76,7 +79,10 @@ where
             };
             let done = match &result {
                 Ok(_) => Done::Ack,
-                Err(error) if error.is::<AbortError>() => Done::Ack,
+                Err(error) if error.is::<AbortError>() => {
+                    tracing::error!(id = %lease.id(), %error, "the job is dropped and not tried again");
+                    Done::Ack
+                }
                 Err(error) => Done::Release(
                     error.downcast_ref::<RetryAfterError>().map_or(delay, RetryAfterError::get_duration),
                 ),

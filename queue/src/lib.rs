@@ -26,7 +26,9 @@ pub use acker::{Acker, Done};
 pub use backend::QueueBackend;
 pub use claimer::{Claimer, ClaimerConfig, Job};
 pub use config::QueueConfig;
-pub use envelope::{Beat, Claim, Envelope, Epoch, LeaseRef, Place, PriorityStats, Pushed, QueueStats, TraceContext};
+pub use envelope::{
+    Beat, Claim, Envelope, Epoch, LeaseRef, Place, PriorityStats, Pushed, QueueStats, TraceContext,
+};
 pub use error::QueueError;
 pub use gates::Gates;
 pub use heartbeat::{Heartbeat, HeartbeatConfig};

@@ -15,7 +15,9 @@ use uuid::Uuid;
 use crate::{
     STATS_TENANTS,
     config::QueueConfig,
-    envelope::{Beat, Claim, Envelope, Epoch, LeaseRef, Place, PriorityStats, Pushed, QueueStats, TraceContext},
+    envelope::{
+        Beat, Claim, Envelope, Epoch, LeaseRef, Place, PriorityStats, Pushed, QueueStats, TraceContext,
+    },
     error::QueueError,
     ids::{JobId, LeaseToken, Priority, QueueName, TenantId, WorkerId},
     link::{Answer, Link},

@@ -1,0 +1,347 @@
+//! The background roles: claimer, heartbeat, acker, reaper, scheduler.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use queue::{
+    Acker, Claimer, ClaimerConfig, Done, Envelope, Gates, Heartbeat, HeartbeatConfig, Job, QueueConfig,
+    QueueError, QueueName, Reaper, Scheduler,
+};
+use support::{Stage, eventually, job, jobs, name, worker};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+/// One worker's roles over a stage's queue.
+struct Roles {
+    heartbeat: Heartbeat,
+    acker: Acker,
+    claimer: Claimer,
+    jobs: mpsc::Receiver<Job>,
+    gates: Gates,
+    shutdown: CancellationToken,
+}
+
+fn beat_every(ms: u64) -> HeartbeatConfig {
+    HeartbeatConfig { interval: Duration::from_millis(ms) }
+}
+
+fn roles(stage: &Stage, slots: usize) -> Roles {
+    roles_for(stage, slots, vec![name()])
+}
+
+fn roles_for(stage: &Stage, slots: usize, queues: Vec<QueueName>) -> Roles {
+    let interval = stage.config.lease / 4;
+    let heartbeat = Heartbeat::spawn(stage.config.clone(), HeartbeatConfig { interval }).unwrap();
+    let acker = Acker::spawn(stage.queue.clone(), heartbeat.clone());
+    let (gates, shutdown) = (Gates::new(), CancellationToken::new());
+    let config = ClaimerConfig { queues, worker: worker(), batch: 16, slots };
+    let (claimer, jobs) =
+        Claimer::spawn(stage.queue.clone(), heartbeat.clone(), config, gates.clone(), shutdown.clone());
+    Roles { heartbeat, acker, claimer, jobs, gates, shutdown }
+}
+
+impl Roles {
+    async fn next(&mut self) -> Job {
+        timeout(Duration::from_secs(10), self.jobs.recv()).await.expect("no job within 10 s").unwrap()
+    }
+
+    async fn none_within(&mut self, ms: u64) -> bool {
+        timeout(Duration::from_millis(ms), self.jobs.recv()).await.is_err()
+    }
+}
+
+async fn state(stage: &Stage) -> String {
+    format!("{:?}", stage.queue.stats(&name()).await)
+}
+
+#[tokio::test]
+async fn rule_24_a_worker_claims_no_more_than_its_free_slots() {
+    let stage = Stage::new().await;
+    stage.queue.push(&jobs(20)).await.unwrap();
+    let mut roles = roles(&stage, 3);
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        held.push(roles.next().await);
+    }
+    assert!(roles.none_within(300).await, "a fourth job came although three slots are taken");
+    assert_eq!(stage.queue.stats(&name()).await.unwrap().in_flight, 3);
+    assert_eq!(roles.claimer.in_use(), 3);
+    let done = held.pop().unwrap();
+    roles.acker.done(&done.lease, Done::Ack).await;
+    assert!(roles.none_within(200).await, "the slot belongs to the job until it is dropped");
+    drop(done);
+    held.push(roles.next().await);
+    assert!(roles.none_within(200).await);
+}
+
+#[tokio::test]
+async fn a_push_wakes_an_idle_worker_long_before_its_safety_poll() {
+    let stage = Stage::with(|config| config.safety_poll = Duration::from_mins(10)).await;
+    let mut roles = roles(&stage, 4);
+    let scheduler = Scheduler::spawn(stage.queue.clone(), vec![name()], roles.shutdown.clone());
+    assert!(roles.none_within(300).await);
+    for round in 0..20 {
+        let pushed = Instant::now();
+        stage.queue.push(&jobs(1)).await.unwrap();
+        let job = roles.next().await;
+        assert!(pushed.elapsed() < Duration::from_millis(500), "round {round}: {:?}", pushed.elapsed());
+        roles.acker.done(&job.lease, Done::Ack).await;
+        roles.acker.flush().await;
+    }
+    // A job that comes back wakes as well.
+    stage.queue.push(&jobs(1)).await.unwrap();
+    let job = roles.next().await;
+    roles.acker.done(&job.lease, Done::Release(Duration::ZERO)).await;
+    drop(job);
+    roles.next().await;
+    scheduler.abort();
+}
+
+#[tokio::test]
+async fn a_wake_up_that_was_lost_is_made_up_for_by_the_safety_poll() {
+    let stage = Stage::with(|config| config.safety_poll = Duration::from_millis(200)).await;
+    let mut roles = roles(&stage, 4);
+    assert!(roles.none_within(100).await);
+    let mut raw = stage.raw().await;
+    let () = redis::cmd("CLIENT")
+        .arg(&["KILL", "TYPE", "PUBSUB"])
+        .query_async::<i64>(&mut raw)
+        .await
+        .map(drop)
+        .unwrap();
+    stage.queue.push(&jobs(1)).await.unwrap();
+    roles.next().await;
+    // And the subscription comes back.
+    eventually(
+        Duration::from_secs(10),
+        async || {
+            let channels: Vec<String> =
+                redis::cmd("PUBSUB").arg("CHANNELS").query_async(&mut raw.clone()).await.unwrap();
+            (!channels.is_empty()).then_some(())
+        },
+        async || "no subscription".to_owned(),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn rule_24_an_idle_worker_costs_at_most_three_commands_a_second() {
+    for partitions in [1, 4] {
+        let stage = Stage::with(|config| config.partitions = partitions).await;
+        let mut roles = roles(&stage, 4);
+        let queues = vec![name()];
+        let _reaper = Reaper::spawn(stage.queue.clone(), queues.clone(), roles.shutdown.clone());
+        let _scheduler = Scheduler::spawn(stage.queue.clone(), queues, roles.shutdown.clone());
+        assert!(roles.none_within(1500).await);
+        let mut raw = stage.raw().await;
+        // What clients send; commands inside scripts are not counted as calls of a client.
+        let sent = async |raw: &mut redis::aio::MultiplexedConnection| -> u64 {
+            let info: String = redis::cmd("INFO").arg("commandstats").query_async(raw).await.unwrap();
+            info.lines()
+                .filter(|line| {
+                    ["evalsha:", "eval:", "exists:", "ping:", "get:", "set:"]
+                        .iter()
+                        .any(|name| line.starts_with(&format!("cmdstat_{name}")))
+                })
+                .filter_map(|line| line.split("calls=").nth(1)?.split(',').next()?.parse::<u64>().ok())
+                .sum()
+        };
+        let (before, begun) = (sent(&mut raw).await, Instant::now());
+        assert!(roles.none_within(6000).await);
+        let rate = (sent(&mut raw).await - before) as f64 / begun.elapsed().as_secs_f64();
+        println!("{partitions} partitions: {rate:.2} commands a second");
+        assert!(rate <= 3.2, "{partitions} partitions: {rate:.2} commands a second");
+    }
+}
+
+#[tokio::test]
+async fn queues_of_one_worker_are_served_in_turn() {
+    let stage = Stage::new().await;
+    let other = QueueName::new("embed").unwrap();
+    let mut all = jobs(40);
+    all.extend((0..40).map(|_| Envelope { queue: other.clone(), ..job("acme", 9) }));
+    stage.queue.push(&all).await.unwrap();
+    let mut roles = roles_for(&stage, 4, vec![name(), other.clone()]);
+    let mut order = Vec::new();
+    for _ in 0..40 {
+        let job = roles.next().await;
+        order.push(job.envelope.queue.clone());
+        roles.acker.done(&job.lease, Done::Ack).await;
+    }
+    let first = order.iter().filter(|queue| **queue == name()).count();
+    assert!((10..=30).contains(&first), "{first} of 40 jobs came from the first queue");
+}
+
+#[tokio::test]
+async fn a_closed_gate_pauses_its_queue_only_and_opens_at_once() {
+    let stage = Stage::new().await;
+    let other = QueueName::new("embed").unwrap();
+    let mut roles = roles_for(&stage, 8, vec![name(), other.clone()]);
+    roles.gates.close(&name(), "postgres is down");
+    stage.queue.push(&jobs(1)).await.unwrap();
+    stage.queue.push(&[Envelope { queue: other.clone(), ..job("acme", 5) }]).await.unwrap();
+    let running = roles.next().await;
+    assert_eq!(running.envelope.queue, other);
+    assert!(roles.none_within(1500).await, "a paused queue was claimed from");
+    roles.gates.open(&name());
+    let opened = Instant::now();
+    assert_eq!(roles.next().await.envelope.queue, name());
+    assert!(opened.elapsed() < Duration::from_millis(500), "{:?}", opened.elapsed());
+}
+
+#[tokio::test]
+async fn shutdown_gives_back_what_was_claimed_and_not_handed_over() {
+    let stage = Stage::new().await;
+    let all = jobs(10);
+    stage.queue.push(&all).await.unwrap();
+    let mut roles = roles(&stage, 8);
+    let first = roles.next().await;
+    eventually(
+        Duration::from_secs(5),
+        async || (stage.queue.stats(&name()).await.unwrap().in_flight == 8).then_some(()),
+        async || state(&stage).await,
+    )
+    .await;
+    roles.shutdown.cancel();
+    roles.claimer.join().await;
+    // One more may be on its way; it is the caller's.
+    let mut mine = HashSet::from([first.envelope.id]);
+    while let Some(job) = roles.jobs.recv().await {
+        mine.insert(job.envelope.id);
+    }
+    assert!(mine.len() <= 2, "{mine:?}");
+    let stats = stage.queue.stats(&name()).await.unwrap();
+    assert_eq!((stats.depth(), stats.in_flight), (10 - mine.len() as u64, mine.len() as u64));
+    let rest: Vec<_> = stage.claim(9).await.iter().map(|claim| claim.envelope.id).collect();
+    let expected: Vec<_> = all.iter().map(|job| job.id).filter(|id| !mine.contains(id)).take(9).collect();
+    assert_eq!(rest, expected, "they went back to their places in front");
+}
+
+#[tokio::test]
+async fn a_dropped_receiver_ends_the_claimer_and_loses_nothing() {
+    let stage = Stage::new().await;
+    stage.queue.push(&jobs(10)).await.unwrap();
+    let roles = roles(&stage, 4);
+    drop(roles.jobs);
+    timeout(Duration::from_secs(5), roles.claimer.join())
+        .await
+        .expect("the claimer goes on without a receiver");
+    // What sat in the channel, at most one job, comes back by the reaper.
+    let stats = stage.queue.stats(&name()).await.unwrap();
+    assert!(stats.in_flight <= 1 && stats.depth() + stats.in_flight == 10, "{stats:?}");
+}
+
+// One runtime thread: what blocks it blocks everything but the heartbeat.
+#[tokio::test(flavor = "current_thread")]
+async fn rule_5_a_busy_runtime_does_not_starve_the_heartbeat() {
+    let stage = Stage::with(|config| config.lease = Duration::from_millis(800)).await;
+    stage.queue.push(&jobs(3)).await.unwrap();
+    let claims = stage.claim(3).await;
+    let heartbeat = Heartbeat::spawn(stage.config.clone(), beat_every(200)).unwrap();
+    let leases: Vec<_> = claims.iter().map(|claim| heartbeat.register(claim)).collect();
+    let busy_until = Instant::now() + Duration::from_millis(2500);
+    while Instant::now() < busy_until {
+        std::hint::spin_loop();
+    }
+    assert!(
+        stage.queue.reap(&name()).await.unwrap().is_empty(),
+        "a lease ran out while the runtime was busy"
+    );
+    for lease in &leases {
+        assert!(lease.remaining() > Duration::from_millis(200), "{lease:?}");
+        assert!(!lease.is_lost());
+    }
+}
+
+#[tokio::test]
+async fn rule_5_a_lost_lease_is_told_at_once() {
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(2)).await;
+    stage.queue.push(&jobs(1)).await.unwrap();
+    let claims = stage.claim(1).await;
+    let heartbeat = Heartbeat::spawn(stage.config.clone(), beat_every(100)).unwrap();
+    let lease = heartbeat.register(&claims[0]);
+    lease.valid(Duration::from_millis(500)).await.unwrap();
+    stage.queue.at(i64::MAX / 4096).reap(&name()).await.unwrap();
+    timeout(Duration::from_secs(2), lease.lost().cancelled()).await.expect("not told within 2 s");
+    assert!(lease.valid(Duration::ZERO).await.is_err());
+    assert!(heartbeat.is_empty());
+}
+
+#[tokio::test]
+async fn rule_4_the_local_lease_ends_before_the_one_in_redis() {
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(5)).await;
+    stage.queue.push(&jobs(1)).await.unwrap();
+    let claims = stage.claim(1).await;
+    let heartbeat = Heartbeat::spawn(stage.config.clone(), beat_every(100)).unwrap();
+    let lease = heartbeat.register(&claims[0]);
+    let mut raw = stage.raw().await;
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let local = lease.remaining();
+        let (seconds, micros): (i64, i64) = redis::cmd("TIME").query_async(&mut raw).await.unwrap();
+        let expiry = stage.queue.leases(&name()).await.unwrap()[0].1;
+        let in_redis = expiry - (seconds * 1000 + micros / 1000);
+        assert!(local.as_millis() as i64 <= in_redis + 2, "local {local:?}, in Redis {in_redis} ms");
+    }
+}
+
+#[tokio::test]
+async fn a_job_that_is_dropped_without_an_answer_comes_back() {
+    let stage = Stage::with(|config| config.lease = Duration::from_millis(600)).await;
+    stage.queue.push(&jobs(1)).await.unwrap();
+    let mut roles = roles(&stage, 2);
+    let _reaper = Reaper::spawn(stage.queue.clone(), vec![name()], roles.shutdown.clone());
+    let first = roles.next().await;
+    let (id, token) = (first.envelope.id, first.lease.lease_ref().token);
+    drop(first);
+    let again = roles.next().await;
+    assert_eq!(again.envelope.id, id);
+    assert_ne!(again.lease.lease_ref().token, token);
+}
+
+#[tokio::test]
+async fn a_due_job_runs_on_time() {
+    let stage = Stage::new().await;
+    let mut roles = roles(&stage, 4);
+    let _scheduler = Scheduler::spawn(stage.queue.clone(), vec![name()], roles.shutdown.clone());
+    // Known to the scheduler before it is due, so that it wakes for it and not by its poll.
+    let (seconds, micros): (i64, i64) = redis::cmd("TIME").query_async(&mut stage.raw().await).await.unwrap();
+    let due = seconds * 1000 + micros / 1000 + 2500;
+    stage.queue.push(&[Envelope { run_at_ms: Some(due), ..job("acme", 5) }]).await.unwrap();
+    roles.next().await;
+    let (seconds, micros): (i64, i64) = redis::cmd("TIME").query_async(&mut stage.raw().await).await.unwrap();
+    let late = seconds * 1000 + micros / 1000 - due;
+    assert!((0..500).contains(&late), "it ran {late} ms after its time");
+}
+
+#[tokio::test]
+async fn rule_13_a_dead_workers_jobs_go_to_another() {
+    let stage = Stage::with(|config| config.lease = Duration::from_millis(800)).await;
+    stage.queue.push(&jobs(3)).await.unwrap();
+    // This worker claims and dies: nobody renews its leases.
+    let dead = stage.claim(3).await;
+    let mut roles = roles(&stage, 8);
+    let _reaper = Reaper::spawn(stage.queue.clone(), vec![name()], roles.shutdown.clone());
+    let mut seen = HashSet::new();
+    for _ in 0..3 {
+        let job = roles.next().await;
+        seen.insert(job.envelope.id);
+        roles.acker.done(&job.lease, Done::Ack).await;
+    }
+    assert_eq!(seen, dead.iter().map(|claim| claim.envelope.id).collect());
+    roles.acker.flush().await;
+    assert_eq!(stage.queue.stats(&name()).await.unwrap().in_flight, 0);
+    assert!(roles.heartbeat.is_empty());
+}
+
+#[tokio::test]
+async fn a_heartbeat_slower_than_the_lease_is_refused() {
+    let config = QueueConfig { lease: Duration::from_secs(10), ..QueueConfig::default() };
+    let error = Heartbeat::spawn(config, beat_every(6000)).unwrap_err();
+    assert!(matches!(error, QueueError::Config { setting: "FLOTILLA_HEARTBEAT_MS", .. }), "{error}");
+}
