@@ -173,6 +173,9 @@ async fn points_survive_down_up_and_kill_9() {
         let counted = client.count(CountPointsBuilder::new("c").exact(true)).await.unwrap();
         assert_eq!(counted.result.unwrap().count, id);
     }
+    // Here and not only in `Drop`, which blocks this thread: the server waits for its clients to say goodbye, and ours
+    // lives on this thread.
+    Stack::down(dir.path()).await.unwrap();
 }
 
 #[tokio::test]
