@@ -27,7 +27,7 @@ command -v cargo >/dev/null && command -v rustc >/dev/null || {
 if command -v sha256sum >/dev/null; then sha() { sha256sum; }; else sha() { shasum -a 256; }; fi
 
 # Run here, so that the checkout's rust-toolchain.toml decides which compiler answers.
-key=$(
+key_of_sources() {
   {
     rustc --version --verbose
     find src .cargo Cargo.toml Cargo.lock -type f -print | LC_ALL=C sort | while read -r file; do
@@ -35,7 +35,8 @@ key=$(
       cat "$file"
     done
   } | sha | cut -c1-24
-)
+}
+key=$(key_of_sources)
 
 binary=$cache/$key/flotilla-vectors
 found() {
@@ -60,6 +61,11 @@ say "building the vector server once, about 10 minutes on two cores (kept in $ca
 # lock descriptor, so that a compiler cache it leaves running can't hold the lock.
 env -u RUSTC_WRAPPER -u CARGO_BUILD_RUSTC_WRAPPER -u CARGO_BUILD_TARGET CARGO_TARGET_DIR="$target" \
   cargo build --release --locked >&2 9>&-
+
+if [ "$(key_of_sources)" != "$key" ]; then
+  say "the sources changed during the build; run it again"
+  exit 1
+fi
 
 mkdir -p "$cache/$key"
 fresh=$(mktemp "$cache/$key/.fresh.XXXXXX")

@@ -52,7 +52,8 @@ struct Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_env("FLOTILLA_LOG").unwrap_or_else(|_| EnvFilter::new("info,qdrant_edge=warn"));
+    let filter =
+        EnvFilter::try_from_env("FLOTILLA_LOG").unwrap_or_else(|_| EnvFilter::new("info,qdrant_edge=warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -78,7 +79,9 @@ async fn run(arguments: Arguments) -> Result<()> {
     let started = Instant::now();
     let store = {
         let data = data.clone();
-        tokio::task::spawn_blocking(move || Store::open(&data)).await.context("opening the store failed")??
+        tokio::task::spawn_blocking(move || Store::open(&data))
+            .await
+            .context("opening the store failed")??
     };
     let flusher = store::spawn_flusher(Arc::clone(&store), Duration::from_millis(flush_interval_ms))
         .context("cannot start the flusher")?;
@@ -95,9 +98,7 @@ async fn run(arguments: Arguments) -> Result<()> {
     let server = tonic::transport::Server::builder()
         .add_service(health)
         .add_service(QdrantServer::new(service.clone()))
-        .add_service(
-            CollectionsServer::new(service.clone()).accept_compressed(Gzip).send_compressed(Gzip),
-        )
+        .add_service(CollectionsServer::new(service.clone()).accept_compressed(Gzip).send_compressed(Gzip))
         .add_service(
             PointsServer::new(service)
                 .accept_compressed(Gzip)

@@ -15,6 +15,7 @@ pub fn unsupported(what: &str) -> Status {
 }
 
 /// Refuses the field if it is set.
+#[expect(clippy::ref_option, reason = "takes fields as they stand in the message")]
 pub fn absent<T>(field: &str, value: &Option<T>) -> Answer<()> {
     if value.is_some() { Err(unsupported(field)) } else { Ok(()) }
 }

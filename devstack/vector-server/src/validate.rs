@@ -29,12 +29,10 @@ impl VectorShape {
     fn check_point(&self, point: &PointStructPersisted) -> Answer<()> {
         match &point.vector {
             VectorStructPersisted::Single(vector) => self.check_stored(point.id, "", vector),
-            VectorStructPersisted::Named(named) => {
-                named.iter().try_for_each(|(name, vector)| match vector {
-                    VectorPersisted::Dense(vector) => self.check_stored(point.id, name, vector),
-                    VectorPersisted::Sparse(_) | VectorPersisted::MultiDense(_) => Err(not_dense(point.id)),
-                })
-            }
+            VectorStructPersisted::Named(named) => named.iter().try_for_each(|(name, vector)| match vector {
+                VectorPersisted::Dense(vector) => self.check_stored(point.id, name, vector),
+                VectorPersisted::Sparse(_) | VectorPersisted::MultiDense(_) => Err(not_dense(point.id)),
+            }),
             VectorStructPersisted::MultiDense(_) => Err(not_dense(point.id)),
         }
     }
@@ -89,7 +87,8 @@ mod tests {
     #[test]
     fn names_what_is_wrong() {
         assert!(shape().check_vector("", &[0.0, 1.0]).is_ok());
-        let message = |name, vector: &[f32]| shape().check_vector(name, vector).unwrap_err().message().to_owned();
+        let message =
+            |name, vector: &[f32]| shape().check_vector(name, vector).unwrap_err().message().to_owned();
         assert!(message("", &[0.0]).contains("expected dim: 2, got 1"));
         assert!(message("text", &[0.0, f32::NAN, 1.0]).contains("element 1 of the vector is NaN"));
         assert!(message("", &[f32::NEG_INFINITY, 0.0]).contains("element 0"));

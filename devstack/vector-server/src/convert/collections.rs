@@ -70,7 +70,7 @@ pub fn config_in(spec: &pb::CreateCollection) -> Answer<edge::EdgeConfig> {
 fn vectors_in(config: Option<&pb::VectorsConfig>) -> Answer<Vec<(String, &pb::VectorParams)>> {
     use pb::vectors_config::Config;
     match config.and_then(|pb::VectorsConfig { config }| config.as_ref()) {
-        None => Err(invalid("`vectors_config` is required")),
+        None => Err(unsupported("CreateCollection without vectors_config")),
         Some(Config::Params(params)) => Ok(vec![(edge::DEFAULT_VECTOR_NAME.to_owned(), params)]),
         Some(Config::ParamsMap(pb::VectorParamsMap { map })) => {
             Ok(map.iter().map(|(name, params)| (name.clone(), params)).collect())
@@ -78,7 +78,10 @@ fn vectors_in(config: Option<&pb::VectorsConfig>) -> Answer<Vec<(String, &pb::Ve
     }
 }
 
-fn vector_params_in(params: &pb::VectorParams, base: edge::HnswIndexConfig) -> Answer<edge::EdgeVectorParams> {
+fn vector_params_in(
+    params: &pb::VectorParams,
+    base: edge::HnswIndexConfig,
+) -> Answer<edge::EdgeVectorParams> {
     let pb::VectorParams {
         size,
         distance,

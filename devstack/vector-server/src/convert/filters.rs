@@ -52,7 +52,9 @@ fn condition_in(condition: pb::Condition) -> Answer<edge::Condition> {
         Kind::HasId(pb::HasIdCondition { has_id }) => {
             edge::Condition::HasId(ids::ids_in(has_id)?.into_iter().collect())
         }
-        Kind::HasVector(pb::HasVectorCondition { has_vector }) => edge::Condition::HasVector(has_vector.into()),
+        Kind::HasVector(pb::HasVectorCondition { has_vector }) => {
+            edge::Condition::HasVector(has_vector.into())
+        }
         Kind::Filter(filter) => edge::Condition::Filter(filter_in(filter)?),
         Kind::Nested(pb::NestedCondition { key, filter }) => {
             let filter = filter.ok_or_else(|| invalid("a nested condition has no filter"))?;

@@ -18,14 +18,14 @@ pub fn schema_in(
     params: Option<pb::PayloadIndexParams>,
 ) -> Answer<edge::PayloadFieldSchema> {
     let kind = field_type
-        .map(|number| pb::FieldType::try_from(number).map_err(|error| invalid(format!("`field_type`: {error}"))))
+        .map(|number| {
+            pb::FieldType::try_from(number).map_err(|error| invalid(format!("`field_type`: {error}")))
+        })
         .transpose()?
         .map(kind_in)
         .transpose()?;
-    let params = params
-        .and_then(|pb::PayloadIndexParams { index_params }| index_params)
-        .map(params_in)
-        .transpose()?;
+    let params =
+        params.and_then(|pb::PayloadIndexParams { index_params }| index_params).map(params_in).transpose()?;
     match (kind, params) {
         (None, None) => Err(invalid("`field_type` or `field_index_params` is required")),
         (Some(kind), None) => Ok(edge::PayloadFieldSchema::FieldType(kind)),

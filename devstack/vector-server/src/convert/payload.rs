@@ -10,7 +10,8 @@ use crate::status::{Answer, invalid};
 
 /// A path into a payload, such as `a.b[].c`.
 pub fn path_in(text: &str) -> Answer<edge::JsonPath> {
-    text.parse().map_err(|()| invalid(format!("{text:?} is not a JSON path; expected keys such as `a.b[].c`")))
+    text.parse()
+        .map_err(|()| invalid(format!("{text:?} is not a JSON path; expected keys such as `a.b[].c`")))
 }
 
 /// A payload; a number that JSON cannot hold (NaN, an infinity) is refused.
@@ -29,9 +30,9 @@ fn value_in(value: pb::Value) -> Answer<Json> {
         None | Some(Kind::NullValue(_)) => Json::Null,
         Some(Kind::BoolValue(value)) => Json::Bool(value),
         Some(Kind::IntegerValue(value)) => Json::from(value),
-        Some(Kind::DoubleValue(value)) => Number::from_f64(value)
-            .map(Json::Number)
-            .ok_or_else(|| invalid(format!("a payload holds the number {value}, which JSON cannot express")))?,
+        Some(Kind::DoubleValue(value)) => Number::from_f64(value).map(Json::Number).ok_or_else(|| {
+            invalid(format!("a payload holds the number {value}, which JSON cannot express"))
+        })?,
         Some(Kind::StringValue(value)) => Json::String(value),
         Some(Kind::ListValue(pb::ListValue { values })) => {
             Json::Array(values.into_iter().map(value_in).collect::<Answer<_>>()?)

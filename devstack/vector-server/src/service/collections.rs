@@ -16,7 +16,10 @@ fn done((result, time): (bool, f64)) -> Response<pb::CollectionOperationResponse
 
 #[tonic::async_trait]
 impl Collections for Service {
-    async fn get(&self, request: Request<pb::GetCollectionInfoRequest>) -> Reply<pb::GetCollectionInfoResponse> {
+    async fn get(
+        &self,
+        request: Request<pb::GetCollectionInfoRequest>,
+    ) -> Reply<pb::GetCollectionInfoResponse> {
         let pb::GetCollectionInfoRequest { collection_name } = request.into_inner();
         let (result, time) =
             self.run(None, move |store| info::describe(&*store.get(&collection_name)?)).await?;
@@ -89,7 +92,10 @@ impl Collections for Service {
         }))
     }
 
-    async fn update_aliases(&self, request: Request<pb::ChangeAliases>) -> Reply<pb::CollectionOperationResponse> {
+    async fn update_aliases(
+        &self,
+        request: Request<pb::ChangeAliases>,
+    ) -> Reply<pb::CollectionOperationResponse> {
         let pb::ChangeAliases { actions, timeout } = request.into_inner();
         self.run(timeout, move |store| store.change_aliases(actions).map(|()| true)).await.map(done)
     }

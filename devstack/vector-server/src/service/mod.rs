@@ -42,7 +42,9 @@ impl Service {
             None => task.await,
             Some(seconds) => {
                 tokio::time::timeout(Duration::from_secs(seconds), task).await.map_err(|_| {
-                    Status::deadline_exceeded(format!("the operation took longer than its timeout of {seconds} s"))
+                    Status::deadline_exceeded(format!(
+                        "the operation took longer than its timeout of {seconds} s"
+                    ))
                 })?
             }
         };

@@ -137,7 +137,10 @@ impl Points for Service {
         .await
     }
 
-    async fn set_payload(&self, request: Request<pb::SetPayloadPoints>) -> Reply<pb::PointsOperationResponse> {
+    async fn set_payload(
+        &self,
+        request: Request<pb::SetPayloadPoints>,
+    ) -> Reply<pb::PointsOperationResponse> {
         self.change_payload(request.into_inner(), PayloadOps::SetPayload).await
     }
 
@@ -175,8 +178,14 @@ impl Points for Service {
         &self,
         request: Request<pb::ClearPayloadPoints>,
     ) -> Reply<pb::PointsOperationResponse> {
-        let pb::ClearPayloadPoints { collection_name, wait: _, points, ordering: _, shard_key_selector, timeout } =
-            request.into_inner();
+        let pb::ClearPayloadPoints {
+            collection_name,
+            wait: _,
+            points,
+            ordering: _,
+            shard_key_selector,
+            timeout,
+        } = request.into_inner();
         absent("ClearPayloadPoints.shard_key_selector", &shard_key_selector)?;
         self.write(collection_name, timeout, move |_| {
             Ok(UpdateOperation::PayloadOperation(match selection_in("points", points)? {

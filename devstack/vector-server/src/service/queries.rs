@@ -21,7 +21,10 @@ pub fn query(collection: &Collection, query: pb::QueryPoints) -> Answer<Vec<pb::
 }
 
 /// Answers several queries over one state of the collection.
-pub fn query_batch(collection: &Collection, queries: Vec<pb::QueryPoints>) -> Answer<Vec<Vec<pb::ScoredPoint>>> {
+pub fn query_batch(
+    collection: &Collection,
+    queries: Vec<pb::QueryPoints>,
+) -> Answer<Vec<Vec<pb::ScoredPoint>>> {
     let requests = queries.into_iter().map(|query| request_in(collection, query)).collect::<Answer<_>>()?;
     let answers =
         collection.shard().query_batch(edge::QueryBatchRequest::new(requests)).map_err(from_engine)?;
@@ -147,13 +150,13 @@ fn vector_of(collection: &Collection, id: edge::PointId, using: &str) -> Answer<
         .map_err(from_engine)?
         .pop()
         .ok_or_else(|| tonic::Status::not_found(format!("Not found: No point with id {id} found")))?;
-    let vector = record.get_vector_by_name(using).map(|vector| vector.to_owned());
+    let vector = record.get_vector_by_name(using).map(edge::VectorRef::to_owned);
     vector.ok_or_else(|| invalid(format!("point {id} has no vector {using:?}")))
 }
 
 fn excluding(filter: Option<edge::Filter>, id: Option<edge::PointId>) -> Option<edge::Filter> {
     let Some(id) = id else { return filter };
-    let mut filter = filter.unwrap_or_else(edge::Filter::new);
+    let mut filter = filter.unwrap_or_default();
     let excluded = edge::Condition::HasId(std::iter::once(id).collect());
     filter.must_not.get_or_insert_default().push(excluded);
     Some(filter)

@@ -40,8 +40,10 @@ impl AliasFile {
 
     /// Replaces all aliases at once.
     pub fn write(&self, aliases: &Aliases) -> Answer<()> {
-        let bytes = serde_json::to_vec_pretty(aliases).map_err(|error| Status::internal(error.to_string()))?;
-        atomic_file::replace(&self.path, &bytes).map_err(|error| file_error("cannot save the aliases", &error))
+        let bytes =
+            serde_json::to_vec_pretty(aliases).map_err(|error| Status::internal(error.to_string()))?;
+        atomic_file::replace(&self.path, &bytes)
+            .map_err(|error| file_error("cannot save the aliases", &error))
     }
 }
 
@@ -88,15 +90,20 @@ mod tests {
 
     fn create(alias: &str, collection: &str) -> pb::AliasOperations {
         let (alias_name, collection_name) = (alias.to_owned(), collection.to_owned());
-        pb::AliasOperations { action: Some(Action::CreateAlias(pb::CreateAlias { collection_name, alias_name })) }
+        pb::AliasOperations {
+            action: Some(Action::CreateAlias(pb::CreateAlias { collection_name, alias_name })),
+        }
     }
 
     #[test]
     fn one_bad_action_refuses_all() {
         let is_collection = |name: &str| name == "a" || name == "b";
-        let aliases = changed(Aliases::new(), vec![create("live", "a"), create("live", "b")], is_collection).unwrap();
+        let aliases =
+            changed(Aliases::new(), vec![create("live", "a"), create("live", "b")], is_collection).unwrap();
         assert_eq!(aliases, Aliases::from([("live".into(), "b".into())]));
-        assert!(changed(aliases.clone(), vec![create("live", "a"), create("x", "gone")], is_collection).is_err());
+        assert!(
+            changed(aliases.clone(), vec![create("live", "a"), create("x", "gone")], is_collection).is_err()
+        );
         assert!(changed(aliases, vec![create("a", "b")], is_collection).is_err());
     }
 }

@@ -13,7 +13,11 @@ pub struct BackgroundLoop {
 
 impl BackgroundLoop {
     /// Starts `round` on a thread of its own, first after one period.
-    pub fn spawn(name: &str, period: Duration, mut round: impl FnMut() + Send + 'static) -> std::io::Result<Self> {
+    pub fn spawn(
+        name: &str,
+        period: Duration,
+        mut round: impl FnMut() + Send + 'static,
+    ) -> std::io::Result<Self> {
         let (stop, stopped) = channel();
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(period) {

@@ -37,12 +37,16 @@ impl Store {
     /// Opens every collection under `data`, replaying their logs: seconds after a crash with many points.
     pub fn open(data: &Path) -> Result<Arc<Self>> {
         let directory = data.join("collections");
-        std::fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        std::fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
         let mut collections = BTreeMap::new();
         let mut newest = 0;
-        for entry in std::fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
+        for entry in
+            std::fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))?
+        {
             let path = entry?.path();
-            let number = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<u64>().ok());
+            let number =
+                path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<u64>().ok());
             let Some(number) = number else {
                 tracing::warn!(path = %path.display(), "not a collection; left alone");
                 continue;

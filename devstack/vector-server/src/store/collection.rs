@@ -75,7 +75,8 @@ impl Collection {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 tracing::info!(directory = %path.display(), "removing what is left of a collection");
-                std::fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+                std::fs::remove_dir_all(&path)
+                    .with_context(|| format!("cannot remove {}", path.display()))?;
                 return Ok(None);
             }
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),

@@ -14,7 +14,9 @@ pub fn spawn(store: Arc<Store>, period: Duration) -> std::io::Result<BackgroundL
             let started = Instant::now();
             match collection.flush() {
                 Ok(false) => {}
-                Ok(true) => tracing::debug!(collection = collection.name(), took = ?started.elapsed(), "flushed"),
+                Ok(true) => {
+                    tracing::debug!(collection = collection.name(), took = ?started.elapsed(), "flushed");
+                }
                 Err(error) => tracing::error!(collection = collection.name(), %error, "flush failed"),
             }
         }

@@ -16,7 +16,9 @@ pub fn spawn(store: Arc<Store>) -> std::io::Result<BackgroundLoop> {
             let started = Instant::now();
             match collection.optimise() {
                 Ok(false) => {}
-                Ok(true) => tracing::info!(collection = collection.name(), took = ?started.elapsed(), "optimised"),
+                Ok(true) => {
+                    tracing::info!(collection = collection.name(), took = ?started.elapsed(), "optimised");
+                }
                 Err(error) => tracing::error!(collection = collection.name(), %error, "optimisation failed"),
             }
         }
