@@ -1,0 +1,305 @@
+//! Private services with a fleet of workers on them.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use devstack::testing::TestServices;
+use embedding::hashing::HashingEmbedder;
+use queue::{JobId, Queue, QueueConfig, QueueName, TenantId, WorkerId};
+use sagas::{
+    audit::{AuditSettings, Auditor, Report},
+    engine::{Engine, EngineSettings},
+    kinds::{self, DocumentSettings, Stores},
+    stores::{
+        cache::{Cache, CacheConfig},
+        postgres::{
+            Postgres, PostgresConfig,
+            accept::{Accepted, NewJob},
+        },
+        vectors::{Vectors, VectorsConfig},
+    },
+};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{LONG, Reader, SHORT, WorkerBuilder, process, wait_until};
+
+/// The tenant that owns all that tests enqueue.
+pub const TENANT: &str = "acme";
+
+/// Jobs accepted in one transaction.
+const PAGE: usize = 500;
+/// As `FLOTILLA_LEASE_MS` below.
+const LEASE: Duration = Duration::from_secs(2);
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+const ENDED: [&str; 4] = ["succeeded", "cancelled", "dead", "parked"];
+
+/// The services of one test, migrated, and what its workers share.
+///
+/// Dropping it ends everything. A test calls [`Fleet::end`] instead, which also proves that nothing is left.
+pub struct Fleet {
+    /// The four servers, to be killed and stopped.
+    pub services: TestServices,
+    /// The ledger.
+    pub postgres: Postgres,
+    /// The stores as a reader in this process sees them.
+    pub stores: Stores,
+    /// The queue as an observer in this process sees it.
+    pub queue: Queue,
+    faults: PathBuf,
+    started: AtomicU32,
+}
+
+impl Fleet {
+    /// Starts the services, migrates, and makes the tenant. No worker runs yet.
+    pub async fn start() -> Self {
+        let services =
+            TestServices::start().await.unwrap_or_else(|e| panic!("the services don't start: {e}"));
+        let faults = services.dir().join("faults");
+        std::fs::create_dir(&faults).expect("a directory for fault points");
+        let env: HashMap<_, _> = services.env().into_iter().collect();
+        let mut config = PostgresConfig::new(&env["DATABASE_URL"]);
+        config.call_timeout = CALL_TIMEOUT;
+        let postgres = Postgres::connect(&config).await.expect("Postgres");
+        postgres.migrate_up().await.expect("the migrations");
+        postgres.create_tenant(TENANT).await.expect("the tenant");
+        let vectors =
+            VectorsConfig { url: env["QDRANT_URL"].clone(), api_key: None, call_timeout: CALL_TIMEOUT };
+        let cache = CacheConfig {
+            url: env["REDIS_CACHE_URL"].clone(),
+            prefix: "flotilla".to_owned(),
+            call_timeout: CALL_TIMEOUT,
+        };
+        let stores = Stores::new(
+            postgres.clone(),
+            Vectors::lazy(&vectors).expect("the vector server"),
+            Cache::lazy(&cache).expect("the cache"),
+            Arc::new(HashingEmbedder::new()),
+            vec![],
+            DocumentSettings::default(),
+        );
+        let queue = Queue::lazy(QueueConfig {
+            url: env["REDIS_QUEUE_URL"].clone(),
+            lease: LEASE,
+            ..QueueConfig::default()
+        })
+        .expect("the queue");
+        Self { services, postgres, stores, queue, faults, started: AtomicU32::new(0) }
+    }
+
+    /// A worker over these services, with leases of 2 s and short grace periods. Not started yet.
+    pub fn worker(&self) -> WorkerBuilder {
+        let number = self.started.fetch_add(1, Ordering::Relaxed) + 1;
+        WorkerBuilder::new(format!("worker-{number}"), self.services.dir(), self.env())
+    }
+
+    /// The environment of a `flotilla` process over these services.
+    pub fn env(&self) -> Vec<(String, String)> {
+        let services = self.services.env().into_iter().map(|(name, value)| (name.to_owned(), value));
+        let settings = [
+            ("FLOTILLA_PREFIX", "flotilla"),
+            ("FLOTILLA_EMBEDDER", "hash"),
+            ("FLOTILLA_QUEUES", "ingest,embed,delete"),
+            ("FLOTILLA_CONCURRENCY", "8"),
+            ("FLOTILLA_LEASE_MS", "2000"),
+            ("FLOTILLA_HEARTBEAT_MS", "500"),
+            ("FLOTILLA_DRAIN_GRACE_MS", "5000"),
+            ("FLOTILLA_GRACE_MS", "500"),
+            ("FLOTILLA_SWEEP_BOUND_MS", "3000"),
+            ("FLOTILLA_RETRY_BASE_MS", "100"),
+            ("FLOTILLA_RECONCILE_MS", "500"),
+            ("FLOTILLA_CALL_TIMEOUT_MS", "1000"),
+            ("FLOTILLA_LOG", "info"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let faults = ("FLOTILLA_FAULTS_DIR".to_owned(), self.faults.display().to_string());
+        services.chain(settings).chain([faults]).collect()
+    }
+
+    /// How often a fault point has acted, over all workers.
+    pub fn fired(&self, point: &str) -> usize {
+        (0..).take_while(|n| self.faults.join(format!("{point}.{n}")).exists()).count()
+    }
+
+    /// Lets every fault point act anew, for the next case.
+    pub fn forget_fired(&self, point: &str) {
+        for n in 0..self.fired(point) {
+            std::fs::remove_file(self.faults.join(format!("{point}.{n}"))).expect("forget a firing");
+        }
+    }
+
+    /// The names of all fault points: those around each step of each registered saga, and those inside store writes.
+    pub fn fault_points(&self) -> Vec<String> {
+        let stop = CancellationToken::new();
+        let _stop = stop.clone().drop_guard();
+        let engine = Engine::new(
+            self.postgres.clone(),
+            self.stores.breakers(stop),
+            WorkerId::new("names"),
+            EngineSettings::default(),
+            self.stores.registry(),
+        );
+        let mut points = engine.fault_points();
+        points.extend(sagas::fault::INSIDE.iter().map(|point| (*point).to_owned()));
+        points
+    }
+
+    /// A job of [`TENANT`] with the defaults, in its kind's own queue, not yet accepted.
+    pub fn job(&self, kind: &str, payload: Value) -> NewJob {
+        let queue = QueueName::new(kinds::default_queue(kind)).expect("a queue's name");
+        let document = kinds::document_of(kind, &payload);
+        NewJob { document, ..NewJob::new(kind, queue, TenantId::new(TENANT).expect("a tenant"), payload) }
+    }
+
+    /// An `ingest` job, not yet accepted.
+    pub fn ingest_job(&self, document: &str, text: &str) -> NewJob {
+        self.job("ingest", json!({ "document": document, "text": text }))
+    }
+
+    /// Accepts jobs into the ledger, in order; the relay of a worker dispatches them.
+    pub async fn accept(&self, jobs: Vec<NewJob>) -> Vec<JobId> {
+        let mut ids = vec![];
+        for page in jobs.chunks(PAGE) {
+            for reply in self.postgres.accept(page, false).await.expect("the jobs are accepted") {
+                match reply {
+                    Accepted::New(id) => ids.push(id),
+                    other => panic!("a job was not accepted: {other:?}"),
+                }
+            }
+        }
+        ids
+    }
+
+    /// Enqueues a document's text.
+    pub async fn ingest(&self, document: &str, text: &str) -> JobId {
+        self.accept(vec![self.ingest_job(document, text)]).await[0]
+    }
+
+    /// Enqueues a document's deletion.
+    pub async fn delete(&self, document: &str) -> JobId {
+        self.accept(vec![self.job("delete", json!({ "document": document }))]).await[0]
+    }
+
+    /// Waits until all these jobs have ended; their states.
+    pub async fn all_ended(&self, ids: &[JobId], within: Duration) -> BTreeMap<JobId, String> {
+        let all: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+        wait_until("all jobs have ended", within, async || {
+            let states = self.postgres.job_states(&all).await.map_err(|e| e.to_string())?;
+            let open: Vec<Uuid> = states
+                .iter()
+                .filter(|(_, state)| !ENDED.contains(&state.as_str()))
+                .map(|(id, _)| *id)
+                .collect();
+            if states.len() == ids.len() && open.is_empty() {
+                return Ok(states.into_iter().map(|(id, state)| (JobId(id), state)).collect());
+            }
+            let mut shown = format!("{} of {} jobs are open", open.len(), ids.len());
+            for id in open.into_iter().take(5) {
+                shown.push_str(&self.describe(JobId(id)).await);
+            }
+            Err(shown)
+        })
+        .await
+    }
+
+    /// Waits until all these jobs have ended, and fails unless each succeeded.
+    pub async fn assert_all_succeeded(&self, ids: &[JobId]) {
+        for (id, state) in self.all_ended(ids, LONG).await {
+            if state != "succeeded" {
+                panic!("a job ended otherwise than it should:{}", self.describe(id).await);
+            }
+        }
+    }
+
+    /// Waits until a job has ended; its state.
+    pub async fn ended(&self, id: JobId) -> String {
+        self.all_ended(&[id], SHORT).await.remove(&id).expect("the job")
+    }
+
+    /// A job and its runs, for a failed test's message.
+    pub async fn describe(&self, id: JobId) -> String {
+        use std::fmt::Write;
+        let mut text = String::new();
+        match self.postgres.job(id, None).await {
+            Ok(Some(job)) => writeln!(
+                text,
+                "\n{} {} of {:?}: {} {:?}, {} deliveries ({} lost), {} attempts, run at {}, worker {:?}, error {:?}",
+                job.kind, id, job.document, job.state, job.outcome, job.deliveries, job.lost_deliveries, job.attempts,
+                job.run_at, job.worker, job.last_error
+            ),
+            other => writeln!(text, "\n{id}: {other:?}"),
+        }
+        .expect("a string");
+        for saga in self.postgres.sagas_of(id).await.unwrap_or_default() {
+            writeln!(
+                text,
+                "  run {}: {} at step {}, error {:?}",
+                saga.id, saga.state, saga.next_step, saga.error
+            )
+            .expect("a string");
+            for step in self.postgres.steps(saga.id).await.unwrap_or_default() {
+                writeln!(
+                    text,
+                    "    {} {} {}: {}, {} tries, {:?}",
+                    step.fence, step.direction, step.step_name, step.state, step.attempts, step.error
+                )
+                .expect("a string");
+            }
+        }
+        text
+    }
+
+    /// Reads documents all the time; each has one of its texts whenever it is seen, and stays once it was seen.
+    pub fn reader(&self, documents: impl IntoIterator<Item = (String, Vec<String>)>) -> Reader {
+        Reader::start(self.stores.clone(), documents)
+    }
+
+    /// Waits until no work is under way and the janitor has swept, then audits all stores, without repair; fails the test
+    /// on any disagreement. A worker must run, because the janitor runs in workers.
+    pub async fn audit_clean(&self) -> Report {
+        wait_until("no work is under way", LONG, async || {
+            let (unfinished, sweeps, finishing): (i64, i64, i64) = sqlx::query_as(
+                "SELECT (SELECT count(*) FROM jobs WHERE state IN ('waiting', 'running')),
+                        (SELECT count(*) FROM document_versions WHERE sweep_after IS NOT NULL),
+                        (SELECT count(*) FROM sagas WHERE state NOT IN ('completed', 'compensated'))",
+            )
+            .fetch_one(self.postgres.pool())
+            .await
+            .map_err(|e| e.to_string())?;
+            if (unfinished, sweeps, finishing) == (0, 0, 0) {
+                return Ok(());
+            }
+            Err(format!(
+                "{unfinished} unfinished jobs, {sweeps} versions to sweep, {finishing} sagas not ended"
+            ))
+        })
+        .await;
+        let settings = AuditSettings { repair: false, wait_for_janitor: SHORT, ..AuditSettings::default() };
+        let auditor = Auditor::new(self.stores.clone(), Some(self.queue.clone()));
+        let report = auditor.run(&settings).await.expect("the audit");
+        assert!(report.is_clean(), "the stores disagree: {:#?}", report.findings);
+        assert_eq!(
+            (report.pending.unseen_points, report.pending.unseen_cache_entries),
+            (0, 0),
+            "{:?}",
+            report.pending
+        );
+        assert!(report.queue_audited);
+        report
+    }
+
+    /// Ends the services, and proves that neither they nor a worker are left. Drop the workers first.
+    pub fn end(self) {
+        drop(self);
+        let left = process::children();
+        assert!(left.is_empty(), "processes are left: {left:?}");
+    }
+}
