@@ -5,6 +5,16 @@
 //! Actions: `kill` (SIGKILL of this process), `stop` (SIGSTOP), `hang` (never returns), `error` (transient), `permanent`,
 //! `unavailable`.
 
+/// The points inside store writes, beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
+/// names. The ingest ones are shared by `embed_document`.
+pub const INSIDE: [&str; 5] = [
+    "ingest.stage.inside",
+    "ingest.vectors.inside",
+    "ingest.publish.inside",
+    "delete.tombstone.inside",
+    "engine.finish.inside",
+];
+
 /// Acts if the environment arms this point. Only in a function that returns a `Result` with an error made from a
 /// [`StoreError`](crate::error::StoreError).
 #[macro_export]
