@@ -138,7 +138,6 @@ pub async fn run(
     let worker = WorkerBuilder::new(settings.id.to_string())
         .backend(QueueBackend::new(claimer, jobs, acker.clone()))
         .data(runner)
-        .catch_panic()
         .concurrency(settings.concurrency)
         .build(handle);
     let stopped = shutdown.clone();
@@ -158,7 +157,8 @@ pub async fn run(
     }
 }
 
-/// apalis polls all handlers in one task; a task for each job spreads them over the runtime's threads.
+/// apalis polls all handlers in one task; a task for each job spreads them over the runtime's threads, and a panic ends that
+/// task alone: its lease runs out and the job is delivered again, counted as lost.
 async fn handle(job: queue::Job, runner: Data<Arc<Runner>>) -> Result<(), BoxDynError> {
     let runner = Arc::clone(&runner);
     tokio::spawn(async move { runner.process(job).await }).await?;

@@ -1,0 +1,189 @@
+//! One worker in this process over real private services: every saga, from acceptance to what readers see.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{sync::Arc, time::{Duration, Instant}};
+
+use devstack::testing::TestServices;
+use queue::{JobId, Queue, QueueConfig, QueueName, TenantId, WorkerId};
+use sagas::{
+    engine::EngineSettings,
+    janitor::JanitorSettings,
+    kinds::{DocumentSettings, Stores},
+    search::Query,
+    stores::{
+        cache::{Cache, CacheConfig},
+        postgres::{Postgres, PostgresConfig, accept::NewJob, ledger::Cancel},
+        vectors::{Vectors, VectorsConfig},
+    },
+};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use worker::WorkerSettings;
+
+struct Fleet {
+    stores: Stores,
+    queue: Queue,
+    shutdown: CancellationToken,
+    worker: tokio::task::JoinHandle<Result<(), worker::WorkerError>>,
+    _services: TestServices,
+}
+
+const CALL: Duration = Duration::from_secs(2);
+
+impl Fleet {
+    async fn start() -> Self {
+        let services = TestServices::start().await.unwrap();
+        let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
+        postgres.migrate_up().await.unwrap();
+        postgres.create_tenant("acme").await.unwrap();
+        let vectors = Vectors::lazy(&VectorsConfig { url: services.vectors().url().to_owned(), api_key: None, call_timeout: CALL }).unwrap();
+        let cache = Cache::lazy(&CacheConfig { url: services.redis_cache().url().to_owned(), prefix: "flotilla".into(), call_timeout: CALL }).unwrap();
+        let embedder = embedding::open(&embedding::EmbedderConfig::Hashing).unwrap();
+        let settings = DocumentSettings {
+            grace: Duration::from_millis(300),
+            sweep_bound: Duration::from_secs(1),
+            ..DocumentSettings::default()
+        };
+        let stores = Stores::new(postgres, vectors, cache, embedder, vec![], settings);
+        let config = QueueConfig { url: services.redis_queue().url().to_owned(), lease: Duration::from_secs(4), ..QueueConfig::default() };
+        let queue = Queue::connect(config).await.unwrap();
+        let shutdown = CancellationToken::new();
+        let settings = WorkerSettings {
+            queues: ["ingest", "embed", "delete"].map(|name| QueueName::new(name).unwrap()).to_vec(),
+            concurrency: 8,
+            id: WorkerId::for_this_process(),
+            heartbeat: Duration::from_secs(1),
+            drain_grace: Duration::from_secs(5),
+            addr: "127.0.0.1:0".parse().unwrap(),
+            engine: EngineSettings { retry_base: Duration::from_millis(50), unroutable_after: Duration::ZERO, ..EngineSettings::default() },
+            janitor: JanitorSettings { every: Duration::from_millis(100), ..JanitorSettings::default() },
+        };
+        let worker = tokio::spawn(worker::run(settings, stores.clone(), queue.clone(), Arc::new(String::new), shutdown.clone()));
+        Self { stores, queue, shutdown, worker, _services: services }
+    }
+
+    async fn enqueue(&self, kind: &str, payload: Value) -> JobId {
+        let queue = if matches!(kind, "ingest" | "embed" | "delete") { kind } else { "ingest" };
+        let mut job = NewJob::new(kind, QueueName::new(queue).unwrap(), TenantId::new("acme").unwrap(), payload);
+        job.document = sagas::kinds::document_of(kind, &job.payload);
+        self.stores.postgres.accept(std::slice::from_ref(&job), true).await.unwrap();
+        let envelope = self.stores.postgres.envelope(job.id).await.unwrap().unwrap();
+        self.queue.push(&[envelope]).await.unwrap();
+        job.id
+    }
+
+    /// Waits until the job has ended; returns its state, outcome and last error.
+    async fn ended(&self, id: JobId) -> sagas::stores::postgres::inspect::JobView {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let job = self.stores.postgres.job(id, None).await.unwrap().unwrap();
+            if job.finished_at.is_some() {
+                return job;
+            }
+            assert!(Instant::now() < deadline, "not ended in time: {job:#?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn run(&self, kind: &str, payload: Value) -> sagas::stores::postgres::inspect::JobView {
+        let id = self.enqueue(kind, payload).await;
+        self.ended(id).await
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        self.worker.await.unwrap().unwrap();
+    }
+
+    async fn text(&self, document: &str) -> Option<String> {
+        self.stores.document("acme", document).await.unwrap().map(|d| d.text)
+    }
+
+    async fn hits(&self, text: &str) -> Vec<(String, String)> {
+        let query = Query { tenant: "acme", text, k: 3, model: None, collection: None };
+        self.stores.search(&query).await.unwrap().into_iter().map(|hit| (hit.document, hit.text)).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_document_is_ingested_replaced_embedded_again_and_deleted() {
+    let fleet = Fleet::start().await;
+    let job = fleet.run("ingest", json!({ "document": "a", "text": "the quick brown fox" })).await;
+    assert_eq!((job.state.as_str(), job.last_error), ("succeeded", None));
+    fleet.run("ingest", json!({ "document": "b", "text": "a lazy dog sleeps" })).await;
+    assert_eq!(fleet.text("a").await.as_deref(), Some("the quick brown fox"));
+    assert_eq!(fleet.hits("quick fox").await[0], ("a".into(), "the quick brown fox".into()));
+
+    let job = fleet.run("ingest", json!({ "document": "a", "text": "an entirely new text about foxes" })).await;
+    assert_eq!(job.state, "succeeded");
+    assert_eq!(fleet.text("a").await.as_deref(), Some("an entirely new text about foxes"));
+    assert!(fleet.hits("quick").await.iter().all(|(_, text)| text != "the quick brown fox"));
+
+    let job = fleet.run("embed", json!({ "all": true, "collection": "other" })).await;
+    assert_eq!(job.result, Some(json!({ "enqueued": 2 })));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while fleet.stores.vectors.collections().await.unwrap().is_empty()
+        || fleet.stores.postgres.current_version("acme", "a").await.unwrap().unwrap().collection != "other"
+    {
+        // The children wait for the relay, which this test stands in for.
+        let batch = fleet.stores.postgres.undispatched(10, &[]).await.unwrap();
+        fleet.queue.push(&batch.envelopes).await.unwrap();
+        let ids: Vec<JobId> = batch.envelopes.iter().map(|e| e.id).collect();
+        batch.done(&ids).await.unwrap();
+        assert!(Instant::now() < deadline, "not embedded again in time");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(fleet.text("a").await.as_deref(), Some("an entirely new text about foxes"));
+
+    let job = fleet.run("delete", json!({ "document": "a" })).await;
+    assert_eq!(job.state, "succeeded");
+    assert_eq!(fleet.text("a").await, None);
+    assert!(fleet.hits("foxes").await.iter().all(|(document, _)| document != "a"));
+
+    // The janitor finishes every saga and sweeps every version but the one that is shown.
+    let left = "SELECT (SELECT count(*) FROM sagas WHERE state NOT IN ('completed', 'compensated'))
+                     + (SELECT count(*) FROM document_versions WHERE state <> 'published')";
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while sqlx::query_scalar::<_, i64>(left).fetch_one(fleet.stores.postgres.pool()).await.unwrap() > 0 {
+        assert!(Instant::now() < deadline, "the janitor is not done");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    fleet.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_not_succeed_becomes_a_dead_letter_with_its_reason() {
+    let fleet = Fleet::start().await;
+    for (kind, payload, class) in [
+        ("ingest", json!({ "document": "x", "text": " \n " }), "empty_document"),
+        ("ingest", json!({ "document": "x", "text_base64": "/////w==" }), "not_utf8"),
+        ("ingest", json!({ "document": "x", "chunks": [{ "text": "t", "vector": [1.0] }] }), "wrong_dimension"),
+        ("ingest", json!({ "document": "x", "text": "t", "model": "none" }), "unknown_model"),
+        ("ingest", json!({ "document": "x" }), "bad_payload"),
+        ("no_such_kind", json!({}), "unknown_kind"),
+    ] {
+        let job = fleet.run(kind, payload).await;
+        assert_eq!(job.state, "dead", "{class}");
+        let letter = fleet.stores.postgres.dead_letter(job.id).await.unwrap().unwrap();
+        assert_eq!(letter.class, class, "{}", letter.reason);
+        assert_eq!(job.attempts, 1);
+    }
+    assert_eq!(fleet.text("x").await, None);
+    fleet.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn protocol_14_cancel_ends_a_waiting_job_at_once_and_never_one_past_its_pivot() {
+    let fleet = Fleet::start().await;
+    let done = fleet.run("ingest", json!({ "document": "c", "text": "done" })).await;
+    assert_eq!(fleet.stores.postgres.cancel(JobId(done.id), Some("acme")).await.unwrap(), Cancel::PastPivot);
+    let mut job = NewJob::new("ingest", QueueName::new("ingest").unwrap(), TenantId::new("acme").unwrap(), json!({ "document": "c", "text": "later" }));
+    job.document = Some("c".into());
+    job.run_at = Some(chrono::Utc::now() + chrono::Duration::hours(1));
+    fleet.stores.postgres.accept(std::slice::from_ref(&job), true).await.unwrap();
+    assert_eq!(fleet.stores.postgres.cancel(job.id, Some("other")).await.unwrap(), Cancel::Unknown);
+    assert_eq!(fleet.stores.postgres.cancel(job.id, Some("acme")).await.unwrap(), Cancel::Cancelled);
+    assert_eq!(fleet.ended(job.id).await.state, "cancelled");
+    assert_eq!(fleet.text("c").await.as_deref(), Some("done"));
+    fleet.stop().await;
+}
