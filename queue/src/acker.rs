@@ -1,6 +1,6 @@
 //! Tells Redis which jobs are finished or given back.
 
-use std::time::Duration;
+use std::{borrow::Borrow, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot},
@@ -54,11 +54,13 @@ impl Acker {
 
     /// Ends the lease. Returns at once unless 16,384 answers wait for Redis already. Not cancel-safe: when cancelled
     /// while waiting, the job comes back after its lease has run out.
-    pub async fn done(&self, lease: &Lease, done: Done) {
+    pub async fn done(&self, lease: impl Borrow<Lease>, done: Done) {
+        let lease = lease.borrow().clone();
         // First the heartbeat: it must not find the job gone and call the lease lost.
-        self.heartbeat.end(lease);
-        if self.messages.send(Message::Done(lease.clone(), done)).await.is_err() {
-            tracing::error!(id = %lease.id(), "the acker's task is gone; the lease will run out");
+        self.heartbeat.end(&lease);
+        let id = lease.id();
+        if self.messages.send(Message::Done(lease, done)).await.is_err() {
+            tracing::error!(%id, "the acker's task is gone; the lease will run out");
         }
     }
 

@@ -180,8 +180,8 @@ impl Registry {
                 // An ack that was under way makes the job unknown as well.
                 Beat::Lost if state.is_over() => {}
                 Beat::Lost => {
-                    state.lose();
                     self.lock().remove(&lease.token);
+                    state.lose();
                     metrics::counter!("queue_leases_lost_total", "queue" => lease.queue.to_string())
                         .increment(1);
                     tracing::warn!(id = %lease.id, queue = %lease.queue, "lost a lease");

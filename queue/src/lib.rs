@@ -10,15 +10,18 @@ pub mod error;
 pub mod gates;
 pub mod heartbeat;
 pub mod ids;
+mod inspect;
 pub mod lease;
 mod link;
 mod outage;
 mod partition;
 pub mod queue;
 pub mod reaper;
+mod record;
 mod reply;
 pub mod scheduler;
 mod scripts;
+mod upkeep;
 mod wakeups;
 
 pub use ack_layer::AckLayer;

@@ -9,11 +9,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    envelope::Epoch,
-    error::QueueError,
-    ids::QueueName,
-    outage::Outage,
-    queue::{Queue, ReapGuard},
+    envelope::Epoch, error::QueueError, ids::QueueName, outage::Outage, queue::Queue, upkeep::ReapGuard,
 };
 
 /// The reaper. Every worker runs one; several do no harm.

@@ -7,8 +7,8 @@ use std::{collections::HashSet, time::Duration};
 
 use devstack::{RedisOptions, testing::TestServices};
 use queue::{
-    Beat, Claim, Envelope, JobId, LeaseRef, LeaseToken, Priority, Pushed, Queue, QueueConfig, QueueError,
-    TenantId,
+    Beat, Claim, Envelope, JobId, LeaseRef, LeaseToken, Place, Priority, Pushed, Queue, QueueConfig,
+    QueueError, TenantId,
 };
 use support::{Stage, ids, job, jobs, name, worker};
 use uuid::Uuid;
@@ -142,6 +142,22 @@ async fn rule_23_a_reprioritised_job_is_served_once_and_in_its_new_place() {
     stage.queue.reprioritise(&[(name(), all[1].id, Priority::LOWEST)]).await.unwrap();
     stage.queue.release(&[(claims[1].lease_ref(), Duration::ZERO)]).await.unwrap();
     assert_eq!(stage.claim(9).await[0].envelope.priority, Priority::LOWEST);
+}
+
+#[tokio::test]
+async fn an_audit_sees_where_each_job_is() {
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(30)).await;
+    let queue = stage.queue.at(NOW);
+    let mut all = jobs(2);
+    all.push(Envelope { run_at_ms: Some(NOW + 60_000), ..job("acme", 5) });
+    queue.push(&all).await.unwrap();
+    queue.claim(&name(), &worker(), 1).await.unwrap();
+    all.push(job("acme", 5));
+    let wanted: Vec<_> = all.iter().map(|envelope| (name(), envelope.id)).collect();
+    assert_eq!(
+        stage.queue.at(NOW + 31_000).places(&wanted).await.unwrap(),
+        [Some(Place::Leased { left_ms: Some(-1000) }), Some(Place::Waiting), Some(Place::Scheduled), None]
+    );
 }
 
 #[tokio::test]

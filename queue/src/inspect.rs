@@ -1,0 +1,129 @@
+//! Looks at what a queue holds, for metrics, the reconciler and audits. Changes nothing.
+
+use redis::Value;
+
+use crate::{
+    STATS_TENANTS,
+    envelope::{Place, PriorityStats, QueueStats},
+    error::QueueError,
+    ids::{JobId, QueueName, TenantId},
+    partition::partition_key,
+    queue::{CHUNK, Queue, text},
+    reply::{self, Reply},
+    scripts,
+};
+
+/// Most leases that [`Queue::leases`] returns per partition.
+const MAX_LEASES: usize = 100_000;
+
+impl Queue {
+    /// Which of these jobs Redis doesn't know: neither waiting, scheduled nor leased.
+    pub async fn missing(&self, jobs: &[(QueueName, JobId)]) -> Result<Vec<JobId>, QueueError> {
+        let mut missing = Vec::new();
+        for chunk in jobs.chunks(CHUNK) {
+            let mut pipeline = redis::pipe();
+            for job in chunk {
+                let (queue, partition) = self.job_place(job);
+                pipeline.cmd("EXISTS").arg(format!(
+                    "{}:j:{}",
+                    partition_key(self.config(), queue, partition),
+                    job.1
+                ));
+            }
+            let answers = self.shared.link.pipeline(&pipeline).await?;
+            for ((_, id), answer) in chunk.iter().zip(&answers) {
+                if reply::number(answer)? == 0 {
+                    missing.push(*id);
+                }
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Where each of these jobs is in Redis, in order; `None`: Redis doesn't know it. For audits.
+    pub async fn places(&self, jobs: &[(QueueName, JobId)]) -> Result<Vec<Option<Place>>, QueueError> {
+        let mut places = Vec::with_capacity(jobs.len());
+        for chunk in jobs.chunks(CHUNK) {
+            let mut pipeline = redis::pipe();
+            pipeline.cmd("TIME");
+            for job in chunk {
+                let (queue, partition) = self.job_place(job);
+                let key = partition_key(self.config(), queue, partition);
+                pipeline.cmd("HGET").arg(format!("{key}:j:{}", job.1)).arg("s");
+                pipeline.cmd("ZSCORE").arg(format!("{key}:l")).arg(job.1.to_string());
+            }
+            let mut answers = self.shared.link.pipeline(&pipeline).await?.into_iter();
+            let mut time = Reply::new(answers.next().unwrap_or(Value::Nil))?;
+            let now = self.now_ms.unwrap_or(time.integer()? * 1000 + time.integer()? / 1000);
+            while let (Some(state), Some(lease)) = (answers.next(), answers.next()) {
+                let left_ms = match &lease {
+                    Value::Nil => None,
+                    end => Some(reply::number(end)? - now),
+                };
+                places.push(match state {
+                    Value::Nil => None,
+                    state => Some(match reply::text(state)?.as_str() {
+                        "w" => Place::Waiting,
+                        "s" => Place::Scheduled,
+                        "l" => Place::Leased { left_ms },
+                        other => return Err(QueueError::Protocol(format!("a job's state is {other:?}"))),
+                    }),
+                });
+            }
+        }
+        Ok(places)
+    }
+
+    /// Depth, age, scheduled and leased jobs, summed over all partitions (the age is the highest).
+    pub async fn stats(&self, queue: &QueueName) -> Result<QueueStats, QueueError> {
+        let mut stats = QueueStats::default();
+        for partition in 0..self.config().partitions {
+            let args = [self.now(), text(STATS_TENANTS)];
+            let mut reply = Reply::new(self.script(&scripts::STATS, queue, partition, &args).await?.value)?;
+            for level in &mut stats.by_priority {
+                level.depth += reply.integer()?.unsigned_abs();
+            }
+            for PriorityStats { oldest_ms, .. } in &mut stats.by_priority {
+                *oldest_ms = (*oldest_ms).max(u64::try_from(reply.integer()?).ok());
+            }
+            stats.scheduled += reply.integer()?.unsigned_abs();
+            stats.in_flight += reply.integer()?.unsigned_abs();
+        }
+        Ok(stats)
+    }
+
+    /// How many jobs of a tenant wait or are scheduled in a queue.
+    pub async fn tenant_depth(&self, queue: &QueueName, tenant: &TenantId) -> Result<u64, QueueError> {
+        let mut pipeline = redis::pipe();
+        for partition in 0..self.config().partitions {
+            let key = format!("{}:t", partition_key(self.config(), queue, partition));
+            pipeline.cmd("HGET").arg(key).arg(tenant.as_str());
+        }
+        self.shared.link.pipeline(&pipeline).await?.iter().try_fold(0, |sum, value| match value {
+            Value::Nil => Ok(sum),
+            value => Ok(sum + reply::number(value)?.unsigned_abs()),
+        })
+    }
+
+    /// Leased jobs with the end of their lease in unix ms of Redis' clock, soonest first per partition; at most
+    /// 100,000 per partition. For audits.
+    pub async fn leases(&self, queue: &QueueName) -> Result<Vec<(JobId, i64)>, QueueError> {
+        let mut leases = Vec::new();
+        for partition in 0..self.config().partitions {
+            let key = format!("{}:l", partition_key(self.config(), queue, partition));
+            for page in 0..MAX_LEASES / CHUNK {
+                let mut range = redis::cmd("ZRANGE");
+                range.arg(&key).arg(page * CHUNK).arg((page + 1) * CHUNK - 1).arg("WITHSCORES");
+                let mut reply = Reply::new(self.shared.link.command(&range).await?.value)?;
+                let found = reply.len() / 2;
+                while !reply.is_empty() {
+                    leases.push((reply.parsed("a job id")?, reply.integer()?));
+                }
+                if found < CHUNK {
+                    break;
+                }
+            }
+        }
+        Ok(leases)
+    }
+}
