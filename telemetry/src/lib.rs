@@ -4,6 +4,7 @@ mod config;
 mod error;
 mod metric_list;
 mod propagation;
+mod queue_wait;
 mod tracing_setup;
 
 use std::time::Duration;
@@ -16,6 +17,7 @@ use opentelemetry_sdk::trace::SdkTracerProvider;
 pub use config::{LogFormat, TelemetryConfig};
 pub use error::TelemetryError;
 pub use propagation::{current_trace, set_parent, trace_context};
+pub use queue_wait::record_queue_wait;
 
 /// How often recorded histogram values are folded into their buckets. Without it they would pile up while nobody
 /// reads `/metrics`.

@@ -67,7 +67,7 @@ pub fn trace_context(traceparent: Option<&str>, tracestate: Option<&str>) -> Opt
     })
 }
 
-fn remote(traceparent: Option<&str>, tracestate: Option<&str>) -> Option<Context> {
+pub(crate) fn remote(traceparent: Option<&str>, tracestate: Option<&str>) -> Option<Context> {
     let traceparent = traceparent?.trim();
     if !has_the_right_shape(traceparent) {
         return None;

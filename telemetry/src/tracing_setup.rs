@@ -36,6 +36,7 @@ pub fn install(
     let mut layers: Vec<BoxedLayer> = vec![logs(config)?];
     if let Some(provider) = &provider {
         opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
+        opentelemetry::global::set_tracer_provider(provider.clone());
         let spans = tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("flotilla"))
             .with_location(false)

@@ -54,10 +54,11 @@ impl Runner {
         let span = tracing::info_span!("job", id = %envelope.id, kind = envelope.kind, queue = %envelope.queue, tenant = %envelope.tenant);
         let trace = envelope.trace.as_ref();
         telemetry::set_parent(&span, trace.map(|t| t.traceparent.as_str()), trace.and_then(|t| t.tracestate.as_deref()));
+        telemetry::record_queue_wait(trace, envelope.run_at_ms.unwrap_or(envelope.enqueued_at_ms));
         let lease = job.lease.clone();
         let done = async {
             let company = self.company.read().await;
-            let taken = match self.take(&job).await {
+            let taken = match self.take(&job).instrument(tracing::info_span!("claim")).await {
                 Some(Take::Taken(taken)) => taken,
                 Some(Take::Gone) => return Some(Done::Ack),
                 Some(Take::NotYet(wait)) => return Some(Done::Release(wait)),
