@@ -7,12 +7,13 @@
 
 /// The points inside store writes, beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
 /// names. The ingest ones are shared by `embed_document`.
-pub const INSIDE: [&str; 5] = [
+pub const INSIDE: [&str; 6] = [
     "ingest.stage.inside",
     "ingest.vectors.inside",
     "ingest.publish.inside",
     "delete.tombstone.inside",
     "engine.finish.inside",
+    "probe.effect.inside",
 ];
 
 /// Acts if the environment arms this point. Only in a function that returns a `Result` with an error made from a

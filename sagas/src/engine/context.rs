@@ -205,7 +205,12 @@ impl StepContext {
         timeout: Duration,
         work: impl Future<Output = Result<T, StepError>>,
     ) -> Result<T, StepError> {
-        self.budget.times().step_until = Instant::now() + timeout;
+        let until = Instant::now() + timeout;
+        {
+            let mut times = self.budget.times();
+            // The job's own time is a hard cap (PROTOCOL.md 5), also for a step that calls nothing and never ends.
+            times.step_until = if self.compensating { until } else { until.min(times.job_until) };
+        }
         let mut work = std::pin::pin!(work);
         loop {
             let until = {
@@ -215,6 +220,9 @@ impl StepContext {
             match timeout_at(until, &mut work).await {
                 Ok(done) => return done,
                 Err(_) if self.budget.times().waiting || self.budget.times().step_until > until => {}
+                Err(_) if !self.compensating && self.budget.times().job_until <= Instant::now() => {
+                    return Err(self.job_timeout());
+                }
                 Err(_) => {
                     return Err(StepError::Failed {
                         class: Class::Timeout,
@@ -223,6 +231,14 @@ impl StepContext {
                     });
                 }
             }
+        }
+    }
+
+    fn job_timeout(&self) -> StepError {
+        StepError::Failed {
+            class: Class::Timeout,
+            code: "job_timeout",
+            message: format!("the job's time of {:?} is used up", self.job.timeout),
         }
     }
 
@@ -237,11 +253,7 @@ impl StepContext {
         if !self.compensating {
             let budget = self.budget.times().job_until;
             if budget <= now {
-                return Err(StepError::Failed {
-                    class: Class::Timeout,
-                    code: "job_timeout",
-                    message: format!("the job's time of {:?} is used up", self.job.timeout),
-                });
+                return Err(self.job_timeout());
             }
             deadline = deadline.min(budget);
         }

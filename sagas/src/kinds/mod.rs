@@ -3,6 +3,8 @@
 pub mod delete;
 pub mod embed;
 pub mod ingest;
+#[cfg(feature = "faults")]
+pub mod probe;
 mod version;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -130,11 +132,14 @@ impl Stores {
         let stage = Coalescer::spawn(StageBatch(self.postgres.clone()), Limits::default());
         let publish = Coalescer::spawn(PublishBatch(self.postgres.clone()), Limits::default());
         let steps = version::Steps { stores: self.clone(), stage, publish };
-        Registry::default()
+        let registry = Registry::default()
             .with(ingest::Ingest::new(steps.clone()))
             .with(embed::EmbedDocument::new(steps))
             .with(embed::Embed::new(self.clone()))
-            .with(delete::Delete::new(self.clone()))
+            .with(delete::Delete::new(self.clone()));
+        #[cfg(feature = "faults")]
+        let registry = registry.with(probe::Probe::new(&self.postgres));
+        registry
     }
 }
 

@@ -5,14 +5,18 @@
 //! that takes only the job's lock may take it first, because nothing else locks that saga's rows without it.
 
 pub mod accept;
+pub mod audit;
 pub mod compensation;
 pub mod dead_letters;
 pub mod deletion;
 pub mod documents;
 pub mod ending;
+pub mod fenced;
 pub mod inspect;
 pub mod janitor;
 pub mod ledger;
+#[cfg(feature = "faults")]
+mod probe;
 pub mod publish;
 pub mod relay;
 pub mod stage;
