@@ -60,10 +60,27 @@ pub struct StoredPoint {
     pub version: Option<Uuid>,
     /// The chunk number in its payload.
     pub chunk: Option<i32>,
+    /// The document in its payload.
+    pub document: Option<Uuid>,
     /// The tenant in its payload.
     pub tenant: Option<String>,
     /// Its vector, where asked for.
     pub vector: Option<Vec<f32>>,
+}
+
+/// Where the next page of a scroll begins.
+#[derive(Debug, Clone)]
+pub struct ScrollOffset(PointId);
+
+/// A page of a collection.
+#[derive(Debug, Clone, Default)]
+pub struct ScrollPage {
+    /// Points whose ids are UUIDs, as all of Flotilla's are.
+    pub points: Vec<StoredPoint>,
+    /// Ids of points that are numbers.
+    pub numbered: Vec<u64>,
+    /// `None`: this was the last page.
+    pub next: Option<ScrollOffset>,
 }
 
 /// A search hit before Postgres has said whether readers may see it.
@@ -334,24 +351,40 @@ impl Vectors {
             .collect())
     }
 
-    /// A page of all points of a collection after `offset`, without vectors, for the auditor. `None` as next: the end.
+    /// A page of all points of a collection from `offset` on, without vectors, for the auditor. A collection that isn't
+    /// there has none.
     pub async fn scroll(
         &self,
         collection: &str,
-        offset: Option<Uuid>,
+        offset: Option<ScrollOffset>,
         limit: u32,
-    ) -> Result<(Vec<StoredPoint>, Option<Uuid>), StoreError> {
+    ) -> Result<ScrollPage, StoreError> {
         let mut request = ScrollPointsBuilder::new(collection).limit(limit).with_payload(true).with_vectors(false);
-        if let Some(offset) = offset {
-            request = request.offset(PointId::from(offset.to_string()));
+        if let Some(ScrollOffset(offset)) = offset {
+            request = request.offset(offset);
         }
-        let page = match self.client.scroll(request).await {
-            Ok(page) => page,
-            Err(error) if is_missing(&error) => return Ok((vec![], None)),
+        let answer = match self.client.scroll(request).await {
+            Ok(answer) => answer,
+            Err(error) if is_missing(&error) => return Ok(ScrollPage::default()),
             Err(error) => return Err(error.into()),
         };
-        let next = page.next_page_offset.and_then(uuid_of);
-        Ok((page.result.into_iter().filter_map(|p| stored(p.id, &p.payload, None)).collect(), next))
+        let mut page = ScrollPage { next: answer.next_page_offset.map(ScrollOffset), ..ScrollPage::default() };
+        for point in answer.result {
+            match point.id.as_ref().and_then(|id| id.point_id_options.as_ref()) {
+                Some(PointIdOptions::Num(number)) => page.numbered.push(*number),
+                _ => page.points.extend(stored(point.id, &point.payload, None)),
+            }
+        }
+        Ok(page)
+    }
+
+    /// Removes points with numbers as ids, which Flotilla itself never makes.
+    pub async fn remove_numbered(&self, collection: &str, numbers: &[u64]) -> Result<(), StoreError> {
+        let list = PointsIdsList { ids: numbers.iter().map(|number| PointId::from(*number)).collect() };
+        match self.client.delete_points(DeletePointsBuilder::new(collection).points(list).wait(true)).await {
+            Err(error) if !is_missing(&error) => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// The names of all collections.
@@ -381,7 +414,8 @@ fn stored(
     Some(StoredPoint {
         id: uuid_of(id?)?,
         version: text("version").and_then(|v| v.parse().ok()),
-        chunk: payload.get("chunk").and_then(|v| v.as_integer()).and_then(|n| i32::try_from(n).ok()),
+        document: text("document").and_then(|v| v.parse().ok()),
+        chunk: payload.get("chunk").and_then(qdrant_client::qdrant::Value::as_integer).and_then(|n| i32::try_from(n).ok()),
         tenant: text("tenant"),
         vector: vectors.and_then(|v| match v {
             VectorsOptions::Vector(vector) => match vector.into_vector() {
