@@ -31,18 +31,19 @@ impl Batch {
 const ENVELOPE: &str = "id, kind, queue, priority, tenant, traceparent, tracestate, created_at, run_at, run_at > now() AS later";
 
 impl Postgres {
-    /// The oldest undispatched jobs, at most `limit`.
-    pub async fn undispatched(&self, limit: i64) -> Result<Batch, StoreError> {
+    /// The oldest undispatched jobs, at most `limit`, without those of the queues in `full`: their jobs, however many,
+    /// must not hold up the others.
+    pub async fn undispatched(&self, limit: i64, full: &[String]) -> Result<Batch, StoreError> {
         let mut tx = self.pool.begin().await?;
-        let envelopes = envelopes(
-            &mut tx,
-            sqlx::AssertSqlSafe(format!(
-                "SELECT {ENVELOPE} FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting'
-                 ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED"
-            )),
-            limit,
-        )
+        let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
+            "SELECT {ENVELOPE} FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting' AND queue <> ALL ($2)
+             ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED"
+        )))
+        .bind(limit)
+        .bind(full)
+        .fetch_all(&mut *tx)
         .await?;
+        let envelopes = rows.iter().map(envelope).collect::<Result<_, _>>()?;
         Ok(Batch { tx, envelopes })
     }
 
@@ -103,15 +104,6 @@ impl Leadership {
         sqlx::query("SELECT 1").execute(&mut self.0).await?;
         Ok(())
     }
-}
-
-async fn envelopes(
-    connection: &mut PgConnection,
-    sql: sqlx::AssertSqlSafe<String>,
-    limit: i64,
-) -> Result<Vec<Envelope>, StoreError> {
-    let rows = sqlx::query(sql).bind(limit).fetch_all(connection).await?;
-    rows.iter().map(envelope).collect()
 }
 
 fn envelope(row: &PgRow) -> Result<Envelope, StoreError> {

@@ -1,0 +1,333 @@
+//! The enqueue client.
+
+use std::{sync::Arc, time::Duration};
+
+use metrics::counter;
+use queue::{JobId, Pushed, Queue, QueueError, QueueName, TenantId};
+use sagas::{
+    StoreError,
+    coalescing::{Coalescer, Limits},
+    kinds,
+    stores::postgres::{
+        Postgres,
+        accept::{Accepted, NewJob},
+        inspect::JobView,
+        ledger::Cancel,
+    },
+};
+use serde_json::Value;
+use tokio::time::Instant;
+
+use crate::{
+    acceptance::{AcceptBatch, Acceptor, may_have_committed},
+    admission::Admission,
+    checks::{check, check_payload},
+    dispatch::{Dispatch, envelope},
+    error::{EnqueueError, WaitError, refused},
+    pacing::{Growing, within},
+    settings::ClientSettings,
+};
+
+/// What an accepted job has survived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Durability {
+    /// The job is committed in the ledger: losing all of Redis loses nothing.
+    #[default]
+    Durable,
+    /// The job is in Redis alone until a worker claims it, and is lost with Redis' data. Uniqueness by idempotency key is
+    /// best effort: the key counts only when a worker brings the job into the ledger, so that two requests with one key
+    /// may both get a receipt, of which the later job is then dropped. A job whose payload is too large for Redis, or
+    /// that comes while Redis is down, is accepted as [`Durable`](Self::Durable).
+    Fast,
+}
+
+/// The answer to an enqueue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Receipt {
+    /// The job; of a duplicate, the job that was accepted before.
+    pub id: JobId,
+    /// The same request was accepted before.
+    pub duplicate: bool,
+}
+
+/// Enqueues jobs and follows them. Clones share everything, also the connections.
+///
+/// Every enqueue runs in a task of its own: dropping its future neither stops it nor undoes it.
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    acceptor: Acceptor,
+    admission: Admission,
+    coalescer: Coalescer<AcceptBatch>,
+}
+
+/// A job for the queue of its kind, with the defaults of [`NewJob::new`]. Fails if the kind can't be a queue's name.
+pub fn new_job(kind: &str, tenant: TenantId, payload: Value) -> Result<NewJob, EnqueueError> {
+    let queue = QueueName::new(kinds::default_queue(kind)).map_err(|_| EnqueueError::BadRequest {
+        message: format!(
+            "kind is {kind:?}: 1 to 64 characters of A-Z a-z 0-9 _ . - are allowed, unless the request names a queue"
+        ),
+    })?;
+    Ok(NewJob::new(kind, queue, tenant, payload))
+}
+
+impl Client {
+    /// A client over the ledger, and over the queue unless there is none: then the relay of another process dispatches.
+    /// Needs a tokio runtime, on which it starts a task that ends with the last clone.
+    pub fn new(postgres: Postgres, queue: Option<Queue>, settings: ClientSettings) -> Self {
+        let dispatch = Dispatch::new(queue, postgres.clone());
+        let acceptor = Acceptor { postgres, dispatch, settings: Arc::new(settings) };
+        let coalescer = Coalescer::spawn(AcceptBatch(acceptor.clone()), Limits::default());
+        Self { shared: Arc::new(Shared { acceptor, admission: Admission::default(), coalescer }) }
+    }
+
+    /// The limits in force.
+    pub fn settings(&self) -> &ClientSettings {
+        &self.shared.acceptor.settings
+    }
+
+    /// The ledger.
+    pub fn postgres(&self) -> &Postgres {
+        &self.shared.acceptor.postgres
+    }
+
+    /// The queue, if this client has one.
+    pub fn queue(&self) -> Option<&Queue> {
+        self.shared.acceptor.dispatch.queue()
+    }
+
+    /// Whether a payload could be enqueued as a job of this kind.
+    pub fn check_payload(&self, kind: &str, payload: &Value) -> Result<(), EnqueueError> {
+        check_payload(kind, payload, self.settings()).map(drop)
+    }
+
+    /// Enqueues one job. Concurrent calls share transactions. Calling again with the same id, or with the same
+    /// idempotency key and the same request, accepts nothing twice.
+    ///
+    /// Ends within `connect_within` if the ledger is down, and within `accept_within + settle_within` in any case.
+    pub async fn enqueue(&self, mut job: NewJob, durability: Durability) -> Result<Receipt, EnqueueError> {
+        let settings = self.settings();
+        let size = check(&mut job, settings)?;
+        self.admit(&job, durability).await?;
+        let this = self.clone();
+        finish(tokio::spawn(async move {
+            if durability == Durability::Fast
+                && size <= this.settings().max_fast_payload
+                && let Some(mut outcomes) = this.push_fast(std::slice::from_ref(&job)).await
+            {
+                return outcomes.pop().unwrap_or_else(|| Err(this.unavailable()));
+            }
+            this.accept_one(job).await
+        }))
+        .await?
+    }
+
+    /// Enqueues jobs in one transaction; answers in their order, which is also the order of jobs on one document. A job
+    /// that is refused doesn't keep the others out. An error of the whole means that none was accepted.
+    pub async fn enqueue_many(
+        &self,
+        jobs: Vec<NewJob>,
+        durability: Durability,
+    ) -> Result<Vec<Result<Receipt, EnqueueError>>, EnqueueError> {
+        let settings = self.settings();
+        if jobs.len() > settings.max_batch {
+            return Err(EnqueueError::BadRequest {
+                message: format!(
+                    "the batch has {} jobs: at most {} are allowed",
+                    jobs.len(),
+                    settings.max_batch
+                ),
+            });
+        }
+        let (mut outcomes, mut good, mut bytes) = (Vec::with_capacity(jobs.len()), Vec::new(), 0_usize);
+        let mut fast = durability == Durability::Fast;
+        for mut job in jobs {
+            let checked = match check(&mut job, settings) {
+                Ok(size) => self.admit(&job, durability).await.map(|()| size),
+                Err(error) => Err(error),
+            };
+            match checked {
+                Ok(size) => {
+                    bytes = bytes.saturating_add(size);
+                    fast &= size <= settings.max_fast_payload;
+                    outcomes.push(None);
+                    good.push(job);
+                }
+                Err(error @ EnqueueError::Unavailable { .. }) => return Err(error),
+                Err(error) => outcomes.push(Some(Err(error))),
+            }
+        }
+        if bytes > settings.max_batch_bytes {
+            return Err(EnqueueError::TooLarge { size: bytes, limit: settings.max_batch_bytes });
+        }
+        let this = self.clone();
+        let accepted = finish(tokio::spawn(async move {
+            if fast && let Some(outcomes) = this.push_fast(&good).await {
+                return Ok(outcomes);
+            }
+            let accepted = this.shared.acceptor.accept_all(&good).await?;
+            Ok(good.iter().zip(accepted).map(|(job, reply)| receipt(job, reply?)).collect())
+        }))
+        .await??;
+        let mut accepted = accepted.into_iter();
+        Ok(outcomes
+            .into_iter()
+            .map(|refused| refused.or_else(|| accepted.next()).unwrap_or_else(|| Err(self.unavailable())))
+            .collect())
+    }
+
+    /// Waits until a job has ended, at most `timeout`. Asks the ledger with pauses that grow from 20 to 500 ms. Cancel-safe.
+    pub async fn wait(&self, id: JobId, timeout: Duration) -> Result<JobView, WaitError> {
+        let deadline = Instant::now() + timeout;
+        let mut pauses = Growing::new(Duration::from_millis(20), Duration::from_millis(500));
+        let postgres = self.postgres();
+        loop {
+            let seen = within(postgres.call_timeout(), postgres.job(id, None)).await;
+            let late = match seen {
+                Ok(Some(job)) if job.finished_at.is_some() => return Ok(job),
+                Ok(Some(job)) => WaitError::Timeout { job: id, state: job.state, waited: timeout },
+                Ok(None) => WaitError::Unknown(id),
+                Err(error) => WaitError::Unavailable { job: id, reason: error.to_string() },
+            };
+            let pause = pauses.next();
+            if Instant::now() + pause >= deadline {
+                return Err(late);
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Cancels a job, of `tenant` if given (PROTOCOL.md 14). A `fast` job is unknown until a worker claims it.
+    pub async fn cancel(&self, id: JobId, tenant: Option<&str>) -> Result<Cancel, StoreError> {
+        let postgres = self.postgres();
+        let limit = postgres.call_timeout() * 2;
+        let answer = within(limit, postgres.cancel(id, tenant)).await?;
+        if matches!(answer, Cancel::Cancelled | Cancel::Requested) {
+            // Only for promptness: the take drops a cancelled job, and the reconciler finds one that is due.
+            if let Err(error) = self.tell_queue(id, answer).await {
+                tracing::debug!(%error, job = %id, "the queue was not told of a cancel");
+            }
+        }
+        Ok(answer)
+    }
+
+    /// Takes a cancelled job out of its list; brings one forward that has effects to undo and waited for its next try.
+    async fn tell_queue(&self, id: JobId, answer: Cancel) -> Result<(), StoreError> {
+        let dispatch = &self.shared.acceptor.dispatch;
+        let Some(queue) = dispatch.open() else { return Ok(()) };
+        let postgres = self.postgres();
+        let Some(job) = within(postgres.call_timeout(), postgres.job(id, None)).await? else { return Ok(()) };
+        let Ok(name) = QueueName::new(job.queue) else { return Ok(()) };
+        let told = async {
+            queue.forget(&[(name, id)]).await?;
+            if answer == Cancel::Requested
+                && job.state == "waiting"
+                && let Ok(Some(envelope)) = postgres.envelope(id).await
+            {
+                queue.push(&[envelope]).await?;
+            }
+            Ok(())
+        }
+        .await;
+        dispatch.learn(&told);
+        if let Err(error) = told {
+            tracing::debug!(%error, job = %id, "the queue was not told of a cancel");
+        }
+        Ok(())
+    }
+
+    async fn admit(&self, job: &NewJob, durability: Durability) -> Result<(), EnqueueError> {
+        let Acceptor { postgres, dispatch, settings } = &self.shared.acceptor;
+        self.shared.admission.admit(dispatch, postgres, settings, &job.tenant, &job.queue, durability).await
+    }
+
+    async fn accept_one(&self, job: NewJob) -> Result<Receipt, EnqueueError> {
+        let acceptor = &self.shared.acceptor;
+        let job = Arc::new(job);
+        let deadline = Instant::now() + acceptor.settings.accept_within;
+        let reply = match self.shared.coalescer.call(Arc::clone(&job), deadline).await {
+            Ok(Some(reply)) => reply,
+            Ok(None) => return Err(self.unavailable()),
+            Err(error) if !may_have_committed(&error) => {
+                return Err(refused(&error, acceptor.settings.retry_after));
+            }
+            Err(error) => {
+                tracing::info!(%error, job = %job.id, "asking the ledger what became of a job");
+                let replies = acceptor.settle(std::slice::from_ref(&*job)).await?;
+                replies.into_iter().next().ok_or_else(|| self.unavailable())?
+            }
+        };
+        receipt(&job, reply)
+    }
+
+    /// Puts jobs into Redis alone. `None`: Redis is not there, nothing is lost if they go to the ledger instead.
+    async fn push_fast(&self, jobs: &[NewJob]) -> Option<Vec<Result<Receipt, EnqueueError>>> {
+        let dispatch = &self.shared.acceptor.dispatch;
+        let queue = dispatch.open()?;
+        let full = || EnqueueError::QueueFull { retry_after: self.settings().full_retry_after };
+        let mut envelopes = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            let record = serde_json::to_value(job).ok()?;
+            envelopes.push(queue::Envelope { fast: Some(record), ..envelope(job) });
+        }
+        let answer = queue.push(&envelopes).await;
+        dispatch.learn(&answer);
+        match answer {
+            Ok(pushed) => Some(
+                jobs.iter()
+                    .zip(pushed)
+                    .map(|(job, pushed)| match pushed {
+                        Pushed::Full => Err(full()),
+                        Pushed::Queued | Pushed::Present => receipt(job, Accepted::New(job.id)),
+                    })
+                    .collect(),
+            ),
+            Err(QueueError::Full) => Some(jobs.iter().map(|_| Err(full())).collect()),
+            Err(error) => {
+                tracing::warn!(%error, jobs = jobs.len(), "fast jobs go to the ledger");
+                None
+            }
+        }
+    }
+
+    fn unavailable(&self) -> EnqueueError {
+        self.shared.acceptor.unavailable()
+    }
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("settings", self.settings()).finish_non_exhaustive()
+    }
+}
+
+fn receipt(job: &NewJob, reply: Accepted) -> Result<Receipt, EnqueueError> {
+    match reply {
+        Accepted::New(id) => {
+            counter!("jobs_accepted_total", "kind" => known_kind(&job.kind)).increment(1);
+            Ok(Receipt { id, duplicate: false })
+        }
+        Accepted::Duplicate(id) => Ok(Receipt { id, duplicate: true }),
+        Accepted::Conflict(job) => Err(EnqueueError::Conflict { job }),
+        Accepted::UnknownTenant => Err(EnqueueError::UnknownTenant),
+    }
+}
+
+/// Kinds are free text; as a label they must not be endless.
+fn known_kind(kind: &str) -> &'static str {
+    match kind {
+        "ingest" => "ingest",
+        "embed" => "embed",
+        "delete" => "delete",
+        "import" => "import",
+        _ => "other",
+    }
+}
+
+/// The answer of a spawned acceptance.
+async fn finish<T>(task: tokio::task::JoinHandle<T>) -> Result<T, EnqueueError> {
+    task.await.map_err(|error| EnqueueError::Ledger { message: format!("the acceptance ended: {error}") })
+}

@@ -1,0 +1,158 @@
+//! Dead letters: list, replay, discard.
+
+use axum::{
+    Json,
+    extract::State,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use queue::TenantId;
+use sagas::{
+    kinds,
+    stores::postgres::dead_letters::{DeadLetter, DeadLetterFilter, Replay, Resolved},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::{
+    Api,
+    auth::Caller,
+    error::{ApiError, ErrorEnvelope},
+    input::{Asked, Body, Named},
+    jobs::page,
+};
+
+/// Which dead letters.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct LetterQuery {
+    /// Only of this kind.
+    kind: Option<String>,
+    /// Only with this reason word.
+    class: Option<String>,
+    /// `open`, `replayed`, `discarded` or `all`. Default `open`.
+    state: Option<String>,
+    /// Page length, 1 to 1,000. Default 100.
+    limit: Option<i64>,
+}
+
+/// Dead letters.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct LetterList {
+    /// Newest first.
+    #[schema(value_type = Vec<Object>)]
+    dead_letters: Vec<DeadLetter>,
+}
+
+/// List dead letters, newest first.
+#[utoipa::path(get, path = "/v1/dead-letters", tag = "dead letters", params(LetterQuery), responses(
+    (status = 200, body = LetterList), (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope)))]
+pub(super) async fn list(
+    State(api): State<Api>,
+    Caller(tenant): Caller,
+    Asked(asked): Asked<LetterQuery>,
+) -> Result<Json<LetterList>, ApiError> {
+    let state = asked.state.unwrap_or_else(|| "open".to_owned());
+    let filter = DeadLetterFilter {
+        tenant: Some(tenant.to_string()),
+        kind: asked.kind,
+        class: asked.class,
+        state: (state != "all").then_some(state),
+        limit: page(asked.limit)?,
+    };
+    Ok(Json(LetterList { dead_letters: api.client.postgres().dead_letters(&filter).await? }))
+}
+
+/// Look at a dead letter.
+#[utoipa::path(get, path = "/v1/dead-letters/{id}", tag = "dead letters",
+    params(("id" = String, Path, description = "The letter, or its job")),
+    responses((status = 200, body = Object), (status = 401, body = ErrorEnvelope), (status = 404, body = ErrorEnvelope)))]
+pub(super) async fn show(
+    State(api): State<Api>,
+    Caller(tenant): Caller,
+    Named(id): Named,
+) -> Result<Json<DeadLetter>, ApiError> {
+    find(&api, &tenant, &id).await.map(Json)
+}
+
+async fn find(api: &Api, tenant: &TenantId, id: &str) -> Result<DeadLetter, ApiError> {
+    let unknown = || ApiError::not_found("no such dead letter");
+    let id: Uuid = id.parse().map_err(|_| unknown())?;
+    let letter = api.client.postgres().dead_letter(id).await?;
+    letter.filter(|letter| letter.tenant == tenant.as_str()).ok_or_else(unknown)
+}
+
+/// How to replay or discard.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Resolution {
+    /// For a replay: a mended payload.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    payload: Option<Value>,
+    /// For a replay: take a new place at the end of the document's order.
+    #[serde(default)]
+    as_latest: bool,
+    /// For a discard: why.
+    #[serde(default)]
+    reason: Option<String>,
+}
+
+/// Replay or discard a dead letter.
+///
+/// `POST /v1/dead-letters/{id}:replay` enqueues the dead job again as a new job; `POST /v1/dead-letters/{id}:discard`
+/// closes the letter without. The body, a JSON object, may be `{}`.
+#[utoipa::path(post, path = "/v1/dead-letters/{id}", tag = "dead letters", request_body = Resolution,
+    params(("id" = String, Path, description = "The letter, or its job, with `:replay` or `:discard` behind it")),
+    responses(
+        (status = 202, description = "Replayed as the job `replay_job`", body = Object),
+        (status = 200, description = "Discarded", body = Object),
+        (status = 404, body = ErrorEnvelope),
+        (status = 409, description = "Somebody has dealt with it before", body = ErrorEnvelope),
+        (status = 422, description = "The mended payload is not allowed", body = ErrorEnvelope)))]
+pub(super) async fn resolve(
+    State(api): State<Api>,
+    Caller(tenant): Caller,
+    Named(name): Named,
+    Body(how): Body<Resolution>,
+) -> Result<Response, ApiError> {
+    let no_verb =
+        || ApiError::not_found("say what to do: /v1/dead-letters/ID:replay or /v1/dead-letters/ID:discard");
+    let (id, verb) = name.split_once(':').ok_or_else(no_verb)?;
+    let letter = find(&api, &tenant, id).await?;
+    let (actor, postgres) = (format!("api:{tenant}"), api.client.postgres());
+    let resolved = match verb {
+        "replay" => {
+            if let Some(payload) = &how.payload {
+                api.client.check_payload(&letter.kind, payload)?;
+                if kinds::document_of(&letter.kind, payload)
+                    != kinds::document_of(&letter.kind, &letter.payload)
+                {
+                    return Err(ApiError::unprocessable(
+                        "invalid_job",
+                        "payload.document: a replay is about the dead job's document",
+                    ));
+                }
+            }
+            let replay = Replay { actor, payload: how.payload, kind: None, as_latest: how.as_latest };
+            postgres.replay(letter.id, &replay).await?
+        }
+        "discard" => postgres.discard(letter.id, &actor, how.reason.as_deref().unwrap_or_default()).await?,
+        _ => return Err(no_verb()),
+    };
+    match resolved {
+        Resolved::Done(Some(job)) => {
+            Ok((StatusCode::ACCEPTED, Json(json!({ "id": letter.id, "replay_job": job }))).into_response())
+        }
+        Resolved::Done(None) => Ok(Json(json!({ "id": letter.id, "state": "discarded" })).into_response()),
+        Resolved::Already(state) => Err(ApiError::new(
+            StatusCode::CONFLICT,
+            "already_resolved",
+            format!("the dead letter is {state} already"),
+        )),
+        Resolved::Unknown => Err(ApiError::not_found("no such dead letter")),
+    }
+}

@@ -1,0 +1,94 @@
+//! The relay: puts undispatched jobs of the ledger into Redis (PROTOCOL.md 18).
+//!
+//! Any number may run: each takes rows that no other holds. A relay that dies between push and commit leaves its rows to
+//! the next one, whose push finds the jobs present.
+
+use std::{collections::HashMap, time::Duration};
+
+use queue::{JobId, Pushed, Queue, QueueError};
+use sagas::{StoreError, stores::postgres::Postgres};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    pacing::{Growing, pause, within},
+    settings::MaintainSettings,
+};
+
+/// How long a queue whose window is full is left alone.
+const FULL_PAUSE: Duration = Duration::from_secs(1);
+
+#[derive(Debug, thiserror::Error)]
+enum RelayError {
+    #[error(transparent)]
+    Ledger(#[from] StoreError),
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+}
+
+pub(crate) struct Relay {
+    postgres: Postgres,
+    queue: Queue,
+    settings: MaintainSettings,
+    /// Queues whose window was full, and until when.
+    full: HashMap<String, Instant>,
+}
+
+impl Relay {
+    pub fn new(postgres: Postgres, queue: Queue, settings: MaintainSettings) -> Self {
+        Self { postgres, queue, settings, full: HashMap::new() }
+    }
+
+    /// Runs until `shutdown`. Ends a round under way first, unless a server hangs.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut pauses = Growing::new(self.settings.relay_every, Duration::from_secs(5));
+        while !shutdown.is_cancelled() {
+            let wait = match self.round().await {
+                Ok(0) => {
+                    pauses.reset();
+                    self.settings.relay_every
+                }
+                Ok(dispatched) => {
+                    tracing::debug!(dispatched, "relayed");
+                    pauses.reset();
+                    continue;
+                }
+                Err(error) => {
+                    let wait = pauses.next();
+                    tracing::warn!(%error, again_in = ?wait, "jobs wait in the ledger to be relayed");
+                    wait
+                }
+            };
+            if !pause(wait, &shutdown).await {
+                return;
+            }
+        }
+    }
+
+    /// Dispatches one batch; returns how many jobs Redis took.
+    async fn round(&mut self) -> Result<usize, RelayError> {
+        let now = Instant::now();
+        self.full.retain(|_, until| *until > now);
+        let full: Vec<String> = self.full.keys().cloned().collect();
+        let limit = self.postgres.call_timeout() * 2;
+        let batch =
+            within(limit, self.postgres.undispatched(self.settings.relay_batch as i64, &full)).await?;
+        if batch.envelopes.is_empty() {
+            return Ok(0);
+        }
+        let pushed = self.queue.push(&batch.envelopes).await?;
+        let mut there: Vec<JobId> = Vec::with_capacity(pushed.len());
+        for (envelope, pushed) in batch.envelopes.iter().zip(pushed) {
+            match pushed {
+                Pushed::Queued | Pushed::Present => there.push(envelope.id),
+                Pushed::Full => {
+                    self.full.insert(envelope.queue.to_string(), now + FULL_PAUSE);
+                }
+            }
+        }
+        if !there.is_empty() {
+            within(limit, batch.done(&there)).await?;
+        }
+        Ok(there.len())
+    }
+}

@@ -1,0 +1,72 @@
+//! The gauges that every process reports alike, read from the stores: how much waits, for how long, and what is stuck.
+
+use std::collections::HashSet;
+
+use metrics::gauge;
+use queue::{Queue, QueueError};
+use sagas::{StoreError, stores::postgres::Postgres};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    pacing::{pause, within},
+    settings::MaintainSettings,
+};
+
+pub(crate) struct Stats {
+    postgres: Postgres,
+    queue: Queue,
+    settings: MaintainSettings,
+    /// Kinds and classes with a gauge: one whose last dead letter was dealt with must go to 0.
+    dead: HashSet<(String, String)>,
+}
+
+impl Stats {
+    pub fn new(postgres: Postgres, queue: Queue, settings: MaintainSettings) -> Self {
+        Self { postgres, queue, settings, dead: HashSet::new() }
+    }
+
+    /// Runs until `shutdown`. While a store is down its gauges keep their last values.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        loop {
+            if let Err(error) = self.queues().await {
+                tracing::debug!(%error, "the queue's gauges are stale");
+            }
+            if let Err(error) = self.ledger().await {
+                tracing::debug!(%error, "the ledger's gauges are stale");
+            }
+            if !pause(self.settings.stats_every, &shutdown).await {
+                return;
+            }
+        }
+    }
+
+    async fn queues(&self) -> Result<(), QueueError> {
+        for name in &self.settings.queues {
+            let stats = self.queue.stats(name).await?;
+            for (priority, level) in stats.by_priority.iter().enumerate() {
+                let labels = [("queue", name.to_string()), ("priority", priority.to_string())];
+                gauge!("queue_depth", &labels).set(level.depth as f64);
+                gauge!("queue_oldest_age_seconds", &labels).set(level.oldest_ms.unwrap_or(0) as f64 / 1000.0);
+            }
+            gauge!("queue_in_flight", "queue" => name.to_string()).set(stats.in_flight as f64);
+            gauge!("queue_scheduled", "queue" => name.to_string()).set(stats.scheduled as f64);
+        }
+        Ok(())
+    }
+
+    async fn ledger(&mut self) -> Result<(), StoreError> {
+        let (limit, postgres) = (self.postgres.call_timeout(), &self.postgres);
+        gauge!("outbox_unrelayed").set(within(limit, postgres.undispatched_count()).await? as f64);
+        gauge!("parked_sagas").set(within(limit, postgres.parked_count()).await? as f64);
+        let mut gone = std::mem::take(&mut self.dead);
+        for (kind, class, count) in within(limit, postgres.dead_letter_counts()).await? {
+            gauge!("dead_letters", "kind" => kind.clone(), "class" => class.clone()).set(count as f64);
+            gone.remove(&(kind.clone(), class.clone()));
+            self.dead.insert((kind, class));
+        }
+        for (kind, class) in gone {
+            gauge!("dead_letters", "kind" => kind, "class" => class).set(0.0);
+        }
+        Ok(())
+    }
+}
