@@ -69,7 +69,8 @@ mod tests {
 
     #[test]
     fn chunks_cover_the_text_in_order_within_the_limit() {
-        let text: String = (0..2000).map(|i| format!("word{i}{} ", if i % 9 == 0 { "." } else { "" })).collect();
+        let words: Vec<String> = (0..2000).map(|i| format!("word{i}{}", if i % 9 == 0 { "." } else { "" })).collect();
+        let text = words.join(" ");
         let limits = Chunking { max_chars: 300, overlap_chars: 40, ..Chunking::default() };
         let chunks = split(&text, limits);
         assert!(chunks.iter().all(|c| c.chars().count() <= 300));
