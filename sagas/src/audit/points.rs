@@ -1,0 +1,125 @@
+//! Every point of every collection: does it belong to a version?
+
+use std::collections::{BTreeSet, HashMap};
+
+use uuid::Uuid;
+
+use super::{AuditError, Finding, FindingKind as Kind, Run, Suspect, confirmed, keys, repair::Mend};
+use crate::stores::{
+    point_id,
+    postgres::audit::VersionState,
+    vectors::{ScrollPage, StoredPoint},
+};
+
+/// Collections that are Flotilla's by their names.
+const PREFIX: &str = "flotilla-";
+
+impl Run<'_> {
+    pub(super) async fn points(&mut self) -> Result<(), AuditError> {
+        for collection in self.collections().await? {
+            let mut offset = None;
+            loop {
+                let ScrollPage { points, numbered, next } =
+                    self.stores.vectors.scroll(&collection, offset, self.settings.page).await?;
+                self.counts.points += (points.len() + numbered.len()) as u64;
+                let mut suspects = numbered_points(&collection, &numbered);
+                let (first, unseen) = self.check_points(&collection, &points).await?;
+                self.pending.unseen_points += unseen;
+                if !first.is_empty() {
+                    self.pause().await;
+                    let again = self.stores.vectors.points_by_id(&collection, &keys(&first), false).await?;
+                    let (second, _) = self.check_points(&collection, &again).await?;
+                    suspects.extend(confirmed(&first, second));
+                }
+                self.settle(suspects).await?;
+                offset = next;
+                if offset.is_none() {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn collections(&self) -> Result<BTreeSet<String>, AuditError> {
+        let there = self.stores.vectors.collections().await?;
+        let mut ours: BTreeSet<String> =
+            self.stores.postgres.audit_collections().await?.into_iter().collect();
+        ours.extend(self.settings.collections.iter().cloned());
+        ours.extend(self.stores.embedders.keys().map(|model| self.stores.collection(model)));
+        ours.extend(there.iter().filter(|name| name.starts_with(PREFIX)).cloned());
+        ours.retain(|name| there.contains(name));
+        Ok(ours)
+    }
+
+    /// What belongs to no version, and how many points belong to versions that readers can't see.
+    async fn check_points(
+        &self,
+        collection: &str,
+        points: &[StoredPoint],
+    ) -> Result<(Vec<Suspect>, u64), AuditError> {
+        let mut ids: Vec<Uuid> = points.iter().filter_map(|point| point.version).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let versions = self.stores.postgres.audit_versions(&ids).await?;
+        let (mut suspects, mut unseen) = (vec![], 0);
+        for point in points.iter().filter(|point| !self.findings.names_point(point.id)) {
+            match why_extra(collection, point, &versions) {
+                Some(why) => {
+                    let version = point.version.and_then(|id| versions.get(&id));
+                    let finding = Finding {
+                        tenant: point.tenant.clone(),
+                        document: version.map(|version| version.document.clone()),
+                        version: point.version,
+                        ..Finding::new(Kind::PointExtra, point.id, format!("{why}, collection {collection}"))
+                    };
+                    suspects.push(Suspect::new(
+                        point.id,
+                        finding,
+                        Mend::RemovePoint(collection.to_owned(), point.id),
+                    ));
+                }
+                None => {
+                    let version = point.version.and_then(|id| versions.get(&id));
+                    unseen += u64::from(version.is_some_and(|version| version.state != "published"));
+                }
+            }
+        }
+        Ok((suspects, unseen))
+    }
+}
+
+/// Why a point belongs to no chunk of a version; `None`: it does. That of a published version has been compared in full by
+/// the pass over the documents; that of a staged one is its saga's; that of any other the janitor will remove.
+fn why_extra(
+    collection: &str,
+    point: &StoredPoint,
+    versions: &HashMap<Uuid, VersionState>,
+) -> Option<String> {
+    let Some(id) = point.version else { return Some("the payload names no version".to_owned()) };
+    let Some(version) = versions.get(&id) else { return Some(format!("version {id} is not there")) };
+    if version.collection != collection {
+        return Some(format!("version {id} has its points in collection {}", version.collection));
+    }
+    match point.chunk {
+        Some(no) if point_id(id, no) != point.id => {
+            Some(format!("the id is not that of chunk {no} of version {id}"))
+        }
+        Some(no) if !(0..version.chunk_count).contains(&no) => {
+            Some(format!("version {id} has {} chunks and this is chunk {no}", version.chunk_count))
+        }
+        Some(_) => None,
+        None => Some("the payload names no chunk".to_owned()),
+    }
+}
+
+fn numbered_points(collection: &str, numbers: &[u64]) -> Vec<Suspect> {
+    numbers
+        .iter()
+        .map(|number| {
+            let detail = format!("the id is a number, which no chunk's is, collection {collection}");
+            let finding = Finding::new(Kind::PointExtra, format!("{collection}/{number}"), detail);
+            Suspect::new(Uuid::nil(), finding, Mend::RemoveNumbered(collection.to_owned(), *number))
+        })
+        .collect()
+}

@@ -1,0 +1,10 @@
+//! The auditor against real services: every kind of drift is planted and must be named, alone; what can be mended must be
+//! clean after a repair.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod dispatch;
+mod fleet;
+mod log;
+mod points;
+mod rows;
+mod stage;
