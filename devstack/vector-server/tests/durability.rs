@@ -117,6 +117,60 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
     check(&server.client(), &log).await;
 }
 
+/// An operation on many points, cut short by a kill between flushes, is there for all of its points or for none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_operation_is_recovered_whole() {
+    const POINTS: u64 = 1_500;
+    const CYCLES: i64 = 6;
+    let data = tempfile::tempdir().unwrap();
+    let options = ["--flush-interval-ms", "30"];
+    let mut server = Server::start_with(data.path(), &options);
+    create(&server.client(), NAME).await;
+    upsert(&server.client(), NAME, (0..POINTS).map(point).collect()).await;
+    let mut generation = 0;
+    for cycle in 1..=CYCLES {
+        let acknowledged = Arc::new(AtomicU64::new(generation));
+        let writer = {
+            let (client, acknowledged) = (server.client(), Arc::clone(&acknowledged));
+            tokio::spawn(async move {
+                loop {
+                    let next = acknowledged.load(Ordering::SeqCst) + 1;
+                    let payload = serde_json::json!({ "generation": next });
+                    let all = SetPayloadPointsBuilder::new(
+                        NAME,
+                        ::qdrant_client::Payload::try_from(payload).unwrap(),
+                    )
+                    .points_selector(Filter::default())
+                    .wait(true);
+                    if client.set_payload(all).await.is_err() {
+                        return;
+                    }
+                    acknowledged.store(next, Ordering::SeqCst);
+                }
+            })
+        };
+        let (goal, deadline) = (generation + 8 + cycle as u64, Instant::now() + Duration::from_mins(1));
+        while acknowledged.load(Ordering::SeqCst) < goal {
+            assert!(Instant::now() < deadline, "the writer is stuck: {}", server.log());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        server.kill();
+        writer.await.unwrap();
+        generation = acknowledged.load(Ordering::SeqCst);
+        server = Server::start_with(data.path(), &options);
+        let stored: Vec<i64> = fetch(&server.client(), NAME, 0..POINTS)
+            .await
+            .iter()
+            .map(|point| point.payload.get("generation").map_or(0, |value| value.as_integer().unwrap()))
+            .collect();
+        let old = stored.iter().filter(|stored| **stored < generation as i64).count();
+        assert_eq!(old, 0, "cycle {cycle}: points older than the acknowledged generation {generation}");
+        // An operation that was not acknowledged is replayed whole or is not there.
+        generation = stored[0] as u64;
+        assert!(stored.iter().all(|stored| *stored as u64 == generation), "cycle {cycle}: half an operation");
+    }
+}
+
 #[tokio::test]
 async fn sigterm_ends_with_success_and_everything_is_there_again() {
     let data = tempfile::tempdir().unwrap();

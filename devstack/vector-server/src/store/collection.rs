@@ -28,8 +28,9 @@ pub struct Collection {
     shard: edge::EdgeShard,
     directory: Directory,
     spec: Mutex<pb::CreateCollection>,
-    /// Held by every update and by the flush. The engine's flush reports the newest version of each segment as
-    /// persisted; in the middle of an operation that would drop the operation's log entry with half of it applied.
+    /// Held by every update and by the flush. An operation changes segments in several steps, and the engine's flush
+    /// claims the newest version that it sees as persisted; it may be called only when no update can run (the engine's
+    /// `flusher(up_to: None)`, qdrant issue 10402).
     gate: Mutex<()>,
     deleted: AtomicBool,
     unflushed: AtomicBool,
