@@ -30,7 +30,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{LONG, Reader, SHORT, WorkerBuilder, process, wait_until};
+use crate::{Faults, LONG, Reader, SHORT, WorkerBuilder, process, wait_until};
 
 /// The tenant that owns all that tests enqueue.
 pub const TENANT: &str = "acme";
@@ -124,16 +124,16 @@ impl Fleet {
         services.chain(settings).chain([faults]).collect()
     }
 
-    /// How often a fault point has acted, over all workers.
+    /// How often a fault point has acted, over all workers armed by [`WorkerBuilder::faults`].
     pub fn fired(&self, point: &str) -> usize {
-        (0..).take_while(|n| self.faults.join(format!("{point}.{n}")).exists()).count()
+        Faults { spec: String::new(), dir: self.faults.clone() }.fired(point)
     }
 
-    /// Lets every fault point act anew, for the next case.
-    pub fn forget_fired(&self, point: &str) {
-        for n in 0..self.fired(point) {
-            std::fs::remove_file(self.faults.join(format!("{point}.{n}"))).expect("forget a firing");
-        }
+    /// Fault points whose firings are counted apart from all others, for one case of many; see [`WorkerBuilder::armed`].
+    pub fn faults(&self, case: &str, spec: impl Into<String>) -> Faults {
+        let dir = self.faults.join(case);
+        std::fs::create_dir(&dir).expect("a directory for the case");
+        Faults { spec: spec.into(), dir }
     }
 
     /// The names of all fault points: those around each step of each registered saga, and those inside store writes.

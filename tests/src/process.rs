@@ -13,7 +13,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{SHORT, wait_until};
+use crate::{Faults, SHORT, wait_until};
 
 /// Lines of a worker's log that a failed test shows.
 const TAIL: usize = 60;
@@ -56,6 +56,11 @@ impl WorkerBuilder {
     /// firing is counted over all workers of the fleet.
     pub fn faults(self, faults: impl Into<String>) -> Self {
         self.env("FLOTILLA_FAULTS", faults)
+    }
+
+    /// Arms fault points that are counted on their own.
+    pub fn armed(self, faults: &Faults) -> Self {
+        self.env("FLOTILLA_FAULTS_DIR", faults.dir.display().to_string()).faults(&faults.spec)
     }
 
     /// Jobs that run at once.
