@@ -1,4 +1,5 @@
-//! The side table in which the `probe` saga leaves a trace of all it did, for tests only.
+//! The side table `effects` in which the `probe` saga leaves a trace of all it did, for tests only; the test makes it. Rows
+//! are only ever added: `change` is 1 for an effect, -1 for its undoing, 0 for a try that found its work done.
 
 use queue::JobId;
 
@@ -6,19 +7,6 @@ use super::{Fence, Postgres};
 use crate::error::StoreError;
 
 impl Postgres {
-    /// Makes the table `effects`. Rows are only ever added: `change` is 1 for an effect, -1 for its undoing, 0 for a try that
-    /// found its work done.
-    pub async fn create_effects(&self) -> Result<(), StoreError> {
-        sqlx::query(
-            "CREATE TABLE IF NOT EXISTS effects (
-                seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, job uuid NOT NULL, step text NOT NULL, key text NOT NULL,
-                fence bigint NOT NULL, change integer NOT NULL)",
-        )
-        .execute(&self.pool)
-        .await?;
-        Ok(())
-    }
-
     /// Has the effect of a step, or undoes it, unless a try with the same key did so before. `false`: the fence refused.
     pub(crate) async fn effect(&self, job: JobId, fence: Fence, step: &str, key: &str, undo: bool) -> Result<bool, StoreError> {
         let Some(mut fenced) = self.fenced(job, fence).await? else { return Ok(false) };
