@@ -76,7 +76,11 @@ pub async fn run(
     metrics: MetricsRender,
     shutdown: CancellationToken,
 ) -> Result<(), WorkerError> {
-    queue.stamp(stores.postgres.ledger_id().await?).await?;
+    // Refuses another ledger's prefix. A missing stamp means that Redis lost its data, which the reconciler must see: it
+    // dispatches again and stamps afterwards.
+    if queue.stamped().await? {
+        queue.stamp(stores.postgres.ledger_id().await?).await?;
+    }
     let heartbeat =
         Heartbeat::spawn(queue.config().clone(), HeartbeatConfig { interval: settings.heartbeat })?;
     let listener = tokio::net::TcpListener::bind(settings.addr)
