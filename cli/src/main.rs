@@ -1,1 +1,143 @@
-fn main() {}
+#![doc = include_str!("../README.md")]
+
+mod commands;
+mod config;
+mod context;
+mod failure;
+mod output;
+mod signals;
+
+use std::{process::ExitCode, time::Duration};
+
+use clap::{Parser, Subcommand};
+use telemetry::{Telemetry, TelemetryConfig};
+
+use crate::{
+    commands::{
+        audit, bench, dev, dlq, documents, enqueue, import, jobs, keys, migrate, producer, sagas, search, stats, tenants,
+        worker,
+    },
+    config::{Settings, StoreArgs},
+    context::Context,
+    failure::Outcome,
+    output::Output,
+};
+
+/// Flotilla: a fleet of workers that runs jobs as sagas over Postgres, Qdrant and Redis
+///
+/// Data goes to stdout, messages to stderr. Exit codes: 0 done; 1 what was asked about has a problem or does not exist;
+/// 2 it could not be done (usage, or a store that can't be reached).
+#[derive(Debug, Parser)]
+#[command(name = "flotilla", version, propagate_version = true, max_term_width = 100)]
+struct Cli {
+    /// Print data as JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(flatten)]
+    stores: StoreArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start, stop and look at private Postgres, Redis and vector servers on this machine
+    #[command(subcommand)]
+    Dev(dev::Command),
+    /// Bring the database's schema up to date, or back
+    #[command(subcommand)]
+    Migrate(migrate::Command),
+    /// Serve the HTTP API and the console, and keep the queue in step with the ledger
+    Producer(producer::Args),
+    /// Run jobs
+    Worker(worker::Args),
+    /// Make and show tenants, the owners of documents and jobs
+    #[command(subcommand)]
+    Tenants(tenants::Command),
+    /// Make and revoke API keys
+    #[command(subcommand)]
+    Keys(keys::Command),
+    /// Enqueue one job
+    Enqueue(enqueue::Args),
+    /// Enqueue an ingest job for each file of a folder, or each line of a JSONL file
+    Import(import::Args),
+    /// List, show and cancel jobs
+    #[command(subcommand)]
+    Jobs(jobs::Command),
+    /// List, show, replay and discard dead letters
+    #[command(subcommand)]
+    Dlq(dlq::Command),
+    /// List saga runs and draw their timelines
+    #[command(subcommand)]
+    Sagas(sagas::Command),
+    /// Find the chunks whose meaning is nearest to a text
+    Search(search::Args),
+    /// Read published documents
+    #[command(subcommand)]
+    Documents(documents::Command),
+    /// Show how deep the queues are and how jobs end
+    Stats(stats::Args),
+    /// Compare the stores; exit code 1 if they disagree
+    Audit(audit::Args),
+    /// Measure this machine: embedding, enqueueing, ingesting
+    #[command(subcommand)]
+    Bench(bench::Command),
+}
+
+impl Command {
+    /// The name in traces and what is logged by default.
+    fn telemetry(&self) -> (&'static str, &'static str) {
+        match self {
+            Self::Producer(_) => ("flotilla-producer", "info"),
+            Self::Worker(_) => ("flotilla-worker", "info"),
+            _ => ("flotilla", "warn"),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failure::report(Err(error.into())),
+    };
+    let code = failure::report(runtime.block_on(run(cli)));
+    // A thread that waits for stdin must not hold up the end.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run(cli: Cli) -> Outcome {
+    let (name, filter) = cli.command.telemetry();
+    let telemetry = telemetry::init(name, &TelemetryConfig::from_env(filter)?)?;
+    let context = Context {
+        settings: Settings::new(&cli.stores)?,
+        out: Output { json: cli.json },
+        dir: cli.stores.dir.clone(),
+    };
+    context.settings.log_sources();
+    let outcome = Box::pin(dispatch(cli.command, context, &telemetry)).await;
+    telemetry.shutdown(Duration::from_secs(2)).await;
+    outcome
+}
+
+async fn dispatch(command: Command, context: Context, telemetry: &Telemetry) -> Outcome {
+    match command {
+        Command::Dev(command) => Box::pin(dev::run(command, &context)).await,
+        Command::Migrate(command) => migrate::run(command, &context).await,
+        Command::Producer(args) => Box::pin(producer::run(args, &context, telemetry)).await,
+        Command::Worker(args) => Box::pin(worker::run(args, &context, telemetry)).await,
+        Command::Tenants(command) => tenants::run(command, &context).await,
+        Command::Keys(command) => keys::run(command, &context).await,
+        Command::Enqueue(args) => Box::pin(enqueue::run(args, &context)).await,
+        Command::Import(args) => Box::pin(import::run(args, &context)).await,
+        Command::Jobs(command) => jobs::run(command, &context).await,
+        Command::Dlq(command) => Box::pin(dlq::run(command, &context)).await,
+        Command::Sagas(command) => sagas::run(command, &context).await,
+        Command::Search(args) => Box::pin(search::run(args, &context)).await,
+        Command::Documents(command) => documents::run(command, &context).await,
+        Command::Stats(args) => Box::pin(stats::run(args, &context)).await,
+        Command::Audit(args) => Box::pin(audit::run(args, &context)).await,
+        Command::Bench(command) => Box::pin(bench::run(command, &context)).await,
+    }
+}

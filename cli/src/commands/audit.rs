@@ -1,0 +1,107 @@
+//! `flotilla audit`: do the stores agree?
+
+use std::time::Duration;
+
+use ::sagas::audit::{AuditSettings, Auditor, Report};
+
+use crate::{
+    context::Context,
+    failure::{Ending, Outcome},
+    output::{self, short, span},
+};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Mend what can be mended; exit code 0 if nothing is left
+    #[arg(long)]
+    repair: bool,
+    /// Wait at most so long until the janitor has nothing left to do; what is left then is a disagreement
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    wait: u64,
+    /// Collections to look at beside those that are known
+    #[arg(long, value_name = "NAME")]
+    collection: Vec<String>,
+    /// Disagreements listed at most; all are counted
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    list: usize,
+    /// Leave the queue's Redis out
+    #[arg(long)]
+    without_queue: bool,
+}
+
+pub async fn run(args: Args, context: &Context) -> Outcome {
+    let postgres = context.postgres().await?;
+    let queue = if args.without_queue { None } else { Some(context.queue().await?) };
+    let auditor = Auditor::new(context.stores(postgres)?, queue);
+    let settings = AuditSettings {
+        wait_for_janitor: Duration::from_secs(args.wait),
+        collections: args.collection,
+        max_listed: args.list,
+        repair: args.repair,
+        actor: context.actor(),
+        ..AuditSettings::default()
+    };
+    let report = Box::pin(auditor.run(&settings)).await?;
+    context.out.data(&report, || described(&report))?;
+    Ok(Ending::fine_if(report.unrepaired() == 0))
+}
+
+fn described(report: &Report) -> String {
+    let counts = &report.counts;
+    let mut text = format!(
+        "looked at {} documents, {} versions, {} chunks, {} points, {} cache entries, {} jobs and {} sagas in {}{}\n",
+        counts.documents,
+        counts.versions,
+        counts.chunks,
+        counts.points,
+        counts.cache_entries,
+        counts.jobs,
+        counts.sagas,
+        span(Duration::from_millis(report.took_ms)),
+        if report.queue_audited { "" } else { ", the queue left out" },
+    );
+    let pending = &report.pending;
+    if pending.unfinished + pending.sweeps + pending.finishing > 0 {
+        text += &format!(
+            "under way: {} unfinished jobs, {} versions to be swept, {} sagas that wait for a sweep\n",
+            pending.unfinished, pending.sweeps, pending.finishing
+        );
+    }
+    if !pending.parked_sagas.is_empty() {
+        let mut table = output::table(&["PARKED SAGA", "JOB", "DOCUMENT", "WHAT STANDS"]);
+        for one in &pending.parked_sagas {
+            table.add_row([
+                one.saga.to_string(),
+                one.job.to_string(),
+                one.document.clone().unwrap_or_default(),
+                one.error.clone().unwrap_or_default(),
+            ]);
+        }
+        text = format!("{text}\n{}", output::tidy(&table));
+    }
+    if report.is_clean() {
+        return format!("{text}the stores agree\n");
+    }
+    let mut table = output::table(&["DISAGREEMENT", "SUBJECT", "DOCUMENT", "REPAIR", "DETAIL"]);
+    for one in &report.findings {
+        let repair = match (one.repaired, one.repairable) {
+            (true, _) => "done",
+            (false, true) => "possible",
+            (false, false) => "no",
+        };
+        table.add_row([
+            one.kind.name().into(),
+            (&one.subject).into(),
+            short(one.document.as_deref().unwrap_or_default(), 40).into(),
+            repair.into(),
+            comfy_table::Cell::new(&one.detail),
+        ]);
+    }
+    format!(
+        "{text}\n{}\n{} disagreements, {} mended, {} left\n",
+        output::tidy(&table),
+        report.total(),
+        report.repaired,
+        report.unrepaired()
+    )
+}

@@ -1,0 +1,150 @@
+//! `flotilla bench`: what this machine does, each figure beside a plain way to do the same.
+//!
+//! Everything runs on private servers in a directory of its own, on loopback addresses, and is removed afterwards.
+
+mod embed;
+mod enqueue;
+mod ingest;
+mod sandbox;
+mod texts;
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::{
+    context::Context,
+    failure::{Ending, Outcome},
+    output,
+};
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Texts embedded per second, in batches and one by one
+    Embed(embed::Args),
+    /// Jobs accepted per second, durably: one by one and in batches, beside plain inserts
+    Enqueue(enqueue::Args),
+    /// Documents ingested per second by worker processes, beside a plain loop that does the same writes
+    Ingest(ingest::Args),
+}
+
+/// Which embedding provider is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Provider {
+    /// Feature hashing: nearly free, so that everything else is measured
+    Hash,
+    /// The local model
+    Local,
+}
+
+impl Provider {
+    /// Its name in `FLOTILLA_EMBEDDER`.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Hash => "hash",
+            Self::Local => "local",
+        }
+    }
+
+    /// The provider, with the settings of this process for the rest.
+    fn open(self, context: &Context) -> anyhow::Result<std::sync::Arc<dyn embedding::Embedder>> {
+        let config = embedding::EmbedderConfig::from_variables(|name| match name {
+            "FLOTILLA_EMBEDDER" => Some(self.name().to_owned()),
+            _ => context.settings.get(name),
+        })?;
+        Ok(embedding::open(&config)?)
+    }
+}
+
+/// What is printed.
+#[derive(Debug, Serialize)]
+struct Report {
+    bench: &'static str,
+    results: Vec<Figure>,
+}
+
+/// One figure.
+#[derive(Debug, Serialize)]
+struct Figure {
+    name: String,
+    value: f64,
+    unit: &'static str,
+    /// What the figure is compared with.
+    reference: String,
+    /// That, in the same unit.
+    reference_value: f64,
+    /// The value over the reference's.
+    ratio: f64,
+    /// Median and 99th percentile of one call or job, in milliseconds.
+    p50: f64,
+    p99: f64,
+}
+
+impl Figure {
+    fn new(name: impl Into<String>, unit: &'static str, value: f64, times: Vec<Duration>, reference: (String, f64)) -> Self {
+        let (p50, p99) = percentiles(times);
+        let (reference, reference_value) = reference;
+        Self {
+            name: name.into(),
+            value: rounded(value),
+            unit,
+            reference,
+            reference_value: rounded(reference_value),
+            ratio: (value / reference_value.max(1e-9) * 1000.0).round() / 1000.0,
+            p50,
+            p99,
+        }
+    }
+}
+
+fn rounded(value: f64) -> f64 {
+    (value * 10.0).round() / 10.0
+}
+
+/// Median and 99th percentile in milliseconds.
+fn percentiles(mut times: Vec<Duration>) -> (f64, f64) {
+    times.sort_unstable();
+    let at = |share: f64| {
+        let index = ((times.len() as f64 * share).ceil() as usize).clamp(1, times.len().max(1)) - 1;
+        times.get(index).map_or(0.0, |time| (time.as_secs_f64() * 1e6).round() / 1e3)
+    };
+    (at(0.5), at(0.99))
+}
+
+pub async fn run(command: Command, context: &Context) -> Outcome {
+    let report = match command {
+        Command::Embed(args) => Box::pin(embed::measure(args, context)).await?,
+        Command::Enqueue(args) => Box::pin(enqueue::measure(args, context)).await?,
+        Command::Ingest(args) => Box::pin(ingest::measure(args, context)).await?,
+    };
+    context.out.data(&report, || {
+        let mut table = output::table(&["FIGURE", "VALUE", "UNIT", "P50 MS", "P99 MS", "RATIO", "REFERENCE", "ITS VALUE"]);
+        for one in &report.results {
+            table.add_row([
+                (&one.name).into(),
+                output::number(one.value),
+                one.unit.into(),
+                output::number(one.p50),
+                output::number(one.p99),
+                output::number(one.ratio),
+                (&one.reference).into(),
+                output::number(one.reference_value),
+            ]);
+        }
+        output::tidy(&table)
+    })?;
+    Ok(Ending::Fine)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_of_the_sorted_times() {
+        let times = (1..=200).rev().map(Duration::from_millis).collect();
+        assert_eq!(percentiles(times), (100.0, 198.0));
+        assert_eq!(percentiles(vec![Duration::from_millis(7)]), (7.0, 7.0));
+        assert_eq!(percentiles(vec![]), (0.0, 0.0));
+    }
+}

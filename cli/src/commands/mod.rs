@@ -1,0 +1,18 @@
+//! The subcommands, one file each.
+
+pub mod audit;
+pub mod bench;
+pub mod dev;
+pub mod dlq;
+pub mod documents;
+pub mod enqueue;
+pub mod import;
+pub mod jobs;
+pub mod keys;
+pub mod migrate;
+pub mod producer;
+pub mod sagas;
+pub mod search;
+pub mod stats;
+pub mod tenants;
+pub mod worker;

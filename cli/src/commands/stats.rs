@@ -1,0 +1,106 @@
+//! `flotilla stats`: how deep the queues are and how jobs end.
+
+use std::{collections::BTreeMap, io::IsTerminal, time::Duration};
+
+use queue::{Queue, QueueName, QueueStats};
+use sagas::stores::postgres::{Postgres, inspect::JobCounts};
+use serde::Serialize;
+
+use crate::{
+    context::Context,
+    failure::{Ending, Outcome},
+    output::{self, print, span},
+};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Queues to look at
+    #[arg(long, env = "FLOTILLA_QUEUES", value_delimiter = ',', default_value = "ingest,embed,delete")]
+    queues: Vec<QueueName>,
+    /// Show it again and again, every so many seconds
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    watch: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Stats {
+    queues: BTreeMap<String, QueueStats>,
+    jobs: JobCounts,
+    undispatched: i64,
+    dead_letters: Vec<DeadLetters>,
+    parked_sagas: i64,
+}
+
+#[derive(Debug, Serialize)]
+struct DeadLetters {
+    kind: String,
+    class: String,
+    open: i64,
+}
+
+pub async fn run(args: Args, context: &Context) -> Outcome {
+    let postgres = context.postgres().await?;
+    let queue = context.queue().await?;
+    loop {
+        let stats = collect(&args.queues, &postgres, &queue).await?;
+        if args.watch.is_some() && !context.out.json && std::io::stdout().is_terminal() {
+            // Home and erase, so that the table stays in its place.
+            print("\x1b[H\x1b[2J")?;
+        }
+        context.out.data(&stats, || described(&stats))?;
+        match args.watch {
+            None => return Ok(Ending::Fine),
+            Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds)).await,
+        }
+    }
+}
+
+async fn collect(queues: &[QueueName], postgres: &Postgres, queue: &Queue) -> anyhow::Result<Stats> {
+    let mut by_queue = BTreeMap::new();
+    for name in queues {
+        by_queue.insert(name.to_string(), queue.stats(name).await?);
+    }
+    let dead = postgres.dead_letter_counts().await?;
+    Ok(Stats {
+        queues: by_queue,
+        jobs: postgres.job_counts(None).await?,
+        undispatched: postgres.undispatched_count().await?,
+        dead_letters: dead.into_iter().map(|(kind, class, open)| DeadLetters { kind, class, open }).collect(),
+        parked_sagas: postgres.parked_count().await?,
+    })
+}
+
+fn described(stats: &Stats) -> String {
+    let mut queues = output::table(&[
+        "QUEUE", "P9", "P8", "P7", "P6", "P5", "P4", "P3", "P2", "P1", "P0", "READY", "SCHEDULED", "IN FLIGHT", "OLDEST",
+    ]);
+    for (name, one) in &stats.queues {
+        let mut row = vec![name.into()];
+        row.extend(one.by_priority.iter().rev().map(|level| output::number(level.depth)));
+        row.push(output::number(one.depth()));
+        row.push(output::number(one.scheduled));
+        row.push(output::number(one.in_flight));
+        row.push(one.oldest_ms().map(|ms| span(Duration::from_millis(ms))).unwrap_or_default().into());
+        queues.add_row(row);
+    }
+    let jobs = &stats.jobs;
+    let mut ledger = output::table(&[
+        "WAITING", "RUNNING", "SUCCEEDED", "CANCELLED", "DEAD", "PARKED", "REDELIVERED", "UNDISPATCHED", "PARKED SAGAS",
+    ]);
+    ledger.add_row(
+        [
+            jobs.waiting, jobs.running, jobs.succeeded, jobs.cancelled, jobs.dead, jobs.parked, jobs.redelivered,
+            stats.undispatched, stats.parked_sagas,
+        ]
+        .map(output::number),
+    );
+    let mut text = format!("{}\n{}", output::tidy(&queues), output::tidy(&ledger));
+    if !stats.dead_letters.is_empty() {
+        let mut dead = output::table(&["DEAD LETTERS OF", "CLASS", "OPEN"]);
+        for one in &stats.dead_letters {
+            dead.add_row([(&one.kind).into(), (&one.class).into(), output::number(one.open)]);
+        }
+        text = format!("{text}\n{}", output::tidy(&dead));
+    }
+    text
+}

@@ -1,0 +1,102 @@
+//! `flotilla worker`: runs jobs until it is told to stop.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use ::worker::{MetricsRender, WorkerSettings};
+use anyhow::Context as _;
+use producer::MaintainSettings;
+use queue::{HeartbeatConfig, QueueName, WorkerId};
+use sagas::{
+    engine::{CallLimits, EngineSettings},
+    janitor::JanitorSettings,
+};
+use telemetry::Telemetry;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    context::Context,
+    failure::{Ending, Outcome},
+    signals,
+};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Queues to serve, in turn
+    #[arg(long, env = "FLOTILLA_QUEUES", value_delimiter = ',', default_value = "ingest,embed,delete")]
+    queues: Vec<QueueName>,
+    /// Jobs that run at once
+    #[arg(long, env = "FLOTILLA_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    concurrency: u16,
+    /// Where /healthz, /readyz and /metrics are served
+    #[arg(long, env = "FLOTILLA_WORKER_ADDR", default_value = "127.0.0.1:9090")]
+    addr: SocketAddr,
+    /// How long running jobs may go on after SIGTERM or SIGINT, in milliseconds; then they are given back
+    #[arg(long, env = "FLOTILLA_DRAIN_GRACE_MS", value_name = "MS", default_value_t = 25_000)]
+    drain_grace: u64,
+}
+
+/// A lease's end minus this is the last moment of an external call: 2 s, or a fifth of a lease shorter than 10 s.
+const LEASE_MARGIN: Duration = Duration::from_secs(2);
+
+pub async fn run(args: Args, context: &Context, telemetry: &Telemetry) -> Outcome {
+    let postgres = context.migrated_postgres().await?;
+    let queue = context.queue().await?;
+    let stores = context.stores(postgres.clone())?;
+    let settings = worker_settings(&args, context, queue.config().lease)?;
+    let maintain = MaintainSettings::from_lookup(|name| context.settings.get(name))?;
+    let metrics: MetricsRender = Arc::new(telemetry.renderer());
+    let shutdown = signals::drain_on_signal()?;
+
+    // Relay and reconciler go on while jobs drain, and end with them.
+    let upkeep = CancellationToken::new();
+    let maintaining = tokio::spawn({
+        let (queue, upkeep, shutdown) = (queue.clone(), upkeep.clone(), shutdown.clone());
+        async move {
+            let ended = producer::maintain(postgres, queue, maintain, upkeep).await;
+            // It ends early only when this Redis must not be used: then no job may be run from it either.
+            if ended.is_err() {
+                shutdown.cancel();
+            }
+            ended
+        }
+    });
+    let worked = ::worker::run(settings, stores, queue, metrics, shutdown).await;
+    upkeep.cancel();
+    let maintained = maintaining.await.context("the maintenance loops ended")?;
+    worked?;
+    maintained?;
+    tracing::info!("drained");
+    Ok(Ending::Fine)
+}
+
+fn worker_settings(args: &Args, context: &Context, lease: Duration) -> anyhow::Result<WorkerSettings> {
+    let settings = &context.settings;
+    let engine = EngineSettings::default();
+    let day = Duration::from_secs(24 * 3600);
+    let janitor = JanitorSettings::default();
+    let days = |name, default: Duration| {
+        settings.number(name, default.as_secs() / day.as_secs()).map(|days| day * u32::try_from(days).unwrap_or(u32::MAX))
+    };
+    Ok(WorkerSettings {
+        queues: args.queues.clone(),
+        concurrency: args.concurrency.into(),
+        id: WorkerId::for_this_process(),
+        heartbeat: settings.millis("FLOTILLA_HEARTBEAT_MS", HeartbeatConfig::default().interval)?,
+        drain_grace: Duration::from_millis(args.drain_grace),
+        addr: args.addr,
+        engine: EngineSettings {
+            calls: CallLimits { call_timeout: context.call_timeout()?, lease_margin: LEASE_MARGIN.min(lease / 5) },
+            retry_base: settings.millis("FLOTILLA_RETRY_BASE_MS", engine.retry_base)?,
+            retry_cap: settings.millis("FLOTILLA_RETRY_CAP_MS", engine.retry_cap)?,
+            delivery_limit: i32::try_from(settings.number("FLOTILLA_DELIVERY_LIMIT", engine.delivery_limit.unsigned_abs().into())?)
+                .unwrap_or(i32::MAX)
+                .max(1),
+            unroutable_after: settings.millis("FLOTILLA_UNROUTABLE_AFTER_MS", engine.unroutable_after)?,
+        },
+        janitor: JanitorSettings {
+            keep_jobs: days("FLOTILLA_KEEP_JOBS_DAYS", janitor.keep_jobs)?,
+            keep_audit_log: days("FLOTILLA_KEEP_AUDIT_LOG_DAYS", janitor.keep_audit_log)?,
+            ..janitor
+        },
+    })
+}

@@ -1,0 +1,138 @@
+//! Connections to the stores, made when a command needs them; an error names the variable and the address.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context as _, anyhow};
+use embedding::EmbedderConfig;
+use queue::{Queue, QueueConfig};
+use sagas::{
+    kinds::{DocumentSettings, Stores},
+    stores::{
+        cache::{Cache, CacheConfig},
+        postgres::{Postgres, PostgresConfig},
+        vectors::{Vectors, VectorsConfig},
+    },
+};
+
+use crate::{
+    config::{Settings, shown_url},
+    output::Output,
+};
+
+/// What every command gets.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// Where settings come from.
+    pub settings: Settings,
+    /// Where data goes.
+    pub out: Output,
+    /// Directory of the development stack.
+    pub dir: std::path::PathBuf,
+}
+
+impl Context {
+    /// What can't be reached, where, and what to do.
+    fn unreachable(&self, variable: &'static str, url: &str, error: impl std::fmt::Display) -> anyhow::Error {
+        let advice = if self.settings.is_from_stack(variable) {
+            format!(
+                ". The address is the development stack's: `flotilla dev status --dir {}`",
+                self.dir.display()
+            )
+        } else {
+            String::new()
+        };
+        anyhow!("{variable} {} can't be used: {error}{advice}", shown_url(url))
+    }
+
+    /// How to connect to Postgres.
+    pub fn postgres_config(&self) -> anyhow::Result<PostgresConfig> {
+        let mut config = PostgresConfig::new(self.settings.require("DATABASE_URL")?);
+        config.max_connections =
+            u32::try_from(self.settings.number("FLOTILLA_POSTGRES_CONNECTIONS", 10)?).unwrap_or(u32::MAX).max(1);
+        config.call_timeout = self.call_timeout()?;
+        Ok(config)
+    }
+
+    /// No reply of a store within this time is a time-out.
+    pub fn call_timeout(&self) -> anyhow::Result<Duration> {
+        self.settings.millis("FLOTILLA_CALL_TIMEOUT_MS", Duration::from_secs(5))
+    }
+
+    /// Postgres, which has answered.
+    pub async fn postgres(&self) -> anyhow::Result<Postgres> {
+        let config = self.postgres_config()?;
+        Postgres::connect(&config).await.map_err(|e| self.unreachable("DATABASE_URL", &config.url, e.message))
+    }
+
+    /// Postgres with every migration applied.
+    pub async fn migrated_postgres(&self) -> anyhow::Result<Postgres> {
+        let postgres = self.postgres().await?;
+        let missing: Vec<String> = postgres
+            .migrations()
+            .await
+            .context("can't read which migrations are applied")?
+            .into_iter()
+            .filter(|(_, _, applied)| !applied)
+            .map(|(version, _, _)| version.to_string())
+            .collect();
+        if !missing.is_empty() {
+            return Err(anyhow!(
+                "the database lacks migration{} {}: run `flotilla migrate up` first",
+                if missing.len() == 1 { "" } else { "s" },
+                missing.join(", ")
+            ));
+        }
+        Ok(postgres)
+    }
+
+    /// The queue's settings.
+    pub fn queue_config(&self) -> anyhow::Result<QueueConfig> {
+        self.settings.require("REDIS_QUEUE_URL")?;
+        Ok(QueueConfig::from_lookup(|name| self.settings.get(name))?)
+    }
+
+    /// The queue, which has answered and may be used.
+    pub async fn queue(&self) -> anyhow::Result<Queue> {
+        let config = self.queue_config()?;
+        let url = config.url.clone();
+        Queue::connect(config).await.map_err(|e| self.unreachable("REDIS_QUEUE_URL", &url, e))
+    }
+
+    /// The queue without a connection; the first call connects.
+    pub fn lazy_queue(&self) -> anyhow::Result<Queue> {
+        Ok(Queue::lazy(self.queue_config()?)?)
+    }
+
+    /// All stores and the embedding provider. Only Postgres is asked whether it answers: workers wait for the others.
+    pub fn stores(&self, postgres: Postgres) -> anyhow::Result<Stores> {
+        let call_timeout = self.call_timeout()?;
+        let vectors = Vectors::lazy(&VectorsConfig {
+            url: self.settings.require("QDRANT_URL")?,
+            api_key: self.settings.get("QDRANT_API_KEY"),
+            call_timeout,
+        })?;
+        let cache = Cache::lazy(&CacheConfig {
+            url: self.settings.require("REDIS_CACHE_URL")?,
+            prefix: self.settings.get("FLOTILLA_PREFIX").unwrap_or_else(|| "flotilla".to_owned()),
+            call_timeout,
+        })?;
+        let embedder = embedding::open(&EmbedderConfig::from_variables(|name| self.settings.get(name))?)?;
+        Ok(Stores::new(postgres, vectors, cache, Arc::clone(&embedder), vec![], self.document_settings()?))
+    }
+
+    fn document_settings(&self) -> anyhow::Result<DocumentSettings> {
+        let defaults = DocumentSettings::default();
+        Ok(DocumentSettings {
+            grace: self.settings.millis("FLOTILLA_GRACE_MS", defaults.grace)?,
+            sweep_bound: self.settings.millis("FLOTILLA_SWEEP_BOUND_MS", defaults.sweep_bound)?,
+            collection: self.settings.get("FLOTILLA_COLLECTION"),
+            ..defaults
+        })
+    }
+
+    /// Who acts, for the audit log: the person's account.
+    pub fn actor(&self) -> String {
+        let user = std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_default();
+        if user.is_empty() { "cli".to_owned() } else { format!("cli:{user}") }
+    }
+}
