@@ -7,13 +7,14 @@ audit after the run; they are written to target/demo.json.
 
 CORPUS=DIR       your own folder of text files (default: the documentation of the crates Flotilla is built from)
 EMBEDDER=hash    feature hashing in place of the local model: no meaning, much faster
+FLOTILLA_BIN=FILE a binary that is built already
 DOCUMENTS=N      at most so many of the default corpus (default 2400; at least 2000 for the real thing)
 """
 import json, os, signal, socket, subprocess, sys, time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TARGET = os.path.abspath(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")))
-BIN = os.path.join(TARGET, "release", "flotilla")
+BIN = os.environ.get("FLOTILLA_BIN") or os.path.join(TARGET, "release", "flotilla")
 STACK = os.path.join(ROOT, ".flotilla", "demo")
 WORK = os.path.join(TARGET, "demo")
 TENANT = "demo"
@@ -170,7 +171,8 @@ def main():
     os.makedirs(WORK, exist_ok=True)
     with phase("build"):
         say("Building (the first time takes some minutes)")
-        run("cargo", "build", "--release", "--locked", "-p", "cli")
+        if "FLOTILLA_BIN" not in os.environ:
+            run("cargo", "build", "--release", "--locked", "-p", "cli")
         os.environ["FLOTILLA_VECTORS_BIN"] = run("scripts/build-vectors.sh", stdout=subprocess.PIPE, text=True).stdout.split()[-1]
     embedder = os.environ.get("EMBEDDER", "local")
     with phase("model"):
@@ -191,7 +193,7 @@ def main():
                     os.environ[name] = value.strip("'\"")
         os.environ.update(FLOTILLA_EMBEDDER=embedder, FLOTILLA_LEASE_MS="4000", FLOTILLA_HEARTBEAT_MS="1000",
                           FLOTILLA_GRACE_MS="2000", FLOTILLA_SWEEP_BOUND_MS="10000", FLOTILLA_UNROUTABLE_AFTER_MS="2000",
-                          FLOTILLA_EMBEDDER_THREADS="1", FLOTILLA_LOG=os.environ.get("FLOTILLA_LOG", "info"))
+                          FLOTILLA_EMBEDDER_THREADS="1")
         flotilla("migrate", "up")
         flotilla("tenants", "create", TENANT)
     with phase("fleet"):
