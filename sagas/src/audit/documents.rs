@@ -152,30 +152,25 @@ fn check_document(document: &DocumentRow, versions: &[&VersionRow], suspects: &m
         );
         found(None, Kind::TombstoneWithVersion, detail);
     }
-    match shown.map(|shown| (shown, versions.iter().find(|version| version.id == shown))) {
-        None => {}
-        Some((shown, None)) => {
-            found(
-                None,
-                Kind::CurrentNotPublished,
-                format!("the document shows version {shown}, which is another document's"),
-            );
+    if let Some(shown) = shown {
+        match versions.iter().find(|version| version.id == shown) {
+            None => {
+                let detail = format!("the document shows version {shown}, which is another document's");
+                found(None, Kind::CurrentNotPublished, detail);
+            }
+            Some(version) if version.state != "published" => {
+                let detail = format!("the document shows a version that is {}", version.state);
+                found(Some(version), Kind::CurrentNotPublished, detail);
+            }
+            Some(version) if version.doc_order != document.current_order => {
+                let detail = format!(
+                    "the document stands at order {} and shows a version of order {}",
+                    document.current_order, version.doc_order
+                );
+                found(Some(version), Kind::OrderDisagrees, detail);
+            }
+            Some(_) => {}
         }
-        Some((_, Some(version))) if version.state != "published" => {
-            found(
-                Some(version),
-                Kind::CurrentNotPublished,
-                format!("the document shows a version that is {}", version.state),
-            );
-        }
-        Some((_, Some(version))) if version.doc_order != document.current_order => {
-            let detail = format!(
-                "the document stands at order {} and shows a version of order {}",
-                document.current_order, version.doc_order
-            );
-            found(Some(version), Kind::OrderDisagrees, detail);
-        }
-        Some(_) => {}
     }
     for version in versions {
         if version.state == "published" && shown != Some(version.id) {

@@ -151,7 +151,9 @@ impl Auditor {
         run.log().await?;
         run.dispatch().await?;
         let pending = self.stores.postgres.audit_pending().await?;
-        let Run { findings: Findings { mut report, unrepaired, .. }, counts, pending: seen, .. } = run;
+        let Run { findings, counts, pending: seen, .. } = run;
+        findings.publish();
+        let mut report = findings.report;
         report.counts = counts;
         report.pending = Pending {
             unseen_points: seen.unseen_points,
@@ -160,7 +162,6 @@ impl Auditor {
         };
         report.queue_audited = self.queue.is_some();
         report.took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        report.publish(&unrepaired);
         Ok(report)
     }
 }

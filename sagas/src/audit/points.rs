@@ -1,6 +1,6 @@
 //! Every point of every collection: does it belong to a version?
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use uuid::Uuid;
 
@@ -64,26 +64,19 @@ impl Run<'_> {
         let versions = self.stores.postgres.audit_versions(&ids).await?;
         let (mut suspects, mut unseen) = (vec![], 0);
         for point in points.iter().filter(|point| !self.findings.names_point(point.id)) {
-            match why_extra(collection, point, &versions) {
-                Some(why) => {
-                    let version = point.version.and_then(|id| versions.get(&id));
-                    let finding = Finding {
-                        tenant: point.tenant.clone(),
-                        document: version.map(|version| version.document.clone()),
-                        version: point.version,
-                        ..Finding::new(Kind::PointExtra, point.id, format!("{why}, collection {collection}"))
-                    };
-                    suspects.push(Suspect::new(
-                        point.id,
-                        finding,
-                        Mend::RemovePoint(collection.to_owned(), point.id),
-                    ));
-                }
-                None => {
-                    let version = point.version.and_then(|id| versions.get(&id));
-                    unseen += u64::from(version.is_some_and(|version| version.state != "published"));
-                }
-            }
+            let version = point.version.and_then(|id| versions.get(&id));
+            let Some(why) = why_extra(collection, point, version) else {
+                unseen += u64::from(version.is_some_and(|version| version.state != "published"));
+                continue;
+            };
+            let finding = Finding {
+                tenant: point.tenant.clone(),
+                document: version.map(|version| version.document.clone()),
+                version: point.version,
+                ..Finding::new(Kind::PointExtra, point.id, format!("{why}, collection {collection}"))
+            };
+            let mend = Mend::RemovePoint(collection.to_owned(), point.id);
+            suspects.push(Suspect::new(point.id, finding, mend));
         }
         Ok((suspects, unseen))
     }
@@ -91,13 +84,9 @@ impl Run<'_> {
 
 /// Why a point belongs to no chunk of a version; `None`: it does. That of a published version has been compared in full by
 /// the pass over the documents; that of a staged one is its saga's; that of any other the janitor will remove.
-fn why_extra(
-    collection: &str,
-    point: &StoredPoint,
-    versions: &HashMap<Uuid, VersionState>,
-) -> Option<String> {
+fn why_extra(collection: &str, point: &StoredPoint, version: Option<&VersionState>) -> Option<String> {
     let Some(id) = point.version else { return Some("the payload names no version".to_owned()) };
-    let Some(version) = versions.get(&id) else { return Some(format!("version {id} is not there")) };
+    let Some(version) = version else { return Some(format!("version {id} is not there")) };
     if version.collection != collection {
         return Some(format!("version {id} has its points in collection {}", version.collection));
     }

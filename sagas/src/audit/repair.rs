@@ -180,7 +180,7 @@ async fn chunks(stores: &Stores, version: &VersionRow) -> Mended {
     } else {
         None
     };
-    if vectors.is_none_or(|vectors| hash(&vectors) != version.vectors_hash) {
+    if !vectors.is_some_and(|vectors| is_published(&vectors, version)) {
         return Ok(Err("splitting the text again does not give the chunks that were published: ingest the document again".to_owned()));
     }
     Ok(if stores.postgres.mend_chunks(version.id, &chunks).await? {
@@ -203,28 +203,23 @@ async fn points(stores: &Stores, version: &VersionRow) -> Mended {
     let standing: Vec<Option<&Vec<f32>>> =
         stored.iter().map(|point| point.as_ref().and_then(|point| point.vector.as_ref())).collect();
     let whole: Option<Vec<Vec<f32>>> = standing.iter().map(|vector| vector.cloned()).collect();
-    let right = match whole.filter(|vectors| hash(vectors) == version.vectors_hash) {
-        Some(vectors) => vectors,
-        None => {
-            let chunks = stores.postgres.chunks(version.id).await?;
-            let Some(fresh) = vectors_of(stores, version, &chunks).await? else {
-                return Ok(Err(format!(
-                    "model {} is not served here, or the chunk rows are not complete",
-                    version.model
-                )));
-            };
-            let mixed: Vec<Vec<f32>> =
-                standing.iter().zip(&fresh).map(|(old, new)| (*old).unwrap_or(new).clone()).collect();
-            if hash(&mixed) == version.vectors_hash {
-                mixed
-            } else if hash(&fresh) == version.vectors_hash {
-                fresh
-            } else {
-                return Ok(Err(
-                    "the provider gives other vectors than those published: enqueue an embed job for the document".to_owned()
-                ));
-            }
-        }
+    let right = if let Some(vectors) = whole.filter(|vectors| is_published(vectors, version)) {
+        vectors
+    } else {
+        let chunks = stores.postgres.chunks(version.id).await?;
+        let Some(fresh) = vectors_of(stores, version, &chunks).await? else {
+            return Ok(Err(format!(
+                "model {} is not served here, or the chunk rows are not complete",
+                version.model
+            )));
+        };
+        let mixed: Vec<Vec<f32>> =
+            standing.iter().zip(&fresh).map(|(old, new)| (*old).unwrap_or(new).clone()).collect();
+        let Some(right) = [mixed, fresh].into_iter().find(|vectors| is_published(vectors, version)) else {
+            let why = "the provider gives other vectors than those published: enqueue an embed job for the document";
+            return Ok(Err(why.to_owned()));
+        };
+        right
     };
     let wrong: HashSet<usize> = (0..ids.len())
         .filter(|no| {
@@ -261,8 +256,9 @@ async fn points(stores: &Stores, version: &VersionRow) -> Mended {
 /// Storing the points of one version may take so long.
 const INSERT_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
 
-fn hash(vectors: &[Vec<f32>]) -> Option<Vec<u8>> {
-    Some(vectors_hash(vectors.iter().map(Vec::as_slice)))
+/// Whether these are the vectors whose hash was recorded at publish.
+fn is_published(vectors: &[Vec<f32>], version: &VersionRow) -> bool {
+    version.vectors_hash.as_ref().is_some_and(|hash| *hash == vectors_hash(vectors.iter().map(Vec::as_slice)))
 }
 
 /// The vectors that the version's model gives for these chunks now. `None`: not so many chunks, or no such model here.

@@ -227,14 +227,6 @@ impl Report {
     pub fn unrepaired(&self) -> u64 {
         self.total() - self.repaired
     }
-
-    /// Sets the gauge `audit_findings{kind}` for every kind to the number that stand now.
-    pub(super) fn publish(&self, unrepaired: &BTreeMap<FindingKind, u64>) {
-        for kind in FindingKind::ALL {
-            let count = unrepaired.get(kind).copied().unwrap_or_default();
-            gauge!("audit_findings", "kind" => kind.name()).set(count as f64);
-        }
-    }
 }
 
 /// At most so many findings are remembered, in order not to count one twice.
@@ -248,7 +240,7 @@ pub(super) struct Findings {
     /// Points that a finding names; the pass over all points leaves them out.
     points: HashSet<Uuid>,
     pub report: Report,
-    pub unrepaired: BTreeMap<FindingKind, u64>,
+    unrepaired: BTreeMap<FindingKind, u64>,
 }
 
 impl Findings {
@@ -279,6 +271,14 @@ impl Findings {
         );
         if self.report.findings.len() < self.max_listed {
             self.report.findings.push(finding);
+        }
+    }
+
+    /// Sets the gauge `audit_findings{kind}` for every kind to the number that stand now.
+    pub fn publish(&self) {
+        for kind in FindingKind::ALL {
+            let count = self.unrepaired.get(kind).copied().unwrap_or_default();
+            gauge!("audit_findings", "kind" => kind.name()).set(count as f64);
         }
     }
 

@@ -55,7 +55,7 @@ async fn pending_janitor_work_is_counted_apart_and_overdue_work_is_named() {
         }
         assert!(tokio::time::Instant::now() < deadline, "{:?}", report.pending);
     }
-    stage.insert(stage.point(&old, 0)).await;
+    stage.insert(old.point(0)).await;
     assert_eq!(stage.clean().await.pending.unseen_points, 1, "the second sweep's work");
     stage.sql("UPDATE document_versions SET sweep_after = now() WHERE id = $1", old.version).await;
     let long = AuditSettings { wait_for_janitor: Duration::from_secs(20), ..settings() };
@@ -65,7 +65,7 @@ async fn pending_janitor_work_is_counted_apart_and_overdue_work_is_named() {
     assert_eq!(report.counts.points, 1);
 
     // After the second sweep nobody looks any more: that is what the auditor is for.
-    stage.insert(stage.point(&old, 0)).await;
+    stage.insert(old.point(0)).await;
     stage.names_and_mends(Kind::PointExtra).await;
     shutdown.cancel();
     task.await.unwrap();

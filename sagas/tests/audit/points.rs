@@ -86,10 +86,10 @@ async fn every_drift_of_points_is_named_and_mended() {
     stage.names_and_mends(Kind::PointWrongChunk).await;
 
     // Of no version, beyond a version's chunks, under an id of no chunk, and under a number.
-    let stray = Point { version: Uuid::now_v7(), ..stage.point(&doc, 0) };
+    let stray = Point { version: Uuid::now_v7(), ..doc.point(0) };
     stage.insert(stray).await;
     stage.names_and_mends(Kind::PointExtra).await;
-    stage.insert(Point { chunk: 99, ..stage.point(&doc, 0) }).await;
+    stage.insert(Point { chunk: 99, ..doc.point(0) }).await;
     stage.names_and_mends(Kind::PointExtra).await;
     overwrite(&stage, Uuid::now_v7().to_string(), &doc, doc.vectors[0].clone()).await;
     stage.names_and_mends(Kind::PointExtra).await;
@@ -129,7 +129,7 @@ async fn a_vector_that_no_provider_gives_again_is_reported_and_left_alone() {
 
     // A wrong payload beside right vectors can still be mended, without the provider.
     stage.stores.vectors.remove_ids(COLLECTION, &[id]).await.unwrap();
-    stage.insert(Point { tenant: "intruder".to_owned(), ..stage.point(&doc, 0) }).await;
+    stage.insert(Point { tenant: "intruder".to_owned(), ..doc.point(0) }).await;
     stage.names_and_mends(Kind::PointWrongTenant).await;
 }
 

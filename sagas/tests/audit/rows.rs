@@ -95,7 +95,7 @@ async fn a_staged_version_without_its_saga_is_withdrawn() {
     stage.accept("story").await;
     let (claim, job) = stage.take().await;
     let staged = stage.stage(&job, TEXT).await;
-    stage.insert(stage.point(&staged, 0)).await;
+    stage.insert(staged.point(0)).await;
     let report = stage.clean().await;
     assert_eq!(
         (report.pending.unseen_points, report.pending.unfinished),
@@ -114,8 +114,9 @@ async fn a_staged_version_without_its_saga_is_withdrawn() {
 #[tokio::test]
 async fn a_text_too_long_for_the_server_is_searched_all_the_same() {
     let stage = Stage::with(|settings| settings.chunking.max_chunks = 1000).await;
-    let text: String =
-        (0..700).map(|n| format!("Sentence number {n} of a long text that goes on and on. ")).collect();
+    let sentences: Vec<String> =
+        (0..700).map(|n| format!("Sentence number {n} of a long text that goes on and on.")).collect();
+    let text = sentences.join(" ");
     let doc = stage.ingest("long", &text).await;
     let report = stage.clean().await;
     assert!(report.counts.chunks as usize * text.len() > 16 << 20, "{:?}", report.counts);

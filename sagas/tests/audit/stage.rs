@@ -48,6 +48,18 @@ pub struct Doc {
     pub vectors: Vec<Vec<f32>>,
 }
 
+impl Doc {
+    pub fn point(&self, no: usize) -> Point {
+        Point {
+            version: self.version,
+            chunk: no as i32,
+            document_id: self.document,
+            tenant: TENANT.to_owned(),
+            vector: self.vectors[no].clone(),
+        }
+    }
+}
+
 pub fn ingest_queue() -> QueueName {
     QueueName::new("ingest").unwrap()
 }
@@ -171,7 +183,7 @@ impl Stage {
         if let Some(vectors) = vectors {
             doc.vectors = vectors;
         }
-        self.insert_all((0..doc.vectors.len()).map(|no| self.point(&doc, no)).collect()).await;
+        self.insert_all((0..doc.vectors.len()).map(|no| doc.point(no)).collect()).await;
         let content_hash = format!("{:x}", Sha256::digest(text.as_bytes()));
         let entry = Entry { body: text.to_owned(), content_hash, tenant: TENANT.to_owned() };
         self.stores.cache.put(doc.version, &entry).await.unwrap();
@@ -190,16 +202,6 @@ impl Stage {
         let answer = PublishBatch(self.stores.postgres.clone()).flush(&[Arc::new(publish)]).await.unwrap();
         assert_eq!(answer, [Published::Yes]);
         doc
-    }
-
-    pub fn point(&self, doc: &Doc, no: usize) -> Point {
-        Point {
-            version: doc.version,
-            chunk: no as i32,
-            document_id: doc.document,
-            tenant: TENANT.to_owned(),
-            vector: doc.vectors[no].clone(),
-        }
     }
 
     pub async fn insert(&self, point: Point) {
