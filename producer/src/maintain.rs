@@ -72,7 +72,7 @@ async fn own_prefix(
             Ok(ledger) => match check_prefix(queue, ledger).await {
                 Ok(()) => return Ok(Some(ledger)),
                 Err(error) if error.is_unavailable() => {
-                    tracing::warn!(%error, "waiting for the queue's Redis")
+                    tracing::warn!(%error, "waiting for the queue's Redis");
                 }
                 Err(error) => return Err(error.into()),
             },

@@ -107,23 +107,22 @@ impl Reconciler {
         lost_since: &mut Option<Instant>,
         shutdown: &CancellationToken,
     ) -> Option<Result<(), PassError>> {
-        let begun = match *lost_since {
-            Some(begun) => begun,
-            None => {
-                let first = self.postgres.unfinished(Uuid::nil(), 1, Duration::ZERO);
-                match within(self.postgres.call_timeout(), first).await {
-                    // Nothing can be missing: a new prefix.
-                    Ok(page) if page.is_empty() => return Some(self.stamp().await),
-                    Ok(_) => {}
-                    Err(error) => return Some(Err(error.into())),
-                }
-                let wait = self.settings.heartbeat;
-                tracing::warn!(
-                    ?wait,
-                    "Redis has lost the queue's data: dispatching all unfinished jobs again after a wait"
-                );
-                *lost_since.insert(Instant::now())
+        let begun = if let Some(begun) = *lost_since {
+            begun
+        } else {
+            let first = self.postgres.unfinished(Uuid::nil(), 1, Duration::ZERO);
+            match within(self.postgres.call_timeout(), first).await {
+                // Nothing can be missing: a new prefix.
+                Ok(page) if page.is_empty() => return Some(self.stamp().await),
+                Ok(_) => {}
+                Err(error) => return Some(Err(error.into())),
             }
+            let wait = self.settings.heartbeat;
+            tracing::warn!(
+                ?wait,
+                "Redis has lost the queue's data: dispatching all unfinished jobs again after a wait"
+            );
+            *lost_since.insert(Instant::now())
         };
         if begun.elapsed() < self.settings.heartbeat {
             return None;

@@ -25,11 +25,14 @@ const TENANT_HEADER: &str = "x-flotilla-tenant";
 /// The tenant of a request.
 pub(super) struct Caller(pub TenantId);
 
+/// The tenant of each key, by the key's SHA-256, and when the ledger said so.
+type Seen = HashMap<[u8; 32], (TenantId, Instant)>;
+
 /// Keys seen lately, by their SHA-256; the keys themselves are not kept.
 #[derive(Clone)]
 pub(super) struct Keys {
     postgres: Postgres,
-    seen: Arc<Mutex<HashMap<[u8; 32], (TenantId, Instant)>>>,
+    seen: Arc<Mutex<Seen>>,
 }
 
 impl Keys {

@@ -1,0 +1,647 @@
+//! The HTTP API's contract: what each request is answered, and that nothing crosses tenants.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::{Body, to_bytes},
+    http::{HeaderMap, Method, Request, StatusCode, header},
+};
+use producer::{Auth, ClientSettings, ProducerSettings, router};
+use sagas::{
+    kinds::{DocumentSettings, Stores},
+    stores::{
+        cache::{Cache, CacheConfig},
+        postgres::Postgres,
+        vectors::{Vectors, VectorsConfig},
+    },
+};
+use serde_json::{Value, json};
+use support::{Stage, eventually};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+const KEY: &str = "acme-key";
+const OTHER_KEY: &str = "globex-key";
+
+struct Api {
+    stage: Stage,
+    router: Router,
+    stopping: CancellationToken,
+}
+
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Value,
+}
+
+impl Answer {
+    fn code(&self) -> &str {
+        self.body["error"]["code"].as_str().unwrap_or_default()
+    }
+}
+
+/// Stores whose vectors and cache are not there; the ledger is.
+fn stores(postgres: Postgres) -> Stores {
+    let call_timeout = Duration::from_millis(300);
+    let vectors =
+        Vectors::lazy(&VectorsConfig { url: "http://127.0.0.1:1".into(), api_key: None, call_timeout })
+            .unwrap();
+    let cache =
+        Cache::lazy(&CacheConfig { url: "redis://127.0.0.1:1".into(), prefix: "t".into(), call_timeout })
+            .unwrap();
+    let embedder = Arc::new(embedding::hashing::HashingEmbedder::new());
+    Stores::new(postgres, vectors, cache, embedder, vec![], DocumentSettings::default())
+}
+
+impl Api {
+    async fn new() -> Self {
+        Self::with(ClientSettings::default(), Auth::ApiKeys).await
+    }
+
+    async fn with(settings: ClientSettings, auth: Auth) -> Self {
+        let stage = Stage::with(settings, |_| ()).await;
+        stage.postgres.create_api_key("acme", "test", KEY).await.unwrap();
+        stage.postgres.create_api_key("globex", "test", OTHER_KEY).await.unwrap();
+        let stopping = CancellationToken::new();
+        let router = router(
+            &ProducerSettings { auth, ..ProducerSettings::default() },
+            stage.client.clone(),
+            stores(stage.postgres.clone()),
+            || "some_metric 1\n".to_owned(),
+            stopping.clone(),
+        );
+        Self { stage, router, stopping }
+    }
+
+    async fn send(&self, request: Request<Body>) -> Answer {
+        let response = self.router.clone().oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let bytes = to_bytes(body, usize::MAX).await.unwrap();
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        Answer { status: parts.status, headers: parts.headers, body }
+    }
+
+    async fn call(&self, key: &str, method: Method, path: &str, body: impl Into<Body>) -> Answer {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::AUTHORIZATION, format!("Bearer {key}"))
+            .body(body.into())
+            .unwrap();
+        self.send(request).await
+    }
+
+    async fn get(&self, path: &str) -> Answer {
+        self.call(KEY, Method::GET, path, Body::empty()).await
+    }
+
+    async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.call(KEY, Method::POST, path, body.to_string()).await
+    }
+
+    async fn enqueue(&self, body: &Value) -> Answer {
+        self.post("/v1/jobs", body).await
+    }
+}
+
+fn job() -> Value {
+    json!({ "kind": "ingest", "payload": { "document": "notes/today.txt", "text": "It rains." } })
+}
+
+fn with(name: &str, value: Value) -> Value {
+    let mut job = job();
+    job[name] = value;
+    job
+}
+
+#[tokio::test]
+async fn an_accepted_job_is_202_and_can_be_looked_at() {
+    let api = Api::new().await;
+    let mut request = job();
+    request["priority"] = json!(8);
+    request["run_at"] = json!("2999-01-01T00:00:00Z");
+    request["max_attempts"] = json!(3);
+    request["timeout_ms"] = json!(60_000);
+    let answer = api.enqueue(&request).await;
+    assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.body);
+    assert_eq!(answer.body["duplicate"], json!(false));
+    let id = answer.body["id"].as_str().unwrap();
+    assert_eq!(answer.headers[header::LOCATION], format!("/v1/jobs/{id}"));
+    let seen = api.get(&format!("/v1/jobs/{id}")).await;
+    assert_eq!(seen.status, StatusCode::OK);
+    for (field, value) in [
+        ("kind", json!("ingest")),
+        ("queue", json!("ingest")),
+        ("priority", json!(8)),
+        ("tenant", json!("acme")),
+        ("state", json!("waiting")),
+        ("document", json!("notes/today.txt")),
+        ("max_attempts", json!(3)),
+        ("run_at", json!("2999-01-01T00:00:00Z")),
+        ("attempts_made", json!([])),
+        ("sagas", json!([])),
+    ] {
+        assert_eq!(seen.body[field], value, "{field}");
+    }
+    assert_eq!(api.stage.scheduled("ingest").await, 1);
+    let list = api.get("/v1/jobs?state=waiting&limit=5").await;
+    assert_eq!(list.body["jobs"][0]["id"], json!(id));
+    assert_eq!(api.get("/v1/jobs?state=dead").await.body["jobs"], json!([]));
+}
+
+#[tokio::test]
+async fn the_same_key_is_200_and_with_another_request_409_naming_the_job() {
+    let api = Api::new().await;
+    let first = api.enqueue(&with("idempotency_key", json!("k"))).await;
+    assert_eq!(first.status, StatusCode::ACCEPTED);
+    // The header says the same as the field.
+    let request = Request::post("/v1/jobs")
+        .header(header::AUTHORIZATION, format!("Bearer {KEY}"))
+        .header("Idempotency-Key", "k")
+        .body(Body::from(job().to_string()))
+        .unwrap();
+    let again = api.send(request).await;
+    assert_eq!((again.status, &again.body["duplicate"]), (StatusCode::OK, &json!(true)));
+    assert_eq!(again.body["id"], first.body["id"]);
+    let mut other = with("idempotency_key", json!("k"));
+    other["payload"]["text"] = json!("It snows.");
+    let conflict = api.enqueue(&other).await;
+    assert_eq!((conflict.status, conflict.code()), (StatusCode::CONFLICT, "idempotency_conflict"));
+    assert_eq!(conflict.body["error"]["job"], first.body["id"]);
+    let both = Request::post("/v1/jobs")
+        .header(header::AUTHORIZATION, format!("Bearer {KEY}"))
+        .header("Idempotency-Key", "other")
+        .body(Body::from(with("idempotency_key", json!("k")).to_string()))
+        .unwrap();
+    assert_eq!(api.send(both).await.status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn a_body_that_is_not_json_or_not_utf8_is_400() {
+    let api = Api::new().await;
+    for (body, code) in [
+        (b"{\"kind\": ".to_vec(), "malformed_json"),
+        (b"".to_vec(), "malformed_json"),
+        (
+            b"{\"kind\": \"ingest\", \"payload\": {\"document\": \"a\", \"text\": \"\xff\xfe\"}}".to_vec(),
+            "not_utf8",
+        ),
+        (
+            b"{\"kind\": \"ingest\", \"payload\": {\"document\": \"a\", \"text\": \"\\ud800\"}}".to_vec(),
+            "malformed_json",
+        ),
+    ] {
+        let shown = String::from_utf8_lossy(&body).into_owned();
+        let answer = api.call(KEY, Method::POST, "/v1/jobs", body).await;
+        assert_eq!(
+            (answer.status, answer.code()),
+            (StatusCode::BAD_REQUEST, code),
+            "{shown}: {}",
+            answer.body
+        );
+    }
+    assert_eq!(api.stage.rows().await, 0);
+}
+
+#[tokio::test]
+async fn a_field_that_is_unknown_missing_or_out_of_range_is_422_and_named() {
+    let api = Api::new().await;
+    let payload = |value: Value| with("payload", value);
+    for (body, named) in [
+        (with("prority", json!(9)), "prority"),
+        (json!({ "payload": {} }), "kind"),
+        (with("priority", json!(10)), "priority 10"),
+        (with("priority", json!(-1)), "priority -1"),
+        (with("max_attempts", json!(0)), "max_attempts is 0"),
+        (with("timeout_ms", json!(0)), "timeout_ms is 0"),
+        (with("run_at", json!("tomorrow")), "invalid"),
+        (with("queue", json!("a b")), "queue name"),
+        (with("kind", json!("a b")), "kind"),
+        (with("kind", json!("")), "kind"),
+        (with("idempotency_key", json!("")), "idempotency_key has 0 characters"),
+        (with("durability", json!("maybe")), "durable"),
+        (payload(json!([])), "payload"),
+        (payload(json!({ "document": "a" })), "text"),
+        (payload(json!({ "document": "a", "text": "x", "txet": "y" })), "txet"),
+        (payload(json!({ "document": "", "text": "x" })), "payload.document"),
+        (payload(json!({ "document": "x".repeat(513), "text": "x" })), "payload.document"),
+        (payload(json!({ "document": "a", "text": "a\u{0}b" })), "NUL"),
+        (json!({ "kind": "embed", "payload": { "every_tenant": true } }), "every_tenant"),
+        (json!({ "kind": "embed", "payload": { "all": true, "every_tenant": "true" } }), "every_tenant"),
+    ] {
+        let answer = api.enqueue(&body).await;
+        assert_eq!(answer.status, StatusCode::UNPROCESSABLE_ENTITY, "{body}: {}", answer.body);
+        let message = answer.body["error"]["message"].as_str().unwrap();
+        assert!(message.contains(named), "{body}: {message}");
+    }
+    assert_eq!(api.stage.rows().await, 0);
+}
+
+#[tokio::test]
+async fn a_payload_over_the_limit_is_413() {
+    let api =
+        Api::with(ClientSettings { max_payload: 10_000, ..ClientSettings::default() }, Auth::ApiKeys).await;
+    let text = |bytes: usize| with("payload", json!({ "document": "a", "text": "x".repeat(bytes) }));
+    assert_eq!(api.enqueue(&text(9_900)).await.status, StatusCode::ACCEPTED);
+    // Over the payload's limit, and over that of the whole body.
+    for bytes in [10_100, 1_000_000] {
+        let answer = api.enqueue(&text(bytes)).await;
+        assert_eq!((answer.status, answer.code()), (StatusCode::PAYLOAD_TOO_LARGE, "too_large"), "{bytes}");
+        assert!(answer.body["error"]["message"].as_str().unwrap().contains("10000"), "{}", answer.body);
+    }
+}
+
+#[tokio::test]
+async fn without_a_valid_key_it_is_401() {
+    let api = Api::new().await;
+    let revoked = api.stage.postgres.create_api_key("acme", "old", "old-key").await.unwrap();
+    assert!(api.stage.postgres.revoke_api_key(revoked).await.unwrap());
+    for value in
+        [None, Some("Bearer "), Some("Bearer nobody"), Some("Bearer old-key"), Some("Basic YWNtZTp4")]
+    {
+        let mut request = Request::post("/v1/jobs");
+        if let Some(value) = value {
+            request = request.header(header::AUTHORIZATION, value);
+        }
+        // Naming a tenant is no proof.
+        let request =
+            request.header("X-Flotilla-Tenant", "acme").body(Body::from(job().to_string())).unwrap();
+        let answer = api.send(request).await;
+        assert_eq!((answer.status, answer.code()), (StatusCode::UNAUTHORIZED, "unauthorized"), "{value:?}");
+        assert_eq!(answer.headers[header::WWW_AUTHENTICATE], "Bearer");
+    }
+    assert_eq!(api.stage.rows().await, 0);
+}
+
+#[tokio::test]
+async fn a_full_queue_is_429_with_retry_after() {
+    let settings = ClientSettings { max_waiting_per_tenant: 1, ..ClientSettings::default() };
+    let api = Api::with(settings, Auth::ApiKeys).await;
+    assert_eq!(api.enqueue(&job()).await.status, StatusCode::ACCEPTED);
+    let answer = api.enqueue(&job()).await;
+    assert_eq!((answer.status, answer.code()), (StatusCode::TOO_MANY_REQUESTS, "queue_full"));
+    assert_eq!(answer.headers[header::RETRY_AFTER], "5");
+}
+
+#[tokio::test]
+async fn without_the_ledger_it_is_503_with_retry_after_and_not_ready() {
+    let settings = ClientSettings { connect_within: Duration::from_millis(500), ..ClientSettings::default() };
+    let api = Api::with(settings, Auth::ApiKeys).await;
+    assert_eq!(api.enqueue(&job()).await.status, StatusCode::ACCEPTED);
+    assert_eq!(api.get("/readyz").await.status, StatusCode::OK);
+    api.stage.services.postgres().kill9().await.unwrap();
+    let answer = api.enqueue(&job()).await;
+    assert_eq!(
+        (answer.status, answer.code()),
+        (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+        "{}",
+        answer.body
+    );
+    assert_eq!(answer.headers[header::RETRY_AFTER], "2");
+    let answer = api.get("/v1/documents/a").await;
+    assert_eq!(
+        (answer.status, answer.code()),
+        (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+        "{}",
+        answer.body
+    );
+    let message = answer.body["error"]["message"].as_str().unwrap();
+    assert!(!message.contains("127.0.0.1"), "addresses stay inside: {message}");
+    let ready = api.get("/readyz").await;
+    assert_eq!((ready.status, &ready.body["postgres"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("down")));
+    assert_eq!(api.get("/healthz").await.status, StatusCode::OK);
+    api.stage.services.postgres().restart().await.unwrap();
+    eventually(|| async {
+        let answer = api.enqueue(&job()).await;
+        if answer.status == StatusCode::ACCEPTED { Ok(()) } else { Err(answer.body.to_string()) }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_queue_is_reported_but_not_needed_for_readiness() {
+    let api = Api::new().await;
+    let ready = api.get("/readyz").await;
+    assert_eq!(ready.body, json!({ "ready": true, "postgres": "up", "queue": "up" }));
+    api.stage.services.redis_queue().kill9().await.unwrap();
+    let ready = api.get("/readyz").await;
+    assert_eq!(
+        (ready.status, ready.body),
+        (StatusCode::OK, json!({ "ready": true, "postgres": "up", "queue": "down" }))
+    );
+    assert_eq!(api.enqueue(&job()).await.status, StatusCode::ACCEPTED);
+    api.stopping.cancel();
+    assert_eq!(api.get("/readyz").await.status, StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[tokio::test]
+async fn a_batch_answers_per_job_in_array_order() {
+    let api = Api::new().await;
+    let jobs = json!({ "jobs": [
+        job(),
+        with("idempotency_key", json!("k")),
+        with("unknown", json!(1)),
+        with("durability", json!("fast")),
+        with("idempotency_key", json!("k")),
+        { "kind": "ingest", "payload": { "document": "b" } },
+        job(),
+    ] });
+    let answer = api.post("/v1/jobs:batch", &jobs).await;
+    assert_eq!(answer.status, StatusCode::MULTI_STATUS, "{}", answer.body);
+    let results = answer.body["results"].as_array().unwrap();
+    let statuses: Vec<_> = results.iter().map(|result| result["status"].as_u64().unwrap()).collect();
+    assert_eq!(statuses, [202, 202, 422, 202, 200, 422, 202]);
+    assert_eq!(results[4]["id"], results[1]["id"]);
+    assert_eq!(
+        (&results[4]["duplicate"], &results[2]["error"]["code"]),
+        (&json!(true), &json!("invalid_request"))
+    );
+    for (place, order) in [(0, 1), (1, 2), (6, 3)] {
+        let id = results[place]["id"].as_str().unwrap();
+        assert_eq!(api.get(&format!("/v1/jobs/{id}")).await.body["doc_order"], json!(order), "job {place}");
+    }
+    assert_eq!(api.stage.rows().await, 3, "the fast one is in Redis alone");
+    assert_eq!(api.post("/v1/jobs:batch", &json!({ "jobs": [] })).await.body["results"], json!([]));
+    let many: Vec<Value> = (0..1001).map(|_| job()).collect();
+    let answer = api.post("/v1/jobs:batch", &json!({ "jobs": many })).await;
+    assert_eq!((answer.status, answer.code()), (StatusCode::UNPROCESSABLE_ENTITY, "invalid_job"));
+}
+
+#[tokio::test]
+async fn cancel_is_200_for_a_waiting_job_and_409_for_an_ended_one() {
+    let api = Api::new().await;
+    let id = api.enqueue(&job()).await.body["id"].as_str().unwrap().to_owned();
+    let path = format!("/v1/jobs/{id}");
+    let answer = api.call(KEY, Method::DELETE, &path, Body::empty()).await;
+    assert_eq!((answer.status, &answer.body["state"]), (StatusCode::OK, &json!("cancelled")));
+    let answer = api.call(KEY, Method::DELETE, &path, Body::empty()).await;
+    assert_eq!((answer.status, answer.code()), (StatusCode::CONFLICT, "ended"));
+    // As a worker leaves them.
+    let id = api.enqueue(&job()).await.body["id"].as_str().unwrap().to_owned();
+    let set = |state: &'static str| {
+        let (id, pool) = (id.parse::<uuid::Uuid>().unwrap(), api.stage.postgres.pool().clone());
+        async move {
+            sqlx::query(
+                "UPDATE jobs SET state = $2, worker = 'w', finished_at = CASE WHEN $2 = 'succeeded' THEN now() END WHERE id = $1",
+            )
+            .bind(id)
+            .bind(state)
+            .execute(&pool)
+            .await
+            .unwrap();
+        }
+    };
+    let path = format!("/v1/jobs/{id}");
+    set("running").await;
+    let answer = api.call(KEY, Method::DELETE, &path, Body::empty()).await;
+    assert_eq!((answer.status, &answer.body["state"]), (StatusCode::ACCEPTED, &json!("requested")));
+    set("succeeded").await;
+    let answer = api.call(KEY, Method::DELETE, &path, Body::empty()).await;
+    assert_eq!((answer.status, answer.code()), (StatusCode::CONFLICT, "past_pivot"));
+    for unknown in ["/v1/jobs/00000000-0000-7000-8000-000000000000", "/v1/jobs/nonsense"] {
+        let answer = api.call(KEY, Method::DELETE, unknown, Body::empty()).await;
+        assert_eq!((answer.status, answer.code()), (StatusCode::NOT_FOUND, "not_found"), "{unknown}");
+    }
+}
+
+#[tokio::test]
+async fn nothing_crosses_tenants() {
+    let api = Api::new().await;
+    let pool = api.stage.postgres.pool();
+    let id = api.enqueue(&with("idempotency_key", json!("k"))).await.body["id"].as_str().unwrap().to_owned();
+    let job_path = format!("/v1/jobs/{id}");
+    let letter = uuid::Uuid::now_v7();
+    sqlx::query("INSERT INTO dead_letters (id, job_id, tenant, kind, queue, class, reason, payload) VALUES ($1, $2, 'acme', 'ingest', 'ingest', 'permanent', 'x', '{}')")
+        .bind(letter)
+        .bind(id.parse::<uuid::Uuid>().unwrap())
+        .execute(pool)
+        .await
+        .unwrap();
+    publish(pool, "acme", "secret/plan", "the plan").await;
+    let letter_path = format!("/v1/dead-letters/{letter}");
+    for path in [&job_path, &letter_path, &"/v1/documents/secret/plan".to_owned()] {
+        assert_eq!(api.get(path).await.status, StatusCode::OK, "{path}");
+        let theirs = api.call(OTHER_KEY, Method::GET, path, Body::empty()).await;
+        assert_eq!((theirs.status, theirs.code()), (StatusCode::NOT_FOUND, "not_found"), "{path}");
+    }
+    for (method, path) in [
+        (Method::DELETE, job_path.clone()),
+        (Method::POST, format!("{letter_path}:replay")),
+        (Method::POST, format!("{letter_path}:discard")),
+    ] {
+        let theirs = api.call(OTHER_KEY, method, &path, "{}").await;
+        assert_eq!((theirs.status, theirs.code()), (StatusCode::NOT_FOUND, "not_found"), "{path}");
+    }
+    for (path, list) in [("/v1/jobs", "jobs"), ("/v1/dead-letters", "dead_letters")] {
+        assert_eq!(api.get(path).await.body[list].as_array().unwrap().len(), 1, "{path}");
+        let theirs = api.call(OTHER_KEY, Method::GET, path, Body::empty()).await;
+        assert_eq!(theirs.body[list], json!([]), "{path}");
+    }
+    // Their key is another key, and their document another document.
+    let theirs =
+        api.call(OTHER_KEY, Method::POST, "/v1/jobs", with("idempotency_key", json!("k")).to_string()).await;
+    assert_eq!((theirs.status, &theirs.body["duplicate"]), (StatusCode::ACCEPTED, &json!(false)));
+    assert_eq!(api.get(&job_path).await.body["state"], json!("waiting"), "nobody cancelled it");
+}
+
+/// A published document, as `publish` leaves it.
+async fn publish(pool: &sqlx::PgPool, tenant: &str, key: &str, text: &str) {
+    let (document, version) = (uuid::Uuid::now_v7(), uuid::Uuid::now_v7());
+    sqlx::query("INSERT INTO documents (id, tenant, key, last_order) VALUES ($1, $2, $3, 1)")
+        .bind(document)
+        .bind(tenant)
+        .bind(key)
+        .execute(pool)
+        .await
+        .unwrap();
+    sqlx::query(VERSION)
+        .bind(version)
+        .bind(document)
+        .bind(tenant)
+        .bind(uuid::Uuid::now_v7())
+        .bind(text)
+        .execute(pool)
+        .await
+        .unwrap();
+    sqlx::query("UPDATE documents SET current_version = $2, current_order = 1 WHERE id = $1")
+        .bind(document)
+        .bind(version)
+        .execute(pool)
+        .await
+        .unwrap();
+}
+
+const VERSION: &str = "INSERT INTO document_versions (id, document_id, tenant, doc_order, saga_id, state, body, content_hash, model,
+        dimensions, collection, chunk_count, vectors_hash, published_at)
+    VALUES ($1, $2, $3, 1, $4, 'published', $5, sha256(convert_to($5, 'UTF8')), 'm', 1, 'c', 1, sha256('x'), now())";
+
+#[tokio::test]
+async fn dead_letters_are_replayed_or_discarded_once() {
+    let api = Api::new().await;
+    let pool = api.stage.postgres.pool();
+    let mut letters = vec![];
+    for _ in 0..2 {
+        let id = api.enqueue(&job()).await.body["id"].as_str().unwrap().parse::<uuid::Uuid>().unwrap();
+        sqlx::query("UPDATE jobs SET state = 'dead', finished_at = now() WHERE id = $1")
+            .bind(id)
+            .execute(pool)
+            .await
+            .unwrap();
+        let letter = uuid::Uuid::now_v7();
+        sqlx::query("INSERT INTO dead_letters (id, job_id, tenant, kind, queue, class, reason, payload) VALUES ($1, $2, 'acme', 'ingest', 'ingest', 'permanent', 'x', $3)")
+            .bind(letter)
+            .bind(id)
+            .bind(&job()["payload"])
+            .execute(pool)
+            .await
+            .unwrap();
+        letters.push(letter);
+    }
+    let path = |letter: usize, verb: &str| format!("/v1/dead-letters/{}:{verb}", letters[letter]);
+    let bad = json!({ "payload": { "document": "notes/today.txt" } });
+    assert_eq!(api.post(&path(0, "replay"), &bad).await.status, StatusCode::UNPROCESSABLE_ENTITY);
+    let moved = json!({ "payload": { "document": "other", "text": "x" } });
+    assert_eq!(api.post(&path(0, "replay"), &moved).await.status, StatusCode::UNPROCESSABLE_ENTITY);
+    let answer = api.post(&path(0, "replay"), &json!({})).await;
+    assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.body);
+    let replay = answer.body["replay_job"].as_str().unwrap();
+    let seen = api.get(&format!("/v1/jobs/{replay}")).await.body;
+    assert_eq!(
+        (&seen["doc_order"], &seen["state"]),
+        (&json!(1), &json!("waiting")),
+        "a replay keeps its order number"
+    );
+    let answer = api.post(&path(0, "discard"), &json!({})).await;
+    assert_eq!((answer.status, answer.code()), (StatusCode::CONFLICT, "already_resolved"));
+    let answer = api.post(&path(1, "discard"), &json!({ "reason": "a test" })).await;
+    assert_eq!(answer.status, StatusCode::OK);
+    assert_eq!(api.get("/v1/dead-letters").await.body["dead_letters"], json!([]));
+    assert_eq!(api.get("/v1/dead-letters?state=all").await.body["dead_letters"].as_array().unwrap().len(), 2);
+    assert_eq!(api.post(&path(1, "explode"), &json!({})).await.status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn with_open_auth_the_header_names_the_tenant() {
+    let api = Api::with(ClientSettings::default(), Auth::Open).await;
+    let send = |tenant: Option<&'static str>| {
+        let mut request = Request::post("/v1/jobs");
+        if let Some(tenant) = tenant {
+            request = request.header("X-Flotilla-Tenant", tenant);
+        }
+        api.send(request.body(Body::from(job().to_string())).unwrap())
+    };
+    assert_eq!(send(Some("globex")).await.status, StatusCode::ACCEPTED);
+    let unknown = send(Some("nobody")).await;
+    assert_eq!((unknown.status, unknown.code()), (StatusCode::NOT_FOUND, "unknown_tenant"));
+    let odd = send(Some("a b")).await;
+    assert_eq!((odd.status, odd.code()), (StatusCode::BAD_REQUEST, "invalid_tenant"));
+    api.stage.postgres.create_tenant("default").await.unwrap();
+    assert_eq!(send(None).await.status, StatusCode::ACCEPTED);
+}
+
+#[tokio::test]
+async fn the_callers_trace_goes_on_in_the_job() {
+    const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let api = Api::new().await;
+    for (sent, kept) in [(PARENT, json!(PARENT)), ("00-nonsense-01", Value::Null)] {
+        let request = Request::post("/v1/jobs")
+            .header(header::AUTHORIZATION, format!("Bearer {KEY}"))
+            .header("traceparent", sent)
+            .body(Body::from(job().to_string()))
+            .unwrap();
+        let answer = api.send(request).await;
+        assert_eq!(answer.status, StatusCode::ACCEPTED);
+        let seen = api.get(&format!("/v1/jobs/{}", answer.body["id"].as_str().unwrap())).await.body;
+        assert_eq!(seen["traceparent"], kept);
+    }
+}
+
+#[tokio::test]
+async fn odd_routes_and_questions_are_answered_in_the_same_form() {
+    let api = Api::new().await;
+    for (method, path, status) in [
+        (Method::GET, "/v2/jobs", StatusCode::NOT_FOUND),
+        (Method::PUT, "/v1/jobs", StatusCode::METHOD_NOT_ALLOWED),
+        (Method::GET, "/v1/search", StatusCode::BAD_REQUEST),
+        (Method::GET, "/v1/search?q=", StatusCode::BAD_REQUEST),
+        (Method::GET, "/v1/search?q=x&k=0", StatusCode::BAD_REQUEST),
+        (Method::GET, "/v1/search?q=x&k=many", StatusCode::BAD_REQUEST),
+        (Method::GET, "/v1/search?q=x&limit=3", StatusCode::BAD_REQUEST),
+        (Method::GET, "/v1/search?q=x&model=gpt", StatusCode::UNPROCESSABLE_ENTITY),
+        (Method::GET, "/v1/search?q=x", StatusCode::SERVICE_UNAVAILABLE),
+        (Method::GET, "/v1/jobs?limit=0", StatusCode::BAD_REQUEST),
+        (Method::GET, "/v1/jobs?before=x", StatusCode::BAD_REQUEST),
+        (Method::GET, "/v1/documents/none", StatusCode::NOT_FOUND),
+        (Method::GET, "/v1/documents/%00", StatusCode::NOT_FOUND),
+        (Method::GET, "/v1/documents/%ff", StatusCode::BAD_REQUEST),
+        (Method::GET, "/v1/dead-letters/x", StatusCode::NOT_FOUND),
+    ] {
+        let answer = api.call(KEY, method.clone(), path, Body::empty()).await;
+        assert_eq!(answer.status, status, "{method} {path}: {}", answer.body);
+        let error = support::object(&answer.body["error"]);
+        assert!(
+            error["code"].is_string() && error["message"].is_string(),
+            "{method} {path}: {}",
+            answer.body
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_panic_is_a_500_that_says_nothing() {
+    let stage = Stage::new().await;
+    let router = router(
+        &ProducerSettings::default(),
+        stage.client.clone(),
+        stores(stage.postgres.clone()),
+        || panic!("the secret of /metrics"),
+        CancellationToken::new(),
+    );
+    let response = router.oneshot(Request::get("/metrics").body(Body::empty()).unwrap()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+    let body = String::from_utf8(to_bytes(response.into_body(), usize::MAX).await.unwrap().to_vec()).unwrap();
+    assert!(body.contains("\"internal\"") && !body.contains("secret"), "{body}");
+}
+
+#[tokio::test]
+async fn the_description_names_every_route_and_metrics_are_text() {
+    let api = Api::new().await;
+    let description = api.send(Request::get("/openapi.json").body(Body::empty()).unwrap()).await;
+    assert_eq!(description.status, StatusCode::OK);
+    let paths = support::object(&description.body["paths"]);
+    for (path, methods) in [
+        ("/v1/jobs", vec!["get", "post"]),
+        ("/v1/jobs:batch", vec!["post"]),
+        ("/v1/jobs/{id}", vec!["delete", "get"]),
+        ("/v1/search", vec!["get"]),
+        ("/v1/documents/{key}", vec!["get"]),
+        ("/v1/dead-letters", vec!["get"]),
+        ("/v1/dead-letters/{id}", vec!["get", "post"]),
+    ] {
+        let described: Vec<&str> =
+            paths.get(path).map(support::object).unwrap().keys().map(String::as_str).collect();
+        assert_eq!(described, methods, "{path}");
+    }
+    let properties = &description.body["components"]["schemas"]["JobRequest"]["properties"];
+    for field in [
+        "kind",
+        "payload",
+        "queue",
+        "priority",
+        "run_at",
+        "max_attempts",
+        "timeout_ms",
+        "idempotency_key",
+        "durability",
+    ] {
+        assert!(properties[field].is_object(), "{field}: {properties}");
+    }
+    let metrics = api.send(Request::get("/metrics").body(Body::empty()).unwrap()).await;
+    assert_eq!((metrics.status, metrics.body), (StatusCode::OK, json!("some_metric 1\n")));
+}
