@@ -145,8 +145,10 @@ impl Postgres {
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
         }
+        // A run whose first step failed has no row: its rollback left nothing to log steps for, or to point at.
+        let mut begun = run.clone();
         if let Some(saga) = run.saga_id {
-            sqlx::query(
+            let ended = sqlx::query(
                 "UPDATE sagas SET state = 'compensated', verdict = $2, finished_at = now(), updated_at = now(), fence = $3
                  WHERE id = $1",
             )
@@ -155,8 +157,13 @@ impl Postgres {
             .bind(run.fence.0)
             .execute(&mut *tx)
             .await?;
-            insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
+            if ended.rows_affected() == 0 {
+                begun.saga_id = None;
+            } else {
+                insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
+            }
         }
+        let run = &begun;
         let job = run.job_id.0;
         match verdict {
             Verdict::Retry { failure, retry_in_ms } => {
@@ -200,7 +207,7 @@ impl Postgres {
             return Ok(false);
         }
         if let Some(saga) = run.saga_id {
-            sqlx::query(
+            let parked = sqlx::query(
                 "UPDATE sagas SET state = 'parked', verdict = coalesce($2, verdict, '{}'), error = $3, updated_at = now(), fence = $4
                  WHERE id = $1",
             )
@@ -210,7 +217,9 @@ impl Postgres {
             .bind(run.fence.0)
             .execute(&mut *tx)
             .await?;
-            insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
+            if parked.rows_affected() == 1 {
+                insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
+            }
         }
         sqlx::query("UPDATE jobs SET state = 'parked', finished_at = now(), last_error = $2 WHERE id = $1")
             .bind(run.job_id.0)
