@@ -1,0 +1,12 @@
+//! The rules of `PROTOCOL.md` that the ledger keeps, each tested on the statements that keep it, over a real Postgres.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod document_order;
+mod ending;
+mod ledger;
+mod lock_order;
+mod outbox;
+mod runs;
+mod stale_writes;
+mod taking;
+mod zombies;

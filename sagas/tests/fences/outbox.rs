@@ -1,0 +1,131 @@
+//! Rules 18, 19 and 20: acceptance, idempotency keys and the outbox.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use queue::JobId;
+use sagas::stores::postgres::accept::{Accepted, Idempotency, NewJob};
+use serde_json::json;
+
+use crate::ledger::{HOUR, Ledger, ingest, job};
+
+fn keyed(key: &str, document: &str, ttl: Duration) -> NewJob {
+    let idempotency = Idempotency { key: key.to_owned(), scope: "s".to_owned(), ttl };
+    NewJob { idempotency: Some(idempotency), ..ingest(document) }
+}
+
+#[tokio::test]
+async fn protocol_18_the_relay_finds_a_job_that_was_committed_late() {
+    let ledger = Ledger::start().await;
+    let (early, late) = (ingest("a"), ingest("b"));
+    // Ids and times are older than what the relay has already dispatched.
+    ledger.postgres.accept(std::slice::from_ref(&late), false).await.unwrap();
+    let batch = ledger.postgres.undispatched(10, &[]).await.unwrap();
+    assert_eq!(batch.envelopes.iter().map(|e| e.id).collect::<Vec<_>>(), [late.id]);
+    batch.done(&[late.id]).await.unwrap();
+    ledger.postgres.accept(std::slice::from_ref(&early), false).await.unwrap();
+    sqlx::query("UPDATE jobs SET created_at = created_at - interval '1 minute' WHERE id = $1")
+        .bind(early.id.0)
+        .execute(ledger.postgres.pool())
+        .await
+        .unwrap();
+    let batch = ledger.postgres.undispatched(10, &[]).await.unwrap();
+    assert_eq!(batch.envelopes.iter().map(|e| e.id).collect::<Vec<_>>(), [early.id]);
+}
+
+#[tokio::test]
+async fn protocol_18_two_relays_never_take_the_same_jobs_and_neither_waits() {
+    let ledger = Ledger::start().await;
+    let jobs: Vec<NewJob> = (0..10).map(|n| ingest(&format!("d{n}"))).collect();
+    ledger.postgres.accept(&jobs, false).await.unwrap();
+    let one = ledger.postgres.undispatched(6, &[]).await.unwrap();
+    let two = ledger.postgres.undispatched(6, &[]).await.unwrap();
+    let ids = |batch: &[queue::Envelope]| batch.iter().map(|e| e.id).collect::<BTreeSet<JobId>>();
+    let (one_ids, two_ids) = (ids(&one.envelopes), ids(&two.envelopes));
+    assert_eq!((one_ids.len(), two_ids.len()), (6, 4));
+    assert!(one_ids.is_disjoint(&two_ids));
+    // A relay that dies leaves its jobs to the next.
+    drop(one);
+    let all: Vec<JobId> = two_ids.into_iter().collect();
+    two.done(&all).await.unwrap();
+    let three = ledger.postgres.undispatched(10, &[]).await.unwrap();
+    assert_eq!(ids(&three.envelopes), one_ids);
+}
+
+#[tokio::test]
+async fn protocol_18_the_reconciler_skips_what_changed_within_the_grace_period() {
+    let ledger = Ledger::start().await;
+    let id = ledger.ingest("a").await;
+    let unfinished = |grace| ledger.postgres.unfinished(uuid::Uuid::nil(), 10, grace);
+    assert!(unfinished(HOUR).await.unwrap().is_empty());
+    assert_eq!(unfinished(Duration::ZERO).await.unwrap()[0].id, id);
+    sqlx::query(
+        "UPDATE jobs SET created_at = now() - interval '2 hours', dispatched_at = now() - interval '2 hours'",
+    )
+    .execute(ledger.postgres.pool())
+    .await
+    .unwrap();
+    assert_eq!(unfinished(HOUR).await.unwrap().len(), 1);
+    ledger.take("w", id).await;
+    assert!(unfinished(HOUR).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn protocol_19_the_same_key_with_the_same_request_is_the_same_job() {
+    let ledger = Ledger::start().await;
+    let first = keyed("k", "a", HOUR);
+    assert_eq!(
+        ledger.postgres.accept(std::slice::from_ref(&first), true).await.unwrap(),
+        [Accepted::New(first.id)]
+    );
+    let accepts = [keyed("k", "a", HOUR), keyed("k", "b", HOUR), keyed("l", "a", HOUR)];
+    let replies = ledger.postgres.accept(&accepts, true).await.unwrap();
+    let expected =
+        [Accepted::Duplicate(first.id), Accepted::Conflict(first.id), Accepted::New(accepts[2].id)];
+    assert_eq!(replies, expected);
+    assert_eq!(ledger.count("SELECT count(*) FROM jobs").await, 2);
+}
+
+#[tokio::test]
+async fn protocol_19_duplicates_inside_one_batch_are_folded() {
+    let ledger = Ledger::start().await;
+    let batch = [keyed("k", "a", HOUR), keyed("k", "a", HOUR), keyed("k", "b", HOUR)];
+    let replies = ledger.postgres.accept(&batch, true).await.unwrap();
+    let id = batch[0].id;
+    assert_eq!(replies, [Accepted::New(id), Accepted::Duplicate(id), Accepted::Conflict(id)]);
+    assert_eq!(ledger.count("SELECT count(*) FROM jobs").await, 1);
+}
+
+#[tokio::test]
+async fn protocol_19_concurrent_requests_with_one_key_make_one_job() {
+    let ledger = Ledger::start().await;
+    let jobs: Vec<NewJob> = (0..8).map(|_| keyed("k", "a", HOUR)).collect();
+    let accepts = jobs.iter().map(|job| ledger.postgres.accept(std::slice::from_ref(job), true));
+    let replies: Vec<Accepted> =
+        futures::future::join_all(accepts).await.into_iter().flat_map(Result::unwrap).collect();
+    let new: Vec<JobId> =
+        replies.iter().filter_map(|r| if let Accepted::New(id) = r { Some(*id) } else { None }).collect();
+    assert_eq!(new.len(), 1, "{replies:?}");
+    assert_eq!(replies.iter().filter(|r| **r == Accepted::Duplicate(new[0])).count(), 7, "{replies:?}");
+    assert_eq!(ledger.count("SELECT count(*) FROM jobs").await, 1);
+}
+
+#[tokio::test]
+async fn protocol_19_an_expired_key_is_free_again() {
+    let ledger = Ledger::start().await;
+    let (first, second) = (keyed("k", "a", Duration::ZERO), keyed("k", "b", HOUR));
+    ledger.postgres.accept(std::slice::from_ref(&first), true).await.unwrap();
+    assert_eq!(
+        ledger.postgres.accept(std::slice::from_ref(&second), true).await.unwrap(),
+        [Accepted::New(second.id)]
+    );
+}
+
+#[tokio::test]
+async fn protocol_20_accepting_again_after_an_unknown_outcome_accepts_nothing_twice() {
+    let ledger = Ledger::start().await;
+    let jobs = [ingest("a"), keyed("k", "b", HOUR), job("embed", json!({ "all": true }))];
+    let first = ledger.postgres.accept(&jobs, false).await.unwrap();
+    let before = ledger.snapshot().await;
+    assert_eq!(ledger.postgres.accept(&jobs, false).await.unwrap(), first);
+    assert_eq!(ledger.snapshot().await, before);
+}

@@ -1,0 +1,70 @@
+//! Rule 6: a version belongs to one run; a run that has begun to compensate never goes forward again.
+
+use std::time::Duration;
+
+use sagas::{
+    coalescing::Batch,
+    error::Class,
+    stores::{
+        point_id,
+        postgres::{ending::Verdict, stage::StageBatch},
+    },
+};
+use uuid::Uuid;
+
+use crate::ledger::{HOUR, Ledger, retry, run_of, stage_of};
+
+#[tokio::test]
+async fn protocol_06_the_decision_to_compensate_outlives_the_worker_that_made_it() {
+    let ledger = Ledger::start().await;
+    let job = ledger.take("w", ledger.ingest("a").await).await;
+    let stage = ledger.staged(&job).await;
+    let run = run_of(&job, Some(stage.saga.id));
+    assert!(ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's").await.unwrap());
+    // Before anything is undone another worker takes over, and knows.
+    let next = ledger.take("another", job.id).await;
+    let open = next.saga.clone().expect("the open run");
+    assert!(open.compensating);
+    assert_eq!(open.id, stage.saga.id);
+    let verdict: Verdict = serde_json::from_value(open.verdict.expect("the verdict")).unwrap();
+    assert_eq!(verdict, Verdict::Cancelled);
+    // The losses that follow are counted by themselves (rule 13).
+    assert_eq!(open.lost_compensating, 1);
+    assert_eq!(ledger.take("third", job.id).await.saga.unwrap().lost_compensating, 2);
+}
+
+#[tokio::test]
+async fn protocol_06_a_retry_is_a_new_run_with_a_new_version() {
+    let ledger = Ledger::start().await;
+    let job = ledger.take("w", ledger.ingest("a").await).await;
+    let first = ledger.staged(&job).await;
+    // While a run is open there is no other.
+    let error = StageBatch(ledger.postgres.clone()).flush(&[stage_of(&job).into()]).await.unwrap_err();
+    assert_eq!(error.class, Class::Data, "{error}");
+    assert_eq!(ledger.take("w", job.id).await.saga.map(|saga| saga.id), Some(first.saga.id));
+    let job = ledger.take("w", job.id).await;
+    let run = run_of(&job, Some(first.saga.id));
+    assert!(ledger.postgres.begin_compensation(&run, &retry(Duration::ZERO), "a test's").await.unwrap());
+    assert!(ledger.postgres.abandon_version(job.id, job.fence, first.version.id, HOUR).await.unwrap());
+    assert!(ledger.postgres.finish(&run, &retry(Duration::ZERO), &[]).await.unwrap());
+    let job = ledger.take("w", job.id).await;
+    assert!(job.saga.is_none(), "an ended run goes on");
+    assert_eq!(job.attempts, 1);
+    let second = ledger.staged(&job).await;
+    assert_ne!((first.saga.id, first.version.id), (second.saga.id, second.version.id));
+    let states: Vec<String> = sqlx::query_scalar("SELECT state FROM document_versions ORDER BY id")
+        .fetch_all(ledger.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(states, ["abandoned", "staged"]);
+}
+
+#[test]
+fn protocol_06_point_ids_derive_from_version_and_chunk_alone() {
+    let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
+    assert_eq!(point_id(one, 0), point_id(one, 0));
+    assert_ne!(point_id(one, 0), point_id(one, 1));
+    assert_ne!(point_id(one, 0), point_id(two, 0));
+    // Part of the stored data's format: another value here orphans every point of every installation.
+    assert_eq!(point_id(one, 7).get_version_num(), 5);
+}

@@ -1,0 +1,255 @@
+//! Rule 2: each write of a saga, under a fence that is not the newest any more, writes nothing at all; and neither does one
+//! for a job that has ended. One test for each write: removing the fence from one of them fails its test.
+
+use std::time::Duration;
+
+use sagas::{
+    coalescing::Batch,
+    stores::postgres::{
+        ending::Verdict,
+        publish::Published,
+        stage::{Stage, StageBatch},
+        take::TakenJob,
+    },
+};
+use serde_json::json;
+use uuid::Uuid;
+
+use crate::ledger::{HOUR, Ledger, failure, publish_of, retry, run_of, saga_of, stage_of};
+
+/// A run that holds its fence, or held it.
+struct Running<'a> {
+    ledger: &'a Ledger,
+    job: TakenJob,
+    stage: Stage,
+    /// What readers see of its document.
+    shown: Uuid,
+}
+
+/// How a run came to lose its fence.
+#[derive(Clone, Copy, Debug)]
+enum Lost {
+    /// Another worker has taken the job.
+    Retaken,
+    /// The same worker has, after an answer got lost.
+    RetakenBySelf,
+    /// The job was given back and waits.
+    Released,
+    /// The job has ended, under this very fence.
+    Ended,
+}
+
+/// Tries `write` under lost fences: it must say so and change no row. Under the newest fence it must change some.
+async fn check(kind: &str, begun: bool, write: impl AsyncFn(&Running<'_>) -> bool) {
+    let ledger = Ledger::start().await;
+    check_in(&ledger, kind, begun, write).await;
+}
+
+async fn check_in(ledger: &Ledger, kind: &str, begun: bool, write: impl AsyncFn(&Running<'_>) -> bool) {
+    for lost in [Lost::Retaken, Lost::RetakenBySelf, Lost::Released, Lost::Ended] {
+        let running = begin(ledger, kind, begun).await;
+        let job = &running.job;
+        let run = run_of(job, None);
+        match lost {
+            Lost::Retaken => drop(ledger.take("another", job.id).await),
+            Lost::RetakenBySelf => drop(ledger.take("w", job.id).await),
+            Lost::Released => {
+                assert!(ledger.postgres.release(&run, Duration::ZERO, None, false).await.unwrap());
+            }
+            Lost::Ended => assert!(ledger.postgres.complete(&run, &json!({}), &[]).await.unwrap()),
+        }
+        let before = ledger.snapshot().await;
+        assert!(!write(&running).await, "{lost:?}: not refused");
+        assert_eq!(ledger.snapshot().await, before, "{lost:?}: refused, and yet something was written");
+    }
+    let running = begin(ledger, kind, begun).await;
+    let before = ledger.snapshot().await;
+    assert!(write(&running).await, "refused under the newest fence");
+    assert_ne!(ledger.snapshot().await, before, "wrote nothing under the newest fence");
+}
+
+/// A job of `kind` on a document of its own, taken, and staged if it has `begun`.
+async fn begin<'a>(ledger: &'a Ledger, kind: &str, begun: bool) -> Running<'a> {
+    let document = Uuid::now_v7().to_string();
+    // So that a delete has something to erase.
+    let shown = ledger.ingested(&document).await;
+    let id = if kind == "delete" { ledger.delete(&document).await } else { ledger.ingest(&document).await };
+    let job = ledger.take("w", id).await;
+    let stage = stage_of(&job);
+    if begun {
+        let stage = std::sync::Arc::new(stage.clone());
+        assert_eq!(StageBatch(ledger.postgres.clone()).flush(&[stage]).await.unwrap(), [true]);
+    }
+    Running { ledger, job, stage, shown }
+}
+
+#[tokio::test]
+async fn protocol_02_stage_with_a_stale_fence_writes_nothing() {
+    check("ingest", false, async |r| {
+        let batch = StageBatch(r.ledger.postgres.clone());
+        batch.flush(&[r.stage.clone().into()]).await.unwrap()[0]
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_begin_saga_with_a_stale_fence_writes_nothing() {
+    check("ingest", false, async |r| {
+        r.ledger.postgres.begin_saga(&saga_of(&r.job, r.stage.saga.id)).await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_publish_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| match r.ledger.publish(&[publish_of(&r.job, &r.stage)]).await[0] {
+        Published::Yes => true,
+        Published::LeaseLost => false,
+        other => panic!("{other:?}"),
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_bury_with_a_stale_fence_writes_nothing() {
+    check("delete", false, async |r| match r.ledger.bury(&r.job, r.stage.saga.id).await {
+        (Published::Yes, doomed) => {
+            assert_eq!(doomed.len(), 1);
+            true
+        }
+        (Published::LeaseLost, _) => false,
+        (other, _) => panic!("{other:?}"),
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_erase_text_with_a_stale_fence_writes_nothing() {
+    // A published version must have a text, so the database itself refuses that it is erased.
+    check("delete", false, async |r| {
+        let hidden = "UPDATE documents SET current_version = NULL WHERE current_version = $1";
+        let erased = "UPDATE document_versions SET state = 'erased', sweep_after = now() WHERE id = $1";
+        for sql in [hidden, erased] {
+            sqlx::query(sql).bind(r.shown).execute(r.ledger.postgres.pool()).await.unwrap();
+        }
+        let before = r.ledger.snapshot().await;
+        let done = r.ledger.postgres.erase_text(r.job.id, r.job.fence, &[r.shown]).await.unwrap();
+        assert_eq!(r.ledger.snapshot().await != before, done, "the answer and the rows disagree");
+        if !done {
+            let published =
+                "UPDATE document_versions SET state = 'published', sweep_after = NULL WHERE id = $1";
+            let shown = "UPDATE documents d SET current_version = v.id FROM document_versions v
+                         WHERE v.id = $1 AND d.id = v.document_id";
+            for sql in [published, shown] {
+                sqlx::query(sql).bind(r.shown).execute(r.ledger.postgres.pool()).await.unwrap();
+            }
+        }
+        done
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_begin_compensation_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        let run = run_of(&r.job, Some(r.stage.saga.id));
+        r.ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's").await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_abandon_version_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        r.ledger.postgres.abandon_version(r.job.id, r.job.fence, r.stage.version.id, HOUR).await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_finish_with_a_stale_fence_writes_nothing() {
+    let dead = Verdict::Dead { failure: failure() };
+    let ledger = Ledger::start().await;
+    for verdict in [retry(HOUR), dead, Verdict::Cancelled, Verdict::Superseded] {
+        check_in(&ledger, "ingest", true, async |r| {
+            r.ledger.postgres.finish(&run_of(&r.job, Some(r.stage.saga.id)), &verdict, &[]).await.unwrap()
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn protocol_02_complete_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        r.ledger.postgres.complete(&run_of(&r.job, Some(r.stage.saga.id)), &json!({}), &[]).await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_park_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        r.ledger.postgres.park(&run_of(&r.job, Some(r.stage.saga.id)), None, "a test's", &[]).await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_release_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        let data = json!({ "new": true });
+        let run = run_of(&r.job, Some(r.stage.saga.id));
+        r.ledger.postgres.release(&run, HOUR, Some((2, &data)), true).await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_mark_alone_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| r.ledger.postgres.mark_alone(r.job.id, r.job.fence).await.unwrap()).await;
+}
+
+#[tokio::test]
+async fn protocol_02_07_the_fenced_handle_of_user_steps_opens_only_under_the_newest_fence() {
+    check("ingest", true, async |r| {
+        let Some(mut fenced) = r.ledger.postgres.fenced(r.job.id, r.job.fence).await.unwrap() else {
+            return false;
+        };
+        sqlx::query("INSERT INTO tenants (id) VALUES ('theirs')").execute(fenced.connection()).await.unwrap();
+        fenced.commit().await.unwrap();
+        true
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_in_a_batch_only_the_stale_item_is_refused() {
+    let ledger = Ledger::start().await;
+    let (stale, fresh) =
+        (ledger.take("w", ledger.ingest("a").await).await, ledger.take("w", ledger.ingest("b").await).await);
+    ledger.take("another", stale.id).await;
+    let stages = [stage_of(&stale), stage_of(&fresh)];
+    let items: Vec<_> = stages.iter().cloned().map(Into::into).collect();
+    assert_eq!(StageBatch(ledger.postgres.clone()).flush(&items).await.unwrap(), [false, true]);
+    assert_eq!(ledger.count("SELECT count(*) FROM sagas").await, 1);
+    let items = [publish_of(&stale, &stages[0]), publish_of(&fresh, &stages[1])];
+    assert_eq!(ledger.publish(&items).await, [Published::LeaseLost, Published::Yes]);
+}
+
+#[tokio::test]
+async fn protocol_02_nobody_takes_a_job_between_the_check_of_its_fence_and_the_write() {
+    let ledger = Ledger::start().await;
+    let job = ledger.take("w", ledger.ingest("a").await).await;
+    let mut fenced = ledger.postgres.fenced(job.id, job.fence).await.unwrap().expect("the newest fence");
+    let stalled = async {
+        let mut taking = std::pin::pin!(ledger.take("another", job.id));
+        // Waits in Postgres for the row; it must not be through before the write is.
+        crate::lock_order::until_someone_waits(&ledger, &mut taking).await;
+        sqlx::query("INSERT INTO tenants (id) VALUES ('theirs')").execute(fenced.connection()).await.unwrap();
+        fenced.commit().await.unwrap();
+        taking.await
+    };
+    let taken = stalled.await;
+    assert_eq!(taken.fence, crate::ledger::after(job.fence));
+    assert_eq!(ledger.count("SELECT count(*) FROM tenants WHERE id = 'theirs'").await, 1);
+}

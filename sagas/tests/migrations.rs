@@ -1,0 +1,190 @@
+//! Every migration goes down and up again, and leaves the schema as it was; the audit log's partitions come and go.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::time::Duration;
+
+use devstack::testing::TestServices;
+use sagas::stores::postgres::{Postgres, PostgresConfig};
+use serde_json::json;
+
+async fn database() -> (TestServices, Postgres) {
+    let services = TestServices::builder().postgres().start().await.unwrap();
+    let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
+    (services, postgres)
+}
+
+/// Every object in Flotilla's schema, as the catalogue defines it, but the migrations' own table.
+async fn schema(postgres: &Postgres) -> Vec<String> {
+    let objects: Vec<String> = sqlx::query_scalar(
+        "SELECT line FROM (
+            SELECT format('column %s.%s: %s %s default %s generated %s', c.table_name, c.column_name,
+                          format_type(a.atttypid, a.atttypmod), c.is_nullable, c.column_default, c.is_generated) AS line,
+                   c.table_name
+            FROM information_schema.columns c
+            JOIN pg_attribute a ON a.attrelid = format('%I.%I', c.table_schema, c.table_name)::regclass AND a.attname = c.column_name
+            WHERE c.table_schema = 'flotilla'
+            UNION ALL
+            SELECT format('constraint %s.%s: %s', r.relname, k.conname, pg_get_constraintdef(k.oid)), r.relname
+            FROM pg_constraint k JOIN pg_class r ON r.oid = k.conrelid WHERE r.relnamespace = 'flotilla'::regnamespace
+            UNION ALL
+            SELECT format('index %s: %s', indexname, indexdef), tablename FROM pg_indexes WHERE schemaname = 'flotilla'
+            UNION ALL
+            SELECT format('function %s', pg_get_functiondef(p.oid)), p.proname
+            FROM pg_proc p WHERE p.pronamespace = 'flotilla'::regnamespace
+            UNION ALL
+            SELECT format('relation %s: %s %s', r.relname, r.relkind, pg_get_expr(r.relpartbound, r.oid)), r.relname
+            FROM pg_class r WHERE r.relnamespace = 'flotilla'::regnamespace
+            UNION ALL
+            SELECT format('type %s: %s', t.typname, t.typtype), t.typname
+            FROM pg_type t WHERE t.typnamespace = 'flotilla'::regnamespace
+            UNION ALL
+            SELECT format('trigger %s: %s', t.tgname, pg_get_triggerdef(t.oid)), r.relname
+            FROM pg_trigger t JOIN pg_class r ON r.oid = t.tgrelid
+            WHERE r.relnamespace = 'flotilla'::regnamespace AND NOT t.tgisinternal
+         ) AS objects WHERE table_name NOT LIKE '%sqlx_migrations%' ORDER BY 1",
+    )
+    .fetch_all(postgres.pool())
+    .await
+    .unwrap();
+    objects
+}
+
+async fn applied(postgres: &Postgres) -> Vec<i64> {
+    postgres
+        .migrations()
+        .await
+        .unwrap()
+        .into_iter()
+        .filter(|(_, _, applied)| *applied)
+        .map(|(v, _, _)| v)
+        .collect()
+}
+
+#[tokio::test]
+async fn migrations_go_up_down_to_nothing_and_up_again() {
+    let (_services, postgres) = database().await;
+    assert!(applied(&postgres).await.is_empty());
+    postgres.migrate_up().await.unwrap();
+    let all = applied(&postgres).await;
+    assert!(all.len() >= 6, "{all:?}");
+    let full = schema(&postgres).await;
+    assert!(full.iter().any(|line| line.starts_with("function") && line.contains("enqueue")), "{full:#?}");
+    // To run them again changes nothing.
+    postgres.migrate_up().await.unwrap();
+    assert_eq!(schema(&postgres).await, full);
+
+    postgres.migrate_down(0).await.unwrap();
+    assert_eq!(schema(&postgres).await, Vec::<String>::new(), "left after all migrations were reverted");
+    assert!(applied(&postgres).await.is_empty());
+    postgres.migrate_up().await.unwrap();
+    assert_eq!(schema(&postgres).await, full);
+    assert_eq!(applied(&postgres).await, all);
+}
+
+#[tokio::test]
+async fn each_migration_alone_is_undone_by_its_own_down_script() {
+    let (_services, postgres) = database().await;
+    postgres.migrate_up().await.unwrap();
+    let mut seen = vec![schema(&postgres).await];
+    let all = applied(&postgres).await;
+    for target in all.iter().rev().skip(1).copied().chain([0]) {
+        postgres.migrate_down(target).await.unwrap();
+        let smaller = schema(&postgres).await;
+        let larger = seen.last().unwrap();
+        assert!(smaller.len() < larger.len(), "reverting to {target} removed nothing");
+        seen.push(smaller);
+        postgres.migrate_up().await.unwrap();
+        assert_eq!(schema(&postgres).await, seen[0], "up again from {target}");
+        postgres.migrate_down(target).await.unwrap();
+        assert_eq!(schema(&postgres).await, *seen.last().unwrap(), "down again to {target}");
+    }
+}
+
+#[tokio::test]
+async fn migrations_keep_the_rows_of_a_database_in_use() {
+    let (_services, postgres) = database().await;
+    postgres.migrate_up().await.unwrap();
+    postgres.create_tenant("acme").await.unwrap();
+    let ledger = postgres.ledger_id().await.unwrap();
+    // The last migration holds no rows: a roll-back of a deploy keeps everything.
+    let all = applied(&postgres).await;
+    postgres.migrate_down(all[all.len() - 2]).await.unwrap();
+    postgres.migrate_up().await.unwrap();
+    assert_eq!(postgres.ledger_id().await.unwrap(), ledger);
+    assert!(postgres.tenant("acme").await.unwrap().is_some());
+}
+
+async fn partitions(postgres: &Postgres) -> Vec<String> {
+    sqlx::query_scalar(
+        "SELECT c.relname::text FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+         WHERE i.inhparent = 'audit_log'::regclass ORDER BY 1",
+    )
+    .fetch_all(postgres.pool())
+    .await
+    .unwrap()
+}
+
+/// The names of the partitions of months relative to this one.
+async fn months(postgres: &Postgres, months: std::ops::RangeInclusive<i32>) -> Vec<String> {
+    sqlx::query_scalar(
+        "SELECT 'audit_log_' || to_char(date_trunc('month', now() AT TIME ZONE 'UTC') + make_interval(months => m), 'YYYYMM')
+         FROM generate_series($1, $2) AS m ORDER BY 1",
+    )
+    .bind(months.start())
+    .bind(months.end())
+    .fetch_all(postgres.pool())
+    .await
+    .unwrap()
+}
+
+#[tokio::test]
+async fn partitions_of_the_audit_log_are_made_ahead_and_dropped_by_retention() {
+    let (_services, postgres) = database().await;
+    postgres.migrate_up().await.unwrap();
+    assert_eq!(partitions(&postgres).await, months(&postgres, 0..=3).await);
+    postgres.record_action("somebody", "job.cancel", "a job", &json!({})).await.unwrap();
+
+    // As if the janitor had slept for two months: what is missing is made, and no more.
+    let due = months(&postgres, 2..=3).await;
+    for name in &due {
+        sqlx::query(sqlx::AssertSqlSafe(format!("DROP TABLE {name}")))
+            .execute(postgres.pool())
+            .await
+            .unwrap();
+    }
+    let day = Duration::from_secs(24 * 3600);
+    postgres.expire(day, 400 * day, 100).await.unwrap();
+    assert_eq!(partitions(&postgres).await, months(&postgres, 0..=3).await);
+
+    // Partitions of the past year, each with a line.
+    sqlx::query(
+        "DO $$ DECLARE m date; BEGIN
+            FOR i IN 1..12 LOOP
+                m := (date_trunc('month', now() AT TIME ZONE 'UTC') - make_interval(months => i))::date;
+                EXECUTE format('CREATE TABLE %I PARTITION OF audit_log FOR VALUES FROM (%L) TO (%L)',
+                    'audit_log_' || to_char(m, 'YYYYMM'), m::text || ' 00:00:00+00',
+                    ((m + interval '1 month')::date)::text || ' 00:00:00+00');
+                INSERT INTO audit_log (id, at, actor, action, subject)
+                VALUES (uuid7(), m + interval '1 day', 'somebody', 'job.cancel', 'a job');
+            END LOOP;
+         END $$",
+    )
+    .execute(postgres.pool())
+    .await
+    .unwrap();
+    assert_eq!(partitions(&postgres).await.len(), 16);
+    // 100 days reach into the fourth month back at most, and into the third at least.
+    postgres.expire(day, 100 * day, 100).await.unwrap();
+    let left = partitions(&postgres).await;
+    let (three, four) = (months(&postgres, -3..=3).await, months(&postgres, -4..=3).await);
+    assert!(left == three || left == four, "{left:?}");
+    let lost: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM audit_log WHERE at < now() - interval '5 months'")
+            .fetch_one(postgres.pool())
+            .await
+            .unwrap();
+    assert_eq!(lost, 0);
+    let kept: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM audit_log").fetch_one(postgres.pool()).await.unwrap();
+    assert_eq!(kept, i64::try_from(left.len()).unwrap() - 3);
+}
