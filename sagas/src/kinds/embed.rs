@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     Stores,
-    version::{Draft, Steps, hex},
+    version::{Draft, PIVOT, Steps, hex},
 };
 use crate::{
     engine::{Commits, Saga, Step, StepContext},
@@ -227,7 +227,7 @@ impl Saga for EmbedDocument {
     }
 
     fn pivot(&self) -> usize {
-        3
+        PIVOT
     }
 
     fn needs(&self) -> &[Dependency] {

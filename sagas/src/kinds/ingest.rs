@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{
     Stores,
-    version::{Draft, Steps, check_dimensions, hex},
+    version::{Draft, PIVOT, Steps, check_dimensions, hex},
 };
 use crate::{
     chunking,
@@ -114,7 +114,7 @@ impl Saga for Ingest {
     }
 
     fn pivot(&self) -> usize {
-        3
+        PIVOT
     }
 
     fn needs(&self) -> &[Dependency] {

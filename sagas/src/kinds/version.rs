@@ -17,10 +17,14 @@ use crate::{
         postgres::{
             publish::{Condition, Publish, PublishBatch, Published},
             stage::{NewSaga, NewVersion, Stage, StageBatch},
+            take::StepRecord,
         },
         vectors::{Point, vectors_hash},
     },
 };
+
+/// The index of `publish` among the steps.
+pub(super) const PIVOT: usize = 3;
 
 /// What the steps carry. The text itself is not kept in the log: after the stage it stands in its own tables.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -261,6 +265,17 @@ impl Step<Draft> for PublishVersion {
     async fn execute(&self, ctx: &StepContext, draft: &mut Draft) -> Result<(), StepError> {
         let hash = draft.vectors_hash.as_deref().unwrap_or_default();
         let stores = &self.0.stores;
+        // The pivot's own record is committed with it.
+        let mut steps = ctx.steps_so_far();
+        let started_at = chrono::Utc::now();
+        steps.push(StepRecord {
+            step: self.name().to_owned(),
+            compensation: false,
+            attempts: 1,
+            started_at,
+            ended_at: started_at,
+            error: None,
+        });
         let publish = Arc::new(Publish {
             job_id: ctx.job.id,
             fence: ctx.fence(),
@@ -270,7 +285,8 @@ impl Step<Draft> for PublishVersion {
             condition: draft.condition(),
             vectors_hash: hex_bytes(hash),
             result: json!({ "document_id": draft.document_id, "version": draft.version, "chunks": draft.chunk_count }),
-            steps: ctx.steps_so_far(),
+            steps,
+            next_step: PIVOT as i16 + 1,
             grace: stores.settings.grace,
         });
         match ctx.call(Dependency::Postgres, |deadline| self.0.publish.call(Arc::clone(&publish), deadline)).await? {

@@ -158,7 +158,7 @@ impl Postgres {
     /// A connection without the statement time-out, on which migrations may take long.
     async fn migration_connection(&self) -> Result<PgConnection, StoreError> {
         use sqlx::Connection;
-        let options = self.pool.connect_options().as_ref().clone().options([("statement_timeout", "0")]);
+        let options = self.pool.connect_options().as_ref().clone().options([("statement_timeout", "0"), ("client_min_messages", "warning")]);
         let mut connection = PgConnection::connect_with(&options).await?;
         sqlx::query("CREATE SCHEMA IF NOT EXISTS flotilla").execute(&mut connection).await?;
         Ok(connection)

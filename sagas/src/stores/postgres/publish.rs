@@ -47,8 +47,10 @@ pub struct Publish {
     pub vectors_hash: Vec<u8>,
     /// The job's result.
     pub result: Value,
-    /// The run's steps so far.
+    /// The run's steps, this one last; its end is the flush's.
     pub steps: Vec<StepRecord>,
+    /// The first step after this one.
+    pub next_step: i16,
     /// How long the version that is replaced stays for readers that are under way.
     pub grace: Duration,
 }
@@ -220,17 +222,33 @@ async fn end(connection: &mut PgConnection, published: &[(&Publish, bool)]) -> R
     sqlx::query(
         "UPDATE sagas s SET state = CASE WHEN e.retires THEN 'finishing' ELSE 'completed' END,
                 finished_at = CASE WHEN e.retires THEN NULL ELSE now() END,
-                next_step = next_step + 1, updated_at = now(), fence = e.fence
-         FROM unnest($1::uuid[], $2::boolean[], $3::bigint[]) AS e (id, retires, fence) WHERE s.id = e.id",
+                next_step = e.next_step, updated_at = now(), fence = e.fence
+         FROM unnest($1::uuid[], $2::boolean[], $3::bigint[], $4::smallint[]) AS e (id, retires, fence, next_step)
+         WHERE s.id = e.id",
     )
     .bind(published.iter().map(|(item, _)| item.saga_id).collect::<Vec<_>>())
     .bind(published.iter().map(|(_, retires)| *retires).collect::<Vec<_>>())
     .bind(published.iter().map(|(item, _)| item.fence.0).collect::<Vec<_>>())
+    .bind(published.iter().map(|(item, _)| item.next_step).collect::<Vec<_>>())
     .execute(&mut *connection)
     .await?;
-    let steps: Vec<_> =
-        published.iter().map(|(item, _)| (item.saga_id, item.fence, item.steps.as_slice())).collect();
-    insert_steps(connection, &steps).await?;
+    let ended_at = chrono::Utc::now();
+    let steps: Vec<Vec<StepRecord>> = published
+        .iter()
+        .map(|(item, _)| {
+            let mut steps = item.steps.clone();
+            if let Some(pivot) = steps.last_mut() {
+                pivot.ended_at = ended_at;
+            }
+            steps
+        })
+        .collect();
+    let runs: Vec<_> = published
+        .iter()
+        .zip(&steps)
+        .map(|((item, _), steps)| (item.saga_id, item.fence, steps.as_slice()))
+        .collect();
+    insert_steps(connection, &runs).await?;
     sqlx::query(
         "UPDATE jobs j SET state = 'succeeded', result = e.result, finished_at = now(), last_error = NULL
          FROM unnest($1::uuid[], $2::jsonb[]) AS e (id, result) WHERE j.id = e.id",
