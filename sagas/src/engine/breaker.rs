@@ -27,6 +27,8 @@ pub type Probe = Arc<dyn Fn() -> BoxFuture<'static, Result<(), StoreError>> + Se
 struct Breaker {
     state: watch::Sender<State>,
     probe: Probe,
+    /// Many calls fail at once in an outage; one of them asks.
+    asking: tokio::sync::Mutex<()>,
 }
 
 /// The process's breakers; clones share them.
@@ -46,7 +48,7 @@ impl Breakers {
             .into_iter()
             .map(|(dependency, probe)| {
                 report(dependency, State::Closed);
-                (dependency, Breaker { state: watch::Sender::new(State::Closed), probe })
+                (dependency, Breaker { state: watch::Sender::new(State::Closed), probe, asking: tokio::sync::Mutex::default() })
             })
             .collect();
         Self { breakers: Arc::new(breakers), shutdown }
@@ -76,6 +78,7 @@ impl Breakers {
     /// returns `true` if the probe fails too. Otherwise the trouble was that call's alone.
     pub async fn confirm_outage(&self, dependency: Dependency, error: &StoreError) -> bool {
         let Some(breaker) = self.breakers.get(&dependency) else { return false };
+        let _asking = breaker.asking.lock().await;
         if *breaker.state.borrow() != State::Closed {
             return true;
         }
