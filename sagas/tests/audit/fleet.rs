@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::stage::{Stage, TEXT, settings};
 
 fn quick(stage: &Stage, shutdown: &CancellationToken) -> tokio::task::JoinHandle<()> {
-    let every = JanitorSettings { every: Duration::from_millis(20), ..JanitorSettings::default() };
+    let every = JanitorSettings { every: Duration::from_millis(1), ..JanitorSettings::default() };
     tokio::spawn(janitor::run(stage.stores.clone(), every, shutdown.clone()))
 }
 
@@ -74,14 +74,14 @@ async fn pending_janitor_work_is_counted_apart_and_overdue_work_is_named() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn audits_of_a_system_at_work_find_nothing() {
     let stage = Stage::with(|settings| {
-        settings.grace = Duration::from_millis(30);
-        settings.sweep_bound = Duration::from_millis(60);
+        settings.grace = Duration::ZERO;
+        settings.sweep_bound = Duration::from_millis(5);
     })
     .await;
     let shutdown = CancellationToken::new();
     let task = quick(&stage, &shutdown);
     let work = async {
-        for round in 0..40 {
+        for round in 0..80 {
             for document in ["one", "two", "three"] {
                 stage.ingest(document, &format!("{TEXT} Round {round}.")).await;
             }

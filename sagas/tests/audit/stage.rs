@@ -197,6 +197,7 @@ impl Stage {
             vectors_hash: vectors_hash(doc.vectors.iter().map(Vec::as_slice)),
             result: json!({ "document_id": doc.document, "version": doc.version, "chunks": doc.vectors.len() }),
             steps: vec![],
+            next_step: 4,
             grace: self.stores.settings.grace,
         };
         let answer = PublishBatch(self.stores.postgres.clone()).flush(&[Arc::new(publish)]).await.unwrap();
