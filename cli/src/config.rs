@@ -11,16 +11,44 @@ use anyhow::Context as _;
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct StoreArgs {
     /// Postgres: the ledger and the documents
-    #[arg(long, env = "DATABASE_URL", value_name = "URL", global = true, hide_env_values = true, help_heading = "Stores")]
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        value_name = "URL",
+        global = true,
+        hide_env_values = true,
+        help_heading = "Stores"
+    )]
     pub database_url: Option<String>,
     /// Redis for the queue
-    #[arg(long, env = "REDIS_QUEUE_URL", value_name = "URL", global = true, hide_env_values = true, help_heading = "Stores")]
+    #[arg(
+        long,
+        env = "REDIS_QUEUE_URL",
+        value_name = "URL",
+        global = true,
+        hide_env_values = true,
+        help_heading = "Stores"
+    )]
     pub redis_queue_url: Option<String>,
     /// Redis for the cache
-    #[arg(long, env = "REDIS_CACHE_URL", value_name = "URL", global = true, hide_env_values = true, help_heading = "Stores")]
+    #[arg(
+        long,
+        env = "REDIS_CACHE_URL",
+        value_name = "URL",
+        global = true,
+        hide_env_values = true,
+        help_heading = "Stores"
+    )]
     pub redis_cache_url: Option<String>,
     /// Qdrant's gRPC address
-    #[arg(long, env = "QDRANT_URL", value_name = "URL", global = true, hide_env_values = true, help_heading = "Stores")]
+    #[arg(
+        long,
+        env = "QDRANT_URL",
+        value_name = "URL",
+        global = true,
+        hide_env_values = true,
+        help_heading = "Stores"
+    )]
     pub qdrant_url: Option<String>,
     /// What every Redis key starts with [default: flotilla]
     #[arg(long, env = "FLOTILLA_PREFIX", value_name = "NAME", global = true, help_heading = "Stores")]
@@ -48,7 +76,8 @@ impl Settings {
             ("QDRANT_URL", &args.qdrant_url),
             ("FLOTILLA_PREFIX", &args.redis_prefix),
         ];
-        let given = flags.into_iter().filter_map(|(name, value)| Some((name, filled(value.as_deref()?)?))).collect();
+        let given =
+            flags.into_iter().filter_map(|(name, value)| Some((name, filled(value.as_deref()?)?))).collect();
         let path = args.dir.join("env");
         Ok(Self { given, file: read_file(&path)?, path })
     }
@@ -104,7 +133,8 @@ impl Settings {
 
     /// Says in the log which settings come from the stack's file.
     pub fn log_sources(&self) {
-        let from_file: Vec<&str> = self.file.keys().map(String::as_str).filter(|name| self.is_from_stack(name)).collect();
+        let from_file: Vec<&str> =
+            self.file.keys().map(String::as_str).filter(|name| self.is_from_stack(name)).collect();
         if !from_file.is_empty() {
             tracing::debug!(file = %self.path.display(), settings = ?from_file, "settings from the development stack");
         }
@@ -171,6 +201,9 @@ mod tests {
     #[test]
     fn a_stacks_file_is_read_as_a_shell_would() {
         let read = variables("# made by flotilla\nexport A='x y'\nexport B='it'\\''s'\nC=3\n");
-        assert_eq!(read.into_iter().collect::<Vec<_>>(), [("A".into(), "x y".into()), ("B".into(), "it's".into())]);
+        assert_eq!(
+            read.into_iter().collect::<Vec<_>>(),
+            [("A".into(), "x y".into()), ("B".into(), "it's".into())]
+        );
     }
 }

@@ -47,8 +47,9 @@ impl Context {
     /// How to connect to Postgres.
     pub fn postgres_config(&self) -> anyhow::Result<PostgresConfig> {
         let mut config = PostgresConfig::new(self.settings.require("DATABASE_URL")?);
-        config.max_connections =
-            u32::try_from(self.settings.number("FLOTILLA_POSTGRES_CONNECTIONS", 10)?).unwrap_or(u32::MAX).max(1);
+        config.max_connections = u32::try_from(self.settings.number("FLOTILLA_POSTGRES_CONNECTIONS", 10)?)
+            .unwrap_or(u32::MAX)
+            .max(1);
         config.call_timeout = self.call_timeout()?;
         Ok(config)
     }
@@ -129,10 +130,10 @@ impl Context {
             ..defaults
         })
     }
+}
 
-    /// Who acts, for the audit log: the person's account.
-    pub fn actor(&self) -> String {
-        let user = std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_default();
-        if user.is_empty() { "cli".to_owned() } else { format!("cli:{user}") }
-    }
+/// Who acts, for the audit log: the person's account.
+pub fn actor() -> String {
+    let user = std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_default();
+    if user.is_empty() { "cli".to_owned() } else { format!("cli:{user}") }
 }

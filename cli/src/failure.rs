@@ -82,7 +82,8 @@ mod tests {
 
     #[test]
     fn causes_are_told_once_and_missing_tables_give_a_hint() {
-        let store = StoreError::new(Dependency::Postgres, Class::Permanent, "relation \"jobs\" does not exist");
+        let store =
+            StoreError::new(Dependency::Postgres, Class::Permanent, "relation \"jobs\" does not exist");
         let error = Err::<(), _>(store).context("can't list jobs").unwrap_err();
         assert_eq!(sentence(&error), "can't list jobs: postgres: relation \"jobs\" does not exist");
         assert!(hint(&error).unwrap().contains("migrate up"));

@@ -14,8 +14,8 @@ use telemetry::{Telemetry, TelemetryConfig};
 
 use crate::{
     commands::{
-        audit, bench, dev, dlq, documents, enqueue, import, jobs, keys, migrate, producer, sagas, search, stats, tenants,
-        worker,
+        audit, bench, dev, dlq, documents, enqueue, import, jobs, keys, migrate, producer, sagas, search,
+        stats, tenants, worker,
     },
     config::{Settings, StoreArgs},
     context::Context,

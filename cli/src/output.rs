@@ -78,14 +78,24 @@ pub fn rows(table: &Table, otherwise: &str) -> String {
     if table.row_iter().next().is_none() { otherwise.to_owned() } else { tidy(table) }
 }
 
-/// The table's text without the blanks at the ends of lines.
+/// The table's text, flush left and without blanks at the ends of lines.
 pub fn tidy(table: &Table) -> String {
-    table.to_string().lines().map(|line| format!("{}\n", line.trim_end())).collect::<Vec<_>>().concat()
+    let mut table = table.clone();
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.lines().fold(String::new(), |text, line| text + line.trim_end() + "\n")
+}
+
+/// A count with its noun: `1 file`, `2 files`.
+pub fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 /// Lines `name  value`; those without a value are left out.
 pub fn fields(pairs: &[(&str, Option<String>)]) -> String {
-    let width = pairs.iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name.len()).max().unwrap_or(0);
+    let width =
+        pairs.iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name.len()).max().unwrap_or(0);
     pairs.iter().fold(String::new(), |mut text, (name, value)| {
         if let Some(value) = value {
             let indented = value.replace('\n', &format!("\n{:width$}  ", ""));
@@ -156,6 +166,14 @@ mod tests {
     }
 
     #[test]
+    fn tables_begin_at_the_left_and_lines_end_without_blanks() {
+        let mut one = table(&["ID", "NAME"]);
+        one.add_row([number(7), "x".into()]);
+        assert_eq!(tidy(&one), "ID  NAME\n 7  x\n");
+        assert_eq!(rows(&table(&["ID"]), "none"), "none");
+    }
+
+    #[test]
     fn long_texts_are_cut_at_a_character() {
         assert_eq!(short("kurz", 10), "kurz");
         assert_eq!(short("äöüäöüäöü", 4), "äöü…");
@@ -164,6 +182,9 @@ mod tests {
 
     #[test]
     fn absent_fields_are_left_out() {
-        assert_eq!(fields(&[("id", Some("1".into())), ("worker", None), ("state", Some("a\nb".into()))]), "id     1\nstate  a\n       b\n");
+        assert_eq!(
+            fields(&[("id", Some("1".into())), ("worker", None), ("state", Some("a\nb".into()))]),
+            "id     1\nstate  a\n       b\n"
+        );
     }
 }

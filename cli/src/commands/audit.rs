@@ -5,7 +5,7 @@ use std::time::Duration;
 use ::sagas::audit::{AuditSettings, Auditor, Report};
 
 use crate::{
-    context::Context,
+    context::{Context, actor},
     failure::{Ending, Outcome},
     output::{self, short, span},
 };
@@ -38,7 +38,7 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
         collections: args.collection,
         max_listed: args.list,
         repair: args.repair,
-        actor: context.actor(),
+        actor: actor(),
         ..AuditSettings::default()
     };
     let report = Box::pin(auditor.run(&settings)).await?;
@@ -62,8 +62,8 @@ fn described(report: &Report) -> String {
     );
     let pending = &report.pending;
     if pending.unfinished + pending.sweeps + pending.finishing > 0 {
-        text += &format!(
-            "under way: {} unfinished jobs, {} versions to be swept, {} sagas that wait for a sweep\n",
+        text = format!(
+            "{text}under way: {} unfinished jobs, {} versions to be swept, {} sagas that wait for a sweep\n",
             pending.unfinished, pending.sweeps, pending.finishing
         );
     }

@@ -81,7 +81,13 @@ struct Figure {
 }
 
 impl Figure {
-    fn new(name: impl Into<String>, unit: &'static str, value: f64, times: Vec<Duration>, reference: (String, f64)) -> Self {
+    fn new(
+        name: impl Into<String>,
+        unit: &'static str,
+        value: f64,
+        times: Vec<Duration>,
+        reference: (String, f64),
+    ) -> Self {
         let (p50, p99) = percentiles(times);
         let (reference, reference_value) = reference;
         Self {
@@ -118,7 +124,16 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
         Command::Ingest(args) => Box::pin(ingest::measure(args, context)).await?,
     };
     context.out.data(&report, || {
-        let mut table = output::table(&["FIGURE", "VALUE", "UNIT", "P50 MS", "P99 MS", "RATIO", "REFERENCE", "ITS VALUE"]);
+        let mut table = output::table(&[
+            "FIGURE",
+            "VALUE",
+            "UNIT",
+            "P50 MS",
+            "P99 MS",
+            "RATIO",
+            "REFERENCE",
+            "ITS VALUE",
+        ]);
         for one in &report.results {
             table.add_row([
                 (&one.name).into(),

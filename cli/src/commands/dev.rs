@@ -51,7 +51,11 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             let stopped = Stack::down(dir).await?;
             let names: Vec<&str> = stopped.into_iter().map(Service::name).collect();
             context.out.data(&json!({ "stopped": names }), || {
-                if names.is_empty() { "nothing was running".to_owned() } else { format!("stopped {}", names.join(", ")) }
+                if names.is_empty() {
+                    "nothing was running".to_owned()
+                } else {
+                    format!("stopped {}", names.join(", "))
+                }
             })?;
             Ok(Ending::Fine)
         }
@@ -71,9 +75,10 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
 }
 
 fn serves(status: &StackStatus) -> bool {
-    status.services.iter().all(|one| {
-        one.problem.is_none() && matches!(one.state, State::Running { .. } | State::External)
-    })
+    status
+        .services
+        .iter()
+        .all(|one| one.problem.is_none() && matches!(one.state, State::Running { .. } | State::External))
 }
 
 fn show(context: &Context, status: &StackStatus) -> anyhow::Result<()> {

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::enqueue::read_payload;
 use crate::{
-    context::Context,
+    context::{Context, actor},
     failure::{Ending, Outcome, Refused},
     output::{self, ago, fields, short, time},
 };
@@ -101,7 +101,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
         }
         Command::Replay { id, all, filter, payload, as_kind, as_latest } => {
             let how = Replay {
-                actor: context.actor(),
+                actor: actor(),
                 payload: payload.as_deref().map(read_payload).transpose()?,
                 kind: as_kind,
                 as_latest,
@@ -119,9 +119,11 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             if reason.trim().is_empty() {
                 bail!("--reason is empty: say why, for whoever reads the audit log");
             }
-            match postgres.discard(id, &context.actor(), &reason).await? {
+            match postgres.discard(id, &actor(), &reason).await? {
                 Resolved::Done(_) => {
-                    context.out.data(&json!({ "id": id, "state": "discarded" }), || format!("{id} discarded"))?;
+                    context
+                        .out
+                        .data(&json!({ "id": id, "state": "discarded" }), || format!("{id} discarded"))?;
                     Ok(Ending::Fine)
                 }
                 Resolved::Already(state) => Err(already(id, &state).into()),
@@ -150,13 +152,17 @@ fn letter_table(letters: &[DeadLetter]) -> comfy_table::Table {
 
 fn described(letter: &DeadLetter) -> String {
     let chain = match &letter.error_chain {
-        Value::Array(chain) if !chain.is_empty() => {
-            Some(chain.iter().map(|e| e.as_str().map_or(e.to_string(), str::to_owned)).collect::<Vec<_>>().join("\n"))
-        }
+        Value::Array(chain) if !chain.is_empty() => Some(
+            chain
+                .iter()
+                .map(|e| e.as_str().map_or(e.to_string(), str::to_owned))
+                .collect::<Vec<_>>()
+                .join("\n"),
+        ),
         _ => None,
     };
     let payload = serde_json::to_string_pretty(&letter.payload).unwrap_or_default();
-    let mut text = fields(&[
+    let text = fields(&[
         ("dead letter", Some(letter.id.to_string())),
         ("job", Some(letter.job_id.to_string())),
         ("saga", letter.saga_id.map(|id| id.to_string())),
@@ -173,11 +179,15 @@ fn described(letter: &DeadLetter) -> String {
         ("note", letter.note.clone()),
         ("replayed as", letter.replay_job.map(|id| id.to_string())),
         ("traceparent", letter.traceparent.clone()),
-        ("payload", Some(if payload.len() > 4000 { short(&letter.payload.to_string(), 4000) } else { payload })),
+        (
+            "payload",
+            Some(if payload.len() > 4000 { short(&letter.payload.to_string(), 4000) } else { payload }),
+        ),
     ]);
     if letter.state == "open" {
-        text += &format!(
-            "\nreplay it with `flotilla dlq replay {0}` (`--payload @FILE` mends the request), or close it with `flotilla dlq discard {0} --reason …`\n",
+        return format!(
+            "{text}\nreplay it with `flotilla dlq replay {0}` (`--payload @FILE` mends the request),\n\
+             or close it with `flotilla dlq discard {0} --reason …`\n",
             letter.id
         );
     }
@@ -188,7 +198,11 @@ async fn replay(ids: &[Uuid], how: &Replay, postgres: &Postgres, context: &Conte
     let mut replayed = vec![];
     let mut refused = vec![];
     for id in ids {
-        match postgres.replay(*id, how).await.with_context(|| format!("{} of {} were replayed", replayed.len(), ids.len()))? {
+        match postgres
+            .replay(*id, how)
+            .await
+            .with_context(|| format!("{} of {} were replayed", replayed.len(), ids.len()))?
+        {
             Resolved::Done(Some(job)) => {
                 dispatch(job, postgres, context).await;
                 replayed.push((*id, job));
@@ -199,12 +213,15 @@ async fn replay(ids: &[Uuid], how: &Replay, postgres: &Postgres, context: &Conte
         }
     }
     let data: Vec<Value> = replayed.iter().map(|(id, job)| json!({ "id": id, "job": job })).collect();
-    context.out.data(&data, || {
-        if replayed.is_empty() && refused.is_empty() {
-            return "no open dead letters".to_owned();
-        }
-        replayed.iter().map(|(id, job)| format!("{id} replayed as job {job}\n")).collect()
-    })?;
+    if context.out.json || !replayed.is_empty() {
+        context.out.data(&data, || {
+            let lines: Vec<String> =
+                replayed.iter().map(|(id, job)| format!("{id} replayed as job {job}")).collect();
+            lines.join("\n")
+        })?;
+    } else if refused.is_empty() {
+        output::say("no open dead letters");
+    }
     match refused.into_iter().next() {
         Some(first) => Err(first.into()),
         None => Ok(Ending::Fine),

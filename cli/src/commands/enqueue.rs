@@ -191,7 +191,8 @@ pub fn read_payload(given: &str) -> anyhow::Result<Value> {
 /// A time, or `+SECONDS` from now.
 fn read_time(text: &str) -> Result<DateTime<Utc>, String> {
     if let Some(seconds) = text.strip_prefix('+') {
-        let seconds: u32 = seconds.parse().map_err(|_| format!("{text:?}: after + a whole number of seconds is needed"))?;
+        let seconds: u32 =
+            seconds.parse().map_err(|_| format!("{text:?}: after + a whole number of seconds is needed"))?;
         return Ok(Utc::now() + Duration::from_secs(seconds.into()));
     }
     DateTime::parse_from_rfc3339(text)

@@ -127,7 +127,8 @@ async fn import(args: Args, context: &Context) -> Outcome {
         limit: args.limit.unwrap_or(usize::MAX),
         max_bytes: client.settings().max_payload as u64,
     };
-    let source = tokio::task::spawn_blocking(move || Source::open(&selection)).await.context("reading ended")??;
+    let source =
+        tokio::task::spawn_blocking(move || Source::open(&selection)).await.context("reading ended")??;
     let mut summary = Summary { skipped: source.skipped(), ..Summary::default() };
     let begun = Instant::now();
     let mut jobs = take_in(source, &args, &client, &mut summary).await?;
@@ -145,7 +146,12 @@ async fn import(args: Args, context: &Context) -> Outcome {
 }
 
 /// Reads and enqueues everything; returns the jobs.
-async fn take_in(source: Source, args: &Args, client: &Client, summary: &mut Summary) -> anyhow::Result<Vec<Uuid>> {
+async fn take_in(
+    source: Source,
+    args: &Args,
+    client: &Client,
+    summary: &mut Summary,
+) -> anyhow::Result<Vec<Uuid>> {
     let bar = Progress::new(source.len() as u64, "enqueued");
     // Reading goes on while a batch is being accepted.
     let (send, mut batches) = tokio::sync::mpsc::channel::<Vec<Item>>(2);
@@ -180,7 +186,12 @@ async fn take_in(source: Source, args: &Args, client: &Client, summary: &mut Sum
 }
 
 /// Enqueues one batch. Waits while the ledger is away or the queue is full.
-async fn enqueue_batch(batch: Vec<Item>, args: &Args, client: &Client, summary: &mut Summary) -> anyhow::Result<Vec<Uuid>> {
+async fn enqueue_batch(
+    batch: Vec<Item>,
+    args: &Args,
+    client: &Client,
+    summary: &mut Summary,
+) -> anyhow::Result<Vec<Uuid>> {
     let mut waiting: VecDeque<(String, NewJob)> = VecDeque::with_capacity(batch.len());
     for item in batch {
         match item.payload.map_err(|error| error.to_string()).and_then(|payload| job(payload, args, client)) {
@@ -194,7 +205,9 @@ async fn enqueue_batch(batch: Vec<Item>, args: &Args, client: &Client, summary: 
         let batch: Vec<NewJob> = waiting.iter().map(|(_, job)| job.clone()).collect();
         let outcomes = match client.enqueue_many(batch, Durability::Durable).await {
             Ok(outcomes) => outcomes,
-            Err(error) if error.retry_after().is_some() => waiting.iter().map(|_| Err(error.clone())).collect(),
+            Err(error) if error.retry_after().is_some() => {
+                waiting.iter().map(|_| Err(error.clone())).collect()
+            }
             Err(error) => bail!(error),
         };
         let before = accepted.len() + summary.refused.len();
@@ -203,7 +216,9 @@ async fn enqueue_batch(batch: Vec<Item>, args: &Args, client: &Client, summary: 
             let Some((document, job)) = waiting.pop_front() else { break };
             match outcome {
                 Ok(receipt) => accepted.push(count(receipt, summary)),
-                Err(error @ EnqueueError::UnknownTenant) => return Err(enqueue::explained(error, &args.tenant)),
+                Err(error @ EnqueueError::UnknownTenant) => {
+                    return Err(enqueue::explained(error, &args.tenant));
+                }
                 Err(error) if error.retry_after().is_some() => {
                     waiting.push_back((document, job));
                     later = Some(error);
@@ -212,11 +227,18 @@ async fn enqueue_batch(batch: Vec<Item>, args: &Args, client: &Client, summary: 
             }
         }
         if let Some(error) = later {
-            let since = if accepted.len() + summary.refused.len() > before { Instant::now() } else { held_up_since.unwrap_or_else(Instant::now) };
+            let since = if accepted.len() + summary.refused.len() > before {
+                Instant::now()
+            } else {
+                held_up_since.unwrap_or_else(Instant::now)
+            };
             held_up_since = Some(since);
             if since.elapsed() > HELD_UP_AT_MOST {
                 return Err(error).with_context(|| {
-                    format!("{} documents were accepted, then nothing for {HELD_UP_AT_MOST:?}", summary.accepted)
+                    format!(
+                        "{} documents were accepted, then nothing for {HELD_UP_AT_MOST:?}",
+                        summary.accepted
+                    )
                 });
             }
             tracing::debug!(%error, "the import waits");
@@ -269,7 +291,8 @@ async fn follow(jobs: &[Uuid], begun: Instant, limit: Duration, client: &Client)
                 Err(error) if error.is_unavailable() => {
                     let since = *held_up_since.get_or_insert_with(Instant::now);
                     if since.elapsed() > HELD_UP_AT_MOST {
-                        return Err(error).context("the jobs are accepted, and the ledger can't be asked how they end");
+                        return Err(error)
+                            .context("the jobs are accepted, and the ledger can't be asked how they end");
                     }
                     unfinished.extend(page);
                     continue;
@@ -318,7 +341,10 @@ fn described(summary: &Summary) -> String {
             ("cancelled", some(ended.cancelled)),
             ("parked", some(ended.parked)),
             ("unfinished", some(ended.unfinished)),
-            ("ended in", Some(format!("{:.1} s, {:.1} documents/s", ended.seconds, ended.documents_per_second))),
+            (
+                "ended in",
+                Some(format!("{:.1} s, {:.1} documents/s", ended.seconds, ended.documents_per_second)),
+            ),
         ]);
     }
     output::fields(&pairs)
@@ -330,7 +356,8 @@ fn advise(summary: &Summary, waited: bool, tenant: &TenantId) {
         output::say("nothing was found: --ext and --glob say which files are taken");
     }
     if summary.skipped > 0 {
-        output::say(format!("{} files were left out for their name; --ext '*' takes every file", summary.skipped));
+        let left = output::counted(summary.skipped, "file");
+        output::say(format!("{left} left out for the name; --ext '*' takes every file"));
     }
     for refusal in summary.refused.iter().take(NAMED) {
         output::say(format!("refused: {}: {}", refusal.document, short(&refusal.error, 300)));
@@ -339,7 +366,9 @@ fn advise(summary: &Summary, waited: bool, tenant: &TenantId) {
         output::say(format!("refused: {} more; --json names all", summary.refused.len() - NAMED));
     }
     match summary.ended {
-        Some(ended) if ended.dead > 0 => output::say(format!("see why with `flotilla dlq list --tenant {tenant}`")),
+        Some(ended) if ended.dead > 0 => {
+            output::say(format!("see why with `flotilla dlq list --tenant {tenant}`"));
+        }
         Some(ended) if ended.unfinished > 0 => {
             output::say("not all jobs have ended: is a worker running? See `flotilla stats`");
         }

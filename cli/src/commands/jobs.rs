@@ -12,7 +12,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::{
-    context::Context,
+    context::{Context, actor},
     failure::{Ending, Outcome, Refused},
     output::{self, ago, between, fields, short, span, time},
 };
@@ -119,9 +119,16 @@ fn described(detail: &Detail) -> String {
         ("state", Some(job.outcome.as_ref().map_or(job.state.clone(), |o| format!("{} ({o})", job.state)))),
         ("tenant", Some(job.tenant.clone())),
         ("queue", Some(format!("{} at priority {}", job.queue, job.priority))),
-        ("document", job.document.as_ref().map(|d| format!("{d} (order {})", job.doc_order.unwrap_or_default()))),
+        (
+            "document",
+            job.document.as_ref().map(|d| format!("{d} (order {})", job.doc_order.unwrap_or_default())),
+        ),
         ("accepted", Some(format!("{} ({})", time(job.created_at), ago(job.created_at)))),
-        ("not before", (job.finished_at.is_none() && job.run_at > job.created_at).then(|| format!("{} ({})", time(job.run_at), ago(job.run_at)))),
+        (
+            "not before",
+            (job.finished_at.is_none() && job.run_at > job.created_at)
+                .then(|| format!("{} ({})", time(job.run_at), ago(job.run_at))),
+        ),
         ("taken", job.taken_at.map(time)),
         ("finished", job.finished_at.map(time)),
         ("took", took),
@@ -160,13 +167,15 @@ fn described(detail: &Detail) -> String {
 async fn cancel(id: Uuid, postgres: &Postgres, context: &Context) -> Outcome {
     let (word, sentence, good) = match postgres.cancel(JobId(id), None).await? {
         Cancel::Cancelled => ("cancelled", "cancelled", true),
-        Cancel::Requested => ("requested", "its end is asked for; it is cancelled once its effects are undone", true),
+        Cancel::Requested => {
+            ("requested", "its end is asked for; it is cancelled once its effects are undone", true)
+        }
         Cancel::PastPivot => ("past_pivot", "too late: its effect is published", false),
         Cancel::Ended => ("ended", "it has ended already", false),
         Cancel::Unknown => return Err(unknown(id).into()),
     };
     if good {
-        postgres.record_action(&context.actor(), "jobs.cancel", &id.to_string(), &json!({})).await?;
+        postgres.record_action(&actor(), "jobs.cancel", &id.to_string(), &json!({})).await?;
     }
     context.out.data(&json!({ "job": id, "cancel": word }), || format!("job {id}: {sentence}"))?;
     Ok(Ending::fine_if(good))

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::tenants;
 use crate::{
-    context::Context,
+    context::{Context, actor},
     failure::{Ending, Outcome, Refused},
     output,
 };
@@ -41,16 +41,23 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             let key = new_key();
             let id = postgres.create_api_key(tenant.as_str(), &name, &key).await?;
             postgres
-                .record_action(&context.actor(), "keys.create", &id.to_string(), &json!({ "tenant": tenant, "name": name }))
+                .record_action(
+                    &actor(),
+                    "keys.create",
+                    &id.to_string(),
+                    &json!({ "tenant": tenant, "name": name }),
+                )
                 .await?;
-            context.out.data(&json!({ "id": id, "tenant": tenant, "name": name, "key": key }), || key.clone())?;
+            context
+                .out
+                .data(&json!({ "id": id, "tenant": tenant, "name": name, "key": key }), || key.clone())?;
             output::say(format!("key {id} of tenant {tenant}: keep it now, it is not shown again"));
         }
         Command::Revoke { id } => {
             if !postgres.revoke_api_key(id).await? {
                 return Err(Refused(format!("there is no valid key {id}")).into());
             }
-            postgres.record_action(&context.actor(), "keys.revoke", &id.to_string(), &json!({})).await?;
+            postgres.record_action(&actor(), "keys.revoke", &id.to_string(), &json!({})).await?;
             context.out.data(&json!({ "id": id, "revoked": true }), || format!("key {id} revoked"))?;
         }
     }

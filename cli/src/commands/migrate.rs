@@ -34,7 +34,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             let before = applied(&postgres).await?;
             postgres.migrate_up().await.context("can't migrate")?;
             let count = applied(&postgres).await?.len() - before.len();
-            output::say(format!("{count} migration{} applied", if count == 1 { "" } else { "s" }));
+            output::say(format!("{} applied", output::counted(count, "migration")));
             if postgres.create_tenant(DEFAULT_TENANT).await? {
                 output::say(format!("tenant {DEFAULT_TENANT} made"));
             }
@@ -52,7 +52,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             }
             postgres.migrate_down(target).await.context("can't revert")?;
             let count = before.len() - applied(&postgres).await?.len();
-            output::say(format!("{count} migration{} reverted", if count == 1 { "" } else { "s" }));
+            output::say(format!("{} reverted", output::counted(count, "migration")));
             Ok(Ending::Fine)
         }
         Command::Status => {

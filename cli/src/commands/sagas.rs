@@ -45,6 +45,13 @@ struct Run {
     steps: Vec<StepView>,
 }
 
+/// A job and its runs, as JSON.
+#[derive(Serialize)]
+struct Detail<'a> {
+    job: &'a JobView,
+    sagas: &'a [Run],
+}
+
 pub async fn run(command: Command, context: &Context) -> Outcome {
     let postgres = context.postgres().await?;
     match command {
@@ -54,13 +61,11 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
         }
         Command::Show { id } => {
             let (job, runs) = find(id, &postgres).await?;
-            #[derive(Serialize)]
-            struct Detail<'a> {
-                job: &'a JobView,
-                sagas: &'a [Run],
-            }
             context.out.data(&Detail { job: &job, sagas: &runs }, || {
-                runs.iter().map(|run| timeline::draw(&job, &run.saga, &run.steps, timeline::WIDTH)).collect::<Vec<_>>().join("\n")
+                runs.iter()
+                    .map(|run| timeline::draw(&job, &run.saga, &run.steps, timeline::WIDTH))
+                    .collect::<Vec<_>>()
+                    .join("\n")
             })?;
         }
     }
@@ -94,7 +99,8 @@ async fn find(id: Uuid, postgres: &Postgres) -> anyhow::Result<(JobView, Vec<Run
 
 /// Runs as a table.
 pub fn saga_table(sagas: &[SagaView]) -> comfy_table::Table {
-    let mut table = output::table(&["SAGA", "JOB", "KIND", "STATE", "NEXT STEP", "TENANT", "BEGAN", "TOOK", "ERROR"]);
+    let mut table =
+        output::table(&["SAGA", "JOB", "KIND", "STATE", "NEXT STEP", "TENANT", "BEGAN", "TOOK", "ERROR"]);
     for saga in sagas {
         let took = saga.finished_at.and_then(|end| between(saga.created_at, end));
         table.add_row([

@@ -72,7 +72,21 @@ async fn collect(queues: &[QueueName], postgres: &Postgres, queue: &Queue) -> an
 
 fn described(stats: &Stats) -> String {
     let mut queues = output::table(&[
-        "QUEUE", "P9", "P8", "P7", "P6", "P5", "P4", "P3", "P2", "P1", "P0", "READY", "SCHEDULED", "IN FLIGHT", "OLDEST",
+        "QUEUE",
+        "P9",
+        "P8",
+        "P7",
+        "P6",
+        "P5",
+        "P4",
+        "P3",
+        "P2",
+        "P1",
+        "P0",
+        "READY",
+        "SCHEDULED",
+        "IN FLIGHT",
+        "OLDEST",
     ]);
     for (name, one) in &stats.queues {
         let mut row = vec![name.into()];
@@ -85,12 +99,27 @@ fn described(stats: &Stats) -> String {
     }
     let jobs = &stats.jobs;
     let mut ledger = output::table(&[
-        "WAITING", "RUNNING", "SUCCEEDED", "CANCELLED", "DEAD", "PARKED", "REDELIVERED", "UNDISPATCHED", "PARKED SAGAS",
+        "WAITING",
+        "RUNNING",
+        "SUCCEEDED",
+        "CANCELLED",
+        "DEAD",
+        "PARKED",
+        "REDELIVERED",
+        "UNDISPATCHED",
+        "PARKED SAGAS",
     ]);
     ledger.add_row(
         [
-            jobs.waiting, jobs.running, jobs.succeeded, jobs.cancelled, jobs.dead, jobs.parked, jobs.redelivered,
-            stats.undispatched, stats.parked_sagas,
+            jobs.waiting,
+            jobs.running,
+            jobs.succeeded,
+            jobs.cancelled,
+            jobs.dead,
+            jobs.parked,
+            jobs.redelivered,
+            stats.undispatched,
+            stats.parked_sagas,
         ]
         .map(output::number),
     );

@@ -33,7 +33,9 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             })?;
         }
         Command::Show { tenant } => {
-            let Some(found) = postgres.tenant(tenant.as_str()).await? else { return Err(unknown(&tenant).into()) };
+            let Some(found) = postgres.tenant(tenant.as_str()).await? else {
+                return Err(unknown(&tenant).into());
+            };
             context.out.data(&found, || {
                 let limit = found.max_waiting.map_or("the producer's default".to_owned(), |n| n.to_string());
                 output::fields(&[("tenant", Some(found.id.clone())), ("waiting jobs at most", Some(limit))])

@@ -75,7 +75,9 @@ fn worker_settings(args: &Args, context: &Context, lease: Duration) -> anyhow::R
     let day = Duration::from_secs(24 * 3600);
     let janitor = JanitorSettings::default();
     let days = |name, default: Duration| {
-        settings.number(name, default.as_secs() / day.as_secs()).map(|days| day * u32::try_from(days).unwrap_or(u32::MAX))
+        settings
+            .number(name, default.as_secs() / day.as_secs())
+            .map(|days| day * u32::try_from(days).unwrap_or(u32::MAX))
     };
     Ok(WorkerSettings {
         queues: args.queues.clone(),
@@ -85,12 +87,17 @@ fn worker_settings(args: &Args, context: &Context, lease: Duration) -> anyhow::R
         drain_grace: Duration::from_millis(args.drain_grace),
         addr: args.addr,
         engine: EngineSettings {
-            calls: CallLimits { call_timeout: context.call_timeout()?, lease_margin: LEASE_MARGIN.min(lease / 5) },
+            calls: CallLimits {
+                call_timeout: context.call_timeout()?,
+                lease_margin: LEASE_MARGIN.min(lease / 5),
+            },
             retry_base: settings.millis("FLOTILLA_RETRY_BASE_MS", engine.retry_base)?,
             retry_cap: settings.millis("FLOTILLA_RETRY_CAP_MS", engine.retry_cap)?,
-            delivery_limit: i32::try_from(settings.number("FLOTILLA_DELIVERY_LIMIT", engine.delivery_limit.unsigned_abs().into())?)
-                .unwrap_or(i32::MAX)
-                .max(1),
+            delivery_limit: i32::try_from(
+                settings.number("FLOTILLA_DELIVERY_LIMIT", engine.delivery_limit.unsigned_abs().into())?,
+            )
+            .unwrap_or(i32::MAX)
+            .max(1),
             unroutable_after: settings.millis("FLOTILLA_UNROUTABLE_AFTER_MS", engine.unroutable_after)?,
         },
         janitor: JanitorSettings {

@@ -100,7 +100,10 @@ where
     Ok((jobs as f64 / begun.elapsed().as_secs_f64(), times))
 }
 
-async fn in_batches<F>(jobs: usize, call: impl Fn(std::ops::Range<u64>) -> F) -> anyhow::Result<(f64, Vec<Duration>)>
+async fn in_batches<F>(
+    jobs: usize,
+    call: impl Fn(std::ops::Range<u64>) -> F,
+) -> anyhow::Result<(f64, Vec<Duration>)>
 where
     F: Future<Output = anyhow::Result<()>>,
 {
@@ -124,7 +127,9 @@ struct Plain(PgPool);
 
 impl Plain {
     async fn prepare(pool: &PgPool) -> anyhow::Result<Self> {
-        sqlx::query("CREATE TABLE public.plain (id uuid PRIMARY KEY, payload jsonb NOT NULL)").execute(pool).await?;
+        sqlx::query("CREATE TABLE public.plain (id uuid PRIMARY KEY, payload jsonb NOT NULL)")
+            .execute(pool)
+            .await?;
         Ok(Self(pool.clone()))
     }
 

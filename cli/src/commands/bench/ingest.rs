@@ -87,8 +87,9 @@ async fn fleet(args: &Args, threads: usize, context: &Context) -> anyhow::Result
     output::say(format!("ingesting {documents} documents"));
     let begun = Instant::now();
     for first in (0..documents).step_by(500) {
-        let batch: Vec<NewJob> =
-            (first..(first + 500).min(documents)).map(|number| job(number as u64, args)).collect::<Result<_, _>>()?;
+        let batch: Vec<NewJob> = (first..(first + 500).min(documents))
+            .map(|number| job(number as u64, args))
+            .collect::<Result<_, _>>()?;
         for outcome in client.enqueue_many(batch, Durability::Durable).await? {
             outcome?;
         }
@@ -145,7 +146,12 @@ async fn start_worker(threads: usize, context: &Context) -> anyhow::Result<Child
     let addr = free.local_addr()?;
     drop(free);
     let names = [
-        "DATABASE_URL", "REDIS_QUEUE_URL", "REDIS_CACHE_URL", "QDRANT_URL", "FLOTILLA_PREFIX", "FLOTILLA_EMBEDDER",
+        "DATABASE_URL",
+        "REDIS_QUEUE_URL",
+        "REDIS_CACHE_URL",
+        "QDRANT_URL",
+        "FLOTILLA_PREFIX",
+        "FLOTILLA_EMBEDDER",
         "FLOTILLA_MODEL_DIR",
     ];
     let mut worker = Command::new(std::env::current_exe()?)
@@ -188,9 +194,11 @@ async fn plain_loop(args: &Args, context: &Context) -> anyhow::Result<f64> {
     const COLLECTION: &str = "plain";
     let embedder: Arc<dyn Embedder> = args.embedder.open(context)?;
     let pool: PgPool = context.postgres().await?.pool().clone();
-    sqlx::query("CREATE TABLE public.plain (id uuid PRIMARY KEY, key text NOT NULL UNIQUE, body text NOT NULL)")
-        .execute(&pool)
-        .await?;
+    sqlx::query(
+        "CREATE TABLE public.plain (id uuid PRIMARY KEY, key text NOT NULL UNIQUE, body text NOT NULL)",
+    )
+    .execute(&pool)
+    .await?;
     let qdrant = Qdrant::from_url(&context.settings.require("QDRANT_URL")?).build()?;
     let vectors = VectorParamsBuilder::new(embedder.dimensions() as u64, Distance::Cosine);
     qdrant.create_collection(CreateCollectionBuilder::new(COLLECTION).vectors_config(vectors)).await?;
@@ -202,8 +210,10 @@ async fn plain_loop(args: &Args, context: &Context) -> anyhow::Result<f64> {
         .map(|number| {
             let (embedder, pool, qdrant, mut redis) = (&embedder, &pool, &qdrant, redis.clone());
             async move {
-                let (id, key, body) = (Uuid::now_v7(), format!("plain/{number}"), text(number, args.words.into()));
-                let vector = embedder.embed(vec![body.clone()]).await?.pop().context("no vector came back")?;
+                let (id, key, body) =
+                    (Uuid::now_v7(), format!("plain/{number}"), text(number, args.words.into()));
+                let vector =
+                    embedder.embed(vec![body.clone()]).await?.pop().context("no vector came back")?;
                 sqlx::query("INSERT INTO public.plain VALUES ($1, $2, $3)")
                     .bind(id)
                     .bind(&key)

@@ -54,7 +54,8 @@ impl Sandbox {
         match started {
             Ok(status) => {
                 let own = status.env().into_iter().chain(settings.iter().cloned());
-                sandbox.context.settings = context.settings.with(own.chain([("FLOTILLA_PREFIX", "bench".to_owned())]));
+                sandbox.context.settings =
+                    context.settings.with(own.chain([("FLOTILLA_PREFIX", "bench".to_owned())]));
                 Ok(sandbox)
             }
             Err(error) => {
@@ -66,7 +67,10 @@ impl Sandbox {
 
     async fn stop(self) {
         if let Err(error) = Stack::down(&self.dir).await {
-            output::say(format!("the benchmark's servers in {} were not stopped: {error}", self.dir.display()));
+            output::say(format!(
+                "the benchmark's servers in {} were not stopped: {error}",
+                self.dir.display()
+            ));
             return;
         }
         if let Err(error) = std::fs::remove_dir_all(&self.dir) {

@@ -14,8 +14,8 @@ use super::glob::Glob;
 
 /// Extensions of files that are taken unless --ext says otherwise.
 const TEXTS: [&str; 20] = [
-    "txt", "text", "md", "markdown", "mdx", "rst", "adoc", "asciidoc", "org", "tex", "html", "htm", "xml", "csv", "tsv",
-    "json", "yaml", "yml", "toml", "log",
+    "txt", "text", "md", "markdown", "mdx", "rst", "adoc", "asciidoc", "org", "tex", "html", "htm", "xml",
+    "csv", "tsv", "json", "yaml", "yml", "toml", "log",
 ];
 /// Extensions of files whose lines are payloads.
 const LINES: [&str; 2] = ["jsonl", "ndjson"];
@@ -50,8 +50,21 @@ impl Item {
 /// Yields the documents. Files are found when it is opened and read when they are asked for.
 #[derive(Debug)]
 pub enum Source {
-    Folder { root: PathBuf, files: std::vec::IntoIter<PathBuf>, prefix: String, max_bytes: u64, skipped: usize },
-    Lines { reader: BufReader<File>, at: usize, total: usize, given: usize, prefix: String, max_bytes: u64 },
+    Folder {
+        root: PathBuf,
+        files: std::vec::IntoIter<PathBuf>,
+        prefix: String,
+        max_bytes: u64,
+        skipped: usize,
+    },
+    Lines {
+        reader: BufReader<File>,
+        at: usize,
+        total: usize,
+        given: usize,
+        prefix: String,
+        max_bytes: u64,
+    },
 }
 
 impl Source {
@@ -78,7 +91,8 @@ impl Source {
     }
 
     fn folder(selection: &Selection) -> anyhow::Result<Self> {
-        let wanted: Vec<String> = selection.ext.iter().map(|ext| ext.trim_start_matches('.').to_lowercase()).collect();
+        let wanted: Vec<String> =
+            selection.ext.iter().map(|ext| ext.trim_start_matches('.').to_lowercase()).collect();
         let glob = selection.glob.as_deref().map(Glob::new);
         let takes = |file: &Path, name: &str| {
             if glob.as_ref().is_some_and(|glob| !glob.matches(name)) {
@@ -184,7 +198,8 @@ fn from_line(line: &[u8], at: usize, prefix: &str, max_bytes: u64) -> Item {
         return Item { document: unnamed, payload, size: 0 };
     }
     let parsed = serde_json::from_slice::<Value>(line).context("not JSON").and_then(|mut value| {
-        let Some(name) = value.get("document").and_then(Value::as_str).map(|name| format!("{prefix}{name}")) else {
+        let Some(name) = value.get("document").and_then(Value::as_str).map(|name| format!("{prefix}{name}"))
+        else {
             bail!("not an ingest payload: it is no JSON object with a string `document`");
         };
         value["document"] = Value::String(name);
@@ -208,7 +223,8 @@ fn read(file: &Path, max_bytes: u64) -> anyhow::Result<Vec<u8>> {
 /// All regular files below a folder. Hidden ones are left out, and symbolic links are not followed: they could lead out of
 /// the folder, or in a circle.
 fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> anyhow::Result<()> {
-    let entries = std::fs::read_dir(folder).with_context(|| format!("can't read the folder {}", folder.display()))?;
+    let entries =
+        std::fs::read_dir(folder).with_context(|| format!("can't read the folder {}", folder.display()))?;
     for entry in entries {
         let entry = entry.with_context(|| format!("can't read the folder {}", folder.display()))?;
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
@@ -280,7 +296,8 @@ mod tests {
         let mut selection = select(dir.path());
         assert_eq!(names(&selection), ["a.md", "b/c.txt", "latin1.txt", "nul.txt"]);
         assert_eq!(Source::open(&selection).unwrap().skipped(), 1);
-        let payloads: Vec<Value> = Source::open(&selection).unwrap().map(|item| item.payload.unwrap()).collect();
+        let payloads: Vec<Value> =
+            Source::open(&selection).unwrap().map(|item| item.payload.unwrap()).collect();
         assert_eq!(payloads[0], json!({"document": "a.md", "text": "one"}));
         assert_eq!(payloads[2], json!({"document": "latin1.txt", "text_base64": "TfxsbGVy"}));
         assert_eq!(payloads[3], json!({"document": "nul.txt", "text_base64": "YQBi"}));
@@ -308,12 +325,19 @@ mod tests {
     fn lines_are_payloads_and_bad_ones_are_named_by_their_number() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("in.jsonl");
-        std::fs::write(&path, "{\"document\":\"a\",\"text\":\"x\"}\n\n{oops\n[1]\n{\"document\":\"b\",\"chunks\":[]}").unwrap();
+        std::fs::write(
+            &path,
+            "{\"document\":\"a\",\"text\":\"x\"}\n\n{oops\n[1]\n{\"document\":\"b\",\"chunks\":[]}",
+        )
+        .unwrap();
         let selection = Selection { prefix: "p/".to_owned(), ..select(&path) };
         let source = Source::open(&selection).unwrap();
         assert_eq!(source.len(), 4);
         let items: Vec<Item> = source.collect();
-        assert_eq!(items.iter().map(|item| item.document.as_str()).collect::<Vec<_>>(), ["p/a", "line 3", "line 4", "p/b"]);
+        assert_eq!(
+            items.iter().map(|item| item.document.as_str()).collect::<Vec<_>>(),
+            ["p/a", "line 3", "line 4", "p/b"]
+        );
         assert!(items[1].payload.as_ref().unwrap_err().to_string().contains("not JSON"));
         assert!(items[2].payload.as_ref().unwrap_err().to_string().contains("not an ingest payload"));
         let error = Source::open(&select(&dir.path().join("absent"))).unwrap_err();

@@ -19,9 +19,12 @@ pub fn draw(job: &JobView, saga: &SagaView, steps: &[StepView], width: usize) ->
     let begin = steps.iter().map(|step| step.started_at).min().unwrap_or(saga.created_at);
     // A scheduled job begins to wait when it is due.
     let from = job.created_at.max(job.run_at.min(begin)).min(begin);
-    let to = steps.iter().map(|step| step.ended_at).max().unwrap_or(begin).max(begin);
+    // The transaction that publishes ends the job, too: it is a moment, not a logged step.
+    let end = job.finished_at.filter(|_| saga.finished_at.is_some() || saga.state == "finishing");
+    let to = steps.iter().map(|step| step.ended_at).chain(end).max().unwrap_or(begin).max(begin);
     let scale = Scale { from, to, width };
-    let name_width = steps.iter().map(|step| label(step).chars().count()).max().unwrap_or(0).max("queued".len());
+    let name_width =
+        steps.iter().map(|step| label(step).chars().count()).max().unwrap_or(0).max("cancelled".len());
 
     writeln!(text).ok();
     if let Some(waited) = between(from, begin) {
@@ -51,6 +54,9 @@ pub fn draw(job: &JobView, saga: &SagaView, steps: &[StepView], width: usize) ->
             writeln!(text, "  {:name_width$}  └ {error}", "").ok();
         }
     }
+    if let Some(end) = end {
+        line(&mut text, name_width, &job.state, &scale.bar(end, end, '◆'), &format!("at {}", time(end)));
+    }
     if steps.is_empty() {
         writeln!(text, "  no step has ended yet").ok();
     } else if let Some(whole) = between(from, to) {
@@ -63,7 +69,14 @@ fn head(job: &JobView, saga: &SagaView) -> String {
     let mut text = format!("saga {}  {} v{}  {}\n", saga.id, saga.kind, saga.definition_version, saga.state);
     let document = job.document.as_ref().map(|d| format!(" on document {d}")).unwrap_or_default();
     writeln!(text, "job  {}  {} of tenant {}{document}: {}", job.id, job.kind, job.tenant, job.state).ok();
-    writeln!(text, "began {}, deliveries {}, lost {}", time(saga.created_at), job.deliveries, job.lost_deliveries).ok();
+    writeln!(
+        text,
+        "began {}, deliveries {}, lost {}",
+        time(saga.created_at),
+        job.deliveries,
+        job.lost_deliveries
+    )
+    .ok();
     if let Some(error) = &saga.error {
         writeln!(text, "turned back by: {error}").ok();
     }
@@ -193,6 +206,7 @@ mod tests {
                 "  vectors           ▒▒    20 ms, 3 tries, failed",
                 "              └ vectors: refused",
                 "  undo stage          ◀◀  20 ms",
+                "  dead                 ◆  at 2023-11-14T22:13:20.100Z",
                 "                          100 ms in all",
             ],
             "{text}"
@@ -205,6 +219,6 @@ mod tests {
         assert!(draw(&job(), &saga(), &[], 10).contains("no step has ended yet"));
         // The worker's clock is behind: its first step seems to begin before the job was accepted.
         let text = draw(&job(), &saga(), &[step(1, 0, "stage", "execute", "succeeded", -50, -50)], 10);
-        assert!(text.contains("stage   █"), "{text}");
+        assert!(text.contains("stage      █"), "{text}");
     }
 }

@@ -1,0 +1,269 @@
+//! The commands over real private services, with a worker process.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    fs,
+    io::Read,
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use devstack::testing::TestServices;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+/// How long anything may take on a busy machine.
+const WITHIN: Duration = Duration::from_secs(60);
+
+struct Cli {
+    services: TestServices,
+}
+
+impl Cli {
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_flotilla"));
+        command
+            .args(arguments)
+            .env_clear()
+            .envs(self.services.env())
+            .envs([("FLOTILLA_EMBEDDER", "hash"), ("USER", "tester"), ("FLOTILLA_HEARTBEAT_MS", "500")])
+            .envs([("FLOTILLA_LEASE_MS", "4000"), ("FLOTILLA_UNROUTABLE_AFTER_MS", "100")])
+            .stdin(Stdio::null())
+            .current_dir(self.services.dir());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// The output of a command that ends with `code`.
+    fn text(&self, code: i32, arguments: &[&str]) -> (String, String) {
+        let output = self.run(arguments);
+        let (out, err) =
+            (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}\nstdout: {out}\nstderr: {err}");
+        (out, err)
+    }
+
+    fn json(&self, code: i32, arguments: &[&str]) -> Value {
+        let (out, err) = self.text(code, &[arguments, &["--json"]].concat());
+        serde_json::from_str(&out)
+            .unwrap_or_else(|e| panic!("{arguments:?}: {e}\nstdout: {out}\nstderr: {err}"))
+    }
+}
+
+/// A worker process that is killed with its handle, should a test fail before it ends.
+struct Worker(Child);
+
+impl Worker {
+    fn start(cli: &Cli) -> Self {
+        let log = fs::File::create(cli.services.dir().join("worker.log")).unwrap();
+        let child = cli
+            .command(&["worker", "--queues", "ingest,embed,delete", "--concurrency", "4"])
+            .env("FLOTILLA_WORKER_ADDR", "127.0.0.1:0")
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.0.id().cast_signed()), signal).unwrap();
+    }
+
+    fn exit_code(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + WITHIN;
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "the worker still runs");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if self.0.try_wait().is_ok_and(|status| status.is_none()) {
+            self.0.kill().ok();
+            self.0.wait().ok();
+        }
+    }
+}
+
+fn write(dir: &Path, name: &str, bytes: &[u8]) {
+    let path = dir.join(name);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, bytes).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_day_with_the_command_line() {
+    let cli = Cli { services: TestServices::start().await.unwrap() };
+
+    // Nothing starts on a schema that is not there.
+    for server in ["worker", "producer"] {
+        let (_, err) = cli.text(2, &[server]);
+        assert!(err.contains("flotilla migrate up"), "{server}: {err}");
+    }
+    let (_, err) = cli.text(2, &["jobs", "list"]);
+    assert!(err.contains("hint: ") && err.contains("flotilla migrate up"), "{err}");
+    cli.text(1, &["migrate", "status"]);
+    cli.text(0, &["migrate", "up"]);
+    let applied = cli.json(0, &["migrate", "status"]);
+    assert!(applied.as_array().unwrap().iter().all(|one| one["applied"] == true), "{applied}");
+    cli.text(0, &["migrate", "down"]);
+    cli.text(1, &["migrate", "status"]);
+    cli.text(0, &["migrate", "down", "--to", "0"]);
+    cli.text(0, &["migrate", "up"]);
+
+    // Tenants and keys.
+    let (_, err) = cli
+        .text(1, &["enqueue", "ingest", "--tenant", "acme", "--payload", r#"{"document":"a","text":"b"}"#]);
+    assert!(err.contains("flotilla tenants create acme"), "{err}");
+    assert_eq!(cli.json(0, &["tenants", "create", "acme"])["created"], true);
+    assert_eq!(cli.json(0, &["tenants", "create", "acme"])["created"], false);
+    let key = cli.json(0, &["keys", "create", "acme", "--name", "test"]);
+    assert!(key["key"].as_str().unwrap().starts_with("flk_"), "{key}");
+    cli.text(0, &["keys", "revoke", key["id"].as_str().unwrap()]);
+    cli.text(1, &["keys", "revoke", key["id"].as_str().unwrap()]);
+
+    // A scheduled job waits, is seen, and is cancelled.
+    let later = cli.json(
+        0,
+        &[
+            "enqueue",
+            "ingest",
+            "--tenant",
+            "acme",
+            "--run-at",
+            "+3600",
+            "--payload",
+            r#"{"document":"later","text":"x"}"#,
+        ],
+    );
+    let later = later["id"].as_str().unwrap();
+    assert_eq!(cli.json(0, &["jobs", "show", later])["state"], "waiting");
+    assert_eq!(cli.json(0, &["stats"])["queues"]["ingest"]["scheduled"], 1);
+    assert_eq!(cli.json(0, &["jobs", "cancel", later])["cancel"], "cancelled");
+    assert_eq!(cli.json(1, &["jobs", "cancel", later])["cancel"], "ended");
+    cli.text(1, &["jobs", "show", "00000000-0000-7000-8000-000000000000"]);
+
+    // A folder with good and bad files, while a worker runs.
+    let mut worker = Worker::start(&cli);
+    let docs = cli.services.dir().join("docs");
+    for number in 0..20 {
+        write(
+            &docs,
+            &format!("guide/{number:02}.md"),
+            format!("How to mend pipe number {number}.").as_bytes(),
+        );
+    }
+    write(&docs, "latin1.txt", b"M\xfcller");
+    write(&docs, "blank.txt", b" \n");
+    write(&docs, "picture.png", b"\x89PNG");
+    let docs = docs.to_str().unwrap();
+    let import = ["import", docs, "--tenant", "acme", "--prefix", "docs/", "--once", "--wait=60"];
+    let first = cli.json(0, &import);
+    assert_eq!((&first["accepted"], &first["skipped"]), (&22.into(), &1.into()), "{first}");
+    assert_eq!((&first["ended"]["succeeded"], &first["ended"]["dead"]), (&20.into(), &2.into()), "{first}");
+    let again = cli.json(0, &import);
+    assert_eq!((&again["accepted"], &again["duplicates"]), (&0.into(), &22.into()), "{again}");
+
+    // Dead letters say why, and are replayed and discarded once.
+    let letters = cli.json(0, &["dlq", "list", "--tenant", "acme"]);
+    let letter = |class: &str| {
+        let found = letters.as_array().unwrap().iter().find(|letter| letter["class"] == class);
+        found.unwrap_or_else(|| panic!("no {class} in {letters}")).clone()
+    };
+    let not_utf8 = letter("not_utf8");
+    assert_eq!(not_utf8["payload"]["document"], "docs/latin1.txt");
+    let id = not_utf8["id"].as_str().unwrap();
+    let (shown, _) = cli.text(0, &["dlq", "show", id]);
+    assert!(shown.contains("docs/latin1.txt") && shown.contains("dlq replay"), "{shown}");
+    let mended = r#"{"document":"docs/latin1.txt","text":"Müller mends pipes"}"#;
+    let replayed = cli.json(0, &["dlq", "replay", id, "--payload", mended]);
+    let job = replayed[0]["job"].as_str().unwrap().to_owned();
+    cli.text(1, &["dlq", "replay", id]);
+    let blank = letter("empty_document")["id"].as_str().unwrap().to_owned();
+    cli.text(0, &["dlq", "discard", &blank, "--reason", "nothing in it"]);
+    cli.text(1, &["dlq", "discard", &blank, "--reason", "nothing in it"]);
+    assert_eq!(cli.json(0, &["dlq", "list"]), Value::Array(vec![]));
+    let deadline = Instant::now() + WITHIN;
+    while cli.json(0, &["jobs", "show", &job])["state"] != "succeeded" {
+        assert!(Instant::now() < deadline, "{}", cli.text(0, &["jobs", "show", &job]).0);
+    }
+
+    // What was done is found, read, and drawn.
+    let (drawn, _) = cli.text(0, &["sagas", "show", &job]);
+    for word in ["queued", "stage", "vectors", "cache", "succeeded", "in all"] {
+        assert!(drawn.contains(word), "{word} is missing:\n{drawn}");
+    }
+    let hits = cli.json(0, &["search", "How to mend pipe number 7.", "--tenant", "acme", "-k", "3"]);
+    assert_eq!(hits[0]["document"], "docs/guide/07.md", "{hits}");
+    assert_eq!(hits.as_array().unwrap().len(), 3);
+    let (text, _) = cli.text(0, &["documents", "get", "docs/latin1.txt", "--tenant", "acme"]);
+    assert_eq!(text, "Müller mends pipes\n");
+    cli.text(1, &["documents", "get", "docs/latin1.txt"]);
+    let succeeded = cli.json(0, &["jobs", "list", "--state", "succeeded", "--limit", "100"]);
+    assert_eq!(succeeded.as_array().unwrap().len(), 21);
+
+    // A job that dies, waited for: exit code 1.
+    let unknown = cli.json(
+        1,
+        &["enqueue", "translate", "--queue", "ingest", "--tenant", "acme", "--payload", "{}", "--wait=60"],
+    );
+    assert_eq!(unknown["job"]["state"], "dead", "{unknown}");
+    let done = cli.json(
+        0,
+        &[
+            "enqueue",
+            "delete",
+            "--tenant",
+            "acme",
+            "--payload",
+            r#"{"document":"docs/guide/07.md"}"#,
+            "--wait=60",
+        ],
+    );
+    assert_eq!(done["job"]["state"], "succeeded", "{done}");
+    cli.text(1, &["documents", "get", "docs/guide/07.md", "--tenant", "acme"]);
+
+    let audit = cli.json(0, &["audit"]);
+    assert_eq!(audit["by_kind"], serde_json::json!({}), "{audit}");
+
+    // A reader that goes away is no failure, and SIGTERM drains.
+    let mut child = cli
+        .command(&["jobs", "list", "--limit", "1000", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!((child.wait().unwrap().code(), said.as_str()), (Some(0), ""));
+    worker.signal(Signal::SIGTERM);
+    assert_eq!(
+        worker.exit_code(),
+        Some(0),
+        "{}",
+        fs::read_to_string(cli.services.dir().join("worker.log")).unwrap()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_refuses_a_queue_that_may_evict_and_one_of_another_ledger() {
+    let cli = Cli { services: TestServices::start().await.unwrap() };
+    cli.text(0, &["migrate", "up"]);
+    // The cache evicts.
+    let url = cli.services.env().into_iter().find(|(name, _)| *name == "REDIS_CACHE_URL").unwrap().1;
+    let (_, err) = cli.text(2, &["worker", "--redis-queue-url", &url]);
+    assert!(err.contains("noeviction"), "{err}");
+}

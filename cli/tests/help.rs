@@ -1,0 +1,109 @@
+//! Every command explains itself, and keeps the names that scripts use.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::process::{Command, Output};
+
+/// Each command with flags that documentation and scripts rely on.
+const COMMANDS: &[(&str, &[&str])] = &[
+    ("", &["--json", "--database-url", "--redis-queue-url", "--redis-cache-url", "--qdrant-url", "--dir"]),
+    ("dev", &[]),
+    ("dev up", &[]),
+    ("dev status", &[]),
+    ("dev down", &[]),
+    ("dev logs", &["--follow"]),
+    ("migrate", &[]),
+    ("migrate up", &[]),
+    ("migrate down", &["--to"]),
+    ("migrate status", &[]),
+    ("producer", &["--addr", "--auth", "--drain-grace"]),
+    ("worker", &["--queues", "--concurrency", "--addr", "--drain-grace"]),
+    ("tenants create", &[]),
+    ("tenants show", &[]),
+    ("keys create", &["--name"]),
+    ("keys revoke", &[]),
+    (
+        "enqueue",
+        &[
+            "--payload",
+            "--tenant",
+            "--priority",
+            "--queue",
+            "--run-at",
+            "--idempotency-key",
+            "--max-attempts",
+            "--timeout",
+            "--wait",
+            "--durability",
+        ],
+    ),
+    (
+        "import",
+        &["--tenant", "--priority", "--glob", "--ext", "--limit", "--batch", "--wait", "--prefix", "--once"],
+    ),
+    ("jobs list", &["--state", "--kind", "--tenant", "--limit", "--before"]),
+    ("jobs show", &[]),
+    ("jobs cancel", &[]),
+    ("dlq list", &["--tenant", "--kind", "--class", "--state", "--limit"]),
+    ("dlq show", &[]),
+    ("dlq replay", &["--payload", "--as-kind", "--as-latest", "--all"]),
+    ("dlq discard", &["--reason"]),
+    ("sagas list", &["--state", "--limit"]),
+    ("sagas show", &[]),
+    ("search", &["-k", "--tenant", "--model", "--collection"]),
+    ("documents get", &["--tenant"]),
+    ("stats", &["--watch", "--queues"]),
+    ("audit", &["--repair", "--wait"]),
+    ("bench embed", &["--texts", "--embedder"]),
+    ("bench enqueue", &["--jobs"]),
+    ("bench ingest", &["--documents", "--embedder", "--workers"]),
+];
+
+fn flotilla(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_flotilla")).args(arguments).env_clear().output().unwrap()
+}
+
+#[test]
+fn every_command_explains_itself_and_its_flags() {
+    for (command, flags) in COMMANDS {
+        let arguments: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
+        let output = flotilla(&arguments);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            text.contains(&format!("Usage: flotilla {command}").trim_end().to_owned()),
+            "{command}:\n{text}"
+        );
+        // The first line says what the command is for.
+        assert!(text.lines().next().is_some_and(|line| line.len() > 10), "{command}:\n{text}");
+        for flag in flags.iter().chain(&["--json"]) {
+            assert!(text.contains(flag), "{command} has no {flag}:\n{text}");
+        }
+    }
+}
+
+#[test]
+fn help_shows_no_value_of_a_url_that_is_set() {
+    let output = Command::new(env!("CARGO_BIN_EXE_flotilla"))
+        .arg("--help")
+        .env("DATABASE_URL", "postgres://u:hidden-word@h/d")
+        .output()
+        .unwrap();
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("hidden-word"));
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2_on_stderr() {
+    for arguments in [
+        &["nonsense"][..],
+        &["jobs", "show", "no-uuid"],
+        &["jobs", "list", "--state", "happy"],
+        &["enqueue", "ingest", "--priority", "10", "--payload", "{}"],
+        &["worker", "--concurrency", "0"],
+        &["dlq", "replay"],
+    ] {
+        let output = flotilla(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("error"), "{arguments:?}");
+    }
+}
