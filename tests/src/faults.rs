@@ -13,7 +13,11 @@ pub struct Faults {
 impl Faults {
     /// How often a point has acted.
     pub fn fired(&self, point: &str) -> usize {
-        (0..).take_while(|n| self.dir.join(format!("{point}.{n}")).exists()).count()
+        let mut times = 0;
+        while self.dir.join(format!("{point}.{times}")).exists() {
+            times += 1;
+        }
+        times
     }
 }
 

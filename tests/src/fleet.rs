@@ -12,6 +12,7 @@ use std::{
 
 use devstack::testing::TestServices;
 use embedding::hashing::HashingEmbedder;
+use producer::{Client, ClientSettings, Durability};
 use queue::{JobId, Queue, QueueConfig, QueueName, TenantId, WorkerId};
 use sagas::{
     audit::{AuditSettings, Auditor, Report},
@@ -178,6 +179,18 @@ impl Fleet {
         ids
     }
 
+    /// A client as programs that enqueue use it: it accepts into the ledger and dispatches to Redis itself.
+    pub fn client(&self) -> Client {
+        Client::new(self.postgres.clone(), Some(self.queue.clone()), ClientSettings::default())
+    }
+
+    /// Enqueues jobs, in order, as a client does.
+    pub async fn enqueue(&self, jobs: Vec<NewJob>) -> Vec<JobId> {
+        let replies =
+            self.client().enqueue_many(jobs, Durability::Durable).await.expect("the batch is accepted");
+        replies.into_iter().map(|reply| reply.expect("a job is accepted").id).collect()
+    }
+
     /// Enqueues a document's text.
     pub async fn ingest(&self, document: &str, text: &str) -> JobId {
         self.accept(vec![self.ingest_job(document, text)]).await[0]
@@ -213,9 +226,7 @@ impl Fleet {
     /// Waits until all these jobs have ended, and fails unless each succeeded.
     pub async fn assert_all_succeeded(&self, ids: &[JobId]) {
         for (id, state) in self.all_ended(ids, LONG).await {
-            if state != "succeeded" {
-                panic!("a job ended otherwise than it should:{}", self.describe(id).await);
-            }
+            assert_eq!(state, "succeeded", "{}", self.describe(id).await);
         }
     }
 

@@ -1,6 +1,6 @@
 //! One job of one kind on a document of its own, and what must hold when it has ended.
 
-use std::time::Duration;
+use std::{fmt::Write, time::Duration};
 
 use queue::{JobId, QueueName};
 use serde_json::json;
@@ -222,7 +222,7 @@ impl Fleet {
             let mut points = self.stores.vectors.points(&version.1, version.0, 64).await.expect("the points");
             points.sort_by_key(|point| point.chunk);
             let entry = self.stores.cache.peek(version.0).await.expect("the cache entry");
-            shown.push_str(&format!("\npoints {} {points:?}\ncached {entry:?}", version.0));
+            write!(shown, "\npoints {} {points:?}\ncached {entry:?}", version.0).expect("a string");
         }
         shown
     }

@@ -1,7 +1,8 @@
-//! A changed document that can't be ingested stays as it was: in every store, for every reader, all the time.
+//! A document that changes is whole for every reader all the time, in every store: the old content, then the new, also when
+//! the change fails and when workers die.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use e2e::{Fleet, SHORT, TENANT, text, wait_until};
+use e2e::{Fleet, LONG, SHORT, TENANT, text, wait_until};
 
 const DOCUMENT: &str = "handbook";
 
@@ -58,5 +59,57 @@ async fn a_reingest_that_fails_at_any_step_leaves_the_old_version_readable_throu
     println!("{} failed re-ingests, {} looks of a reader, no half state", points.len(), history.looks);
     assert!(worker.terminate().await.success(), "{}", worker.tail());
     drop((seeding, worker));
+    fleet.end();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn documents_that_change_while_workers_die_are_always_whole_and_never_go_back() {
+    const DOCUMENTS: usize = 12;
+    const REVISIONS: u32 = 10;
+    let fleet = Fleet::start().await;
+    let names: Vec<String> = (0..DOCUMENTS).map(|no| format!("page-{no}")).collect();
+    let mut workers: Vec<_> = (0..2).map(|_| fleet.worker().start()).collect();
+    let reader = fleet.reader(
+        names
+            .iter()
+            .map(|name| (name.clone(), (1..=REVISIONS).map(|revision| text(name, revision)).collect())),
+    );
+    let jobs = (1..=REVISIONS).flat_map(|revision| names.iter().map(move |name| (name, revision)));
+    let jobs = fleet
+        .accept(jobs.map(|(name, revision)| fleet.ingest_job(name, &text(name, revision))).collect())
+        .await;
+    // Whenever a sixth of the work is done, a worker dies and another takes its place.
+    for kills in 1..=5 {
+        let share = jobs.len() as i64 * kills / 6;
+        wait_until(&format!("{share} jobs have ended"), LONG, async || {
+            let counts = fleet.postgres.job_counts(None).await.unwrap();
+            if counts.succeeded >= share { Ok(()) } else { Err(format!("{counts:?}")) }
+        })
+        .await;
+        workers.remove(0).kill9().await;
+        workers.push(fleet.worker().start());
+    }
+    fleet.assert_all_succeeded(&jobs).await;
+    for name in &names {
+        assert_eq!(fleet.stores.document(TENANT, name).await.unwrap().unwrap().text, text(name, REVISIONS));
+    }
+    let report = fleet.audit_clean().await;
+    let history = reader.finish().await;
+    for name in &names {
+        let seen: Vec<u32> = history
+            .texts(name)
+            .iter()
+            .map(|seen| (1..=REVISIONS).find(|revision| text(name, *revision) == *seen).unwrap())
+            .collect();
+        assert!(seen.is_sorted(), "{name} went back: {seen:?}");
+    }
+    println!(
+        "{} looks at {DOCUMENTS} documents in change, no half state; audited {:?}",
+        history.looks, report.counts
+    );
+    for worker in &workers {
+        assert!(worker.terminate().await.success(), "{}", worker.tail());
+    }
+    drop(workers);
     fleet.end();
 }
