@@ -198,8 +198,9 @@ impl StepContext {
         self.budget.wait(ready).await
     }
 
-    /// Runs one try of a step within its time-out. Waiting for a dependency does not count, so an outage of any length
-    /// does not time a step out.
+    /// Runs one try of a step within its time-out, and only as long as the run may go on: a step that is busy with something
+    /// of its own is dropped, too, when the lease is lost or a person or this process wants the end. Waiting for a dependency
+    /// does not count, so an outage of any length does not time a step out.
     pub(super) async fn within<T>(
         &self,
         timeout: Duration,
@@ -217,7 +218,7 @@ impl StepContext {
                 let times = self.budget.times();
                 if times.waiting { Instant::now() + Duration::from_millis(100) } else { times.step_until }
             };
-            match timeout_at(until, &mut work).await {
+            match timeout_at(until, self.unless_ended(&mut work)).await {
                 Ok(done) => return done,
                 Err(_) if self.budget.times().waiting || self.budget.times().step_until > until => {}
                 Err(_) if !self.compensating && self.budget.times().job_until <= Instant::now() => {
