@@ -4,6 +4,9 @@
 //! as its number says (default once) over all processes that share `FLOTILLA_FAULTS_DIR`, where each firing leaves a file.
 //! Actions: `kill` (SIGKILL of this process), `stop` (SIGSTOP), `hang` (never returns), `error` (transient), `permanent`,
 //! `unavailable`.
+//!
+//! `FLOTILLA_FAULTS_DOCUMENT` narrows them to one document's jobs: then only points around steps act, because those inside
+//! store writes know no single job.
 
 /// The points inside store writes, beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
 /// names. The ingest ones are shared by `embed_document`.
@@ -22,7 +25,12 @@ pub const INSIDE: [&str; 6] = [
 macro_rules! fault_point {
     ($name:expr) => {
         #[cfg(feature = "faults")]
-        $crate::fault::point($name).await?;
+        $crate::fault::point($name, None).await?;
+    };
+    // Around a step of the job with this payload.
+    ($name:expr, $payload:expr) => {
+        #[cfg(feature = "faults")]
+        $crate::fault::point($name, Some($payload)).await?;
     };
 }
 
@@ -61,9 +69,16 @@ mod armed {
         })
     }
 
-    /// Acts if armed; see the module.
-    pub async fn point(name: &str) -> Result<(), StoreError> {
+    static DOCUMENT: LazyLock<Option<String>> = LazyLock::new(|| std::env::var("FLOTILLA_FAULTS_DOCUMENT").ok());
+
+    /// Acts if armed, for the job with this payload if it is narrowed to one document; see the module.
+    pub async fn point(name: &str, payload: Option<&serde_json::Value>) -> Result<(), StoreError> {
         use nix::sys::signal::{Signal, raise};
+        if let Some(document) = DOCUMENT.as_deref()
+            && payload.and_then(|p| p.get("document")?.as_str()) != Some(document)
+        {
+            return Ok(());
+        }
         let Some(arming) = ARMED.iter().find(|arming| arming.point == name) else { return Ok(()) };
         if !claim(arming) {
             return Ok(());

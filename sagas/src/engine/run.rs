@@ -202,9 +202,9 @@ impl<'a, S: Saga> Drive<'a, S> {
     }
 
     async fn once(&self, step: &dyn Step<S::Data>, data: &mut S::Data) -> Result<(), StepError> {
-        crate::fault_point!(&format!("{}.{}.before", self.saga.kind(), step.name()));
+        crate::fault_point!(&format!("{}.{}.before", self.saga.kind(), step.name()), &self.ctx.job.payload);
         step.execute(&self.ctx, data).await?;
-        crate::fault_point!(&format!("{}.{}.after", self.saga.kind(), step.name()));
+        crate::fault_point!(&format!("{}.{}.after", self.saga.kind(), step.name()), &self.ctx.job.payload);
         Ok(())
     }
 
@@ -311,9 +311,9 @@ impl<'a, S: Saga> Drive<'a, S> {
     }
 
     async fn undo_once(&self, step: &dyn Step<S::Data>, data: &S::Data) -> Result<(), StepError> {
-        crate::fault_point!(&format!("{}.{}.compensate.before", self.saga.kind(), step.name()));
+        crate::fault_point!(&format!("{}.{}.compensate.before", self.saga.kind(), step.name()), &self.ctx.job.payload);
         step.compensate(&self.ctx, data).await?;
-        crate::fault_point!(&format!("{}.{}.compensate.after", self.saga.kind(), step.name()));
+        crate::fault_point!(&format!("{}.{}.compensate.after", self.saga.kind(), step.name()), &self.ctx.job.payload);
         Ok(())
     }
 
