@@ -49,7 +49,7 @@ enum Command {
     Migrate(migrate::Command),
     /// Serve the HTTP API and the console, and keep the queue in step with the ledger
     Producer(producer::Args),
-    /// Run jobs
+    /// Run jobs: claim them from the queues, run each as a saga, drain on SIGTERM
     Worker(worker::Args),
     /// Make and show tenants, the owners of documents and jobs
     #[command(subcommand)]

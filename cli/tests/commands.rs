@@ -263,7 +263,32 @@ async fn a_worker_refuses_a_queue_that_may_evict_and_one_of_another_ledger() {
     let cli = Cli { services: TestServices::start().await.unwrap() };
     cli.text(0, &["migrate", "up"]);
     // The cache evicts.
-    let url = cli.services.env().into_iter().find(|(name, _)| *name == "REDIS_CACHE_URL").unwrap().1;
-    let (_, err) = cli.text(2, &["worker", "--redis-queue-url", &url]);
+    let environment = cli.services.env();
+    let url_of = |name: &str| environment.iter().find(|(one, _)| *one == name).unwrap().1.clone();
+    let (_, err) = cli.text(2, &["worker", "--redis-queue-url", &url_of("REDIS_CACHE_URL")]);
     assert!(err.contains("noeviction"), "{err}");
+
+    // A second ledger beside the first one, by mistake with the same Redis and prefix.
+    let url = url_of("DATABASE_URL");
+    let pool = sqlx::PgPool::connect(&url).await.unwrap();
+    sqlx::query("CREATE DATABASE other").execute(&pool).await.unwrap();
+    let other = format!("{}/other", url.rsplit_once('/').unwrap().0);
+    let others = |arguments: &[&str]| cli.run(&[arguments, &["--database-url", &other]].concat());
+    assert!(others(&["migrate", "up"]).status.success());
+    // The first ledger's worker stamps the prefix once it has seen that no data was lost.
+    let _worker = Worker::start(&cli);
+    let enqueue = ["enqueue", "ingest", "--payload", r#"{"document":"a","text":"b"}"#];
+    let deadline = Instant::now() + WITHIN;
+    let refused = loop {
+        let output = others(&enqueue);
+        if !output.status.success() {
+            break output;
+        }
+        assert!(Instant::now() < deadline, "the prefix is never stamped");
+    };
+    for output in [refused, others(&["worker", "--addr", "127.0.0.1:0"])] {
+        assert_eq!(output.status.code(), Some(2));
+        let err = String::from_utf8(output.stderr).unwrap();
+        assert!(err.contains("belongs to ledger"), "{err}");
+    }
 }
