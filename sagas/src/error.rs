@@ -152,11 +152,13 @@ impl From<qdrant_client::QdrantError> for StoreError {
         // Code values of the gRPC standard; tonic's own type is not re-exported by the client.
         let class = match &error {
             Q::ResponseError { status } => match i32::from(status.code()) {
-                14 | 1 => Class::Unavailable,
+                // The client calls a refused connection Internal (13), and a broken one Unknown (2) or Cancelled (1). The
+                // probe tells them from the server's own trouble, which is charged when it lasts.
+                14 | 13 | 2 | 1 => Class::Unavailable,
                 4 => Class::Timeout,
                 8 => Class::RateLimited,
                 3 | 11 => Class::Data,
-                10 | 13 | 2 => Class::Transient,
+                10 => Class::Transient,
                 _ => Class::Permanent,
             },
             Q::ResourceExhaustedError { .. } => Class::RateLimited,
