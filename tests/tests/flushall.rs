@@ -38,6 +38,7 @@ impl Load<'_> {
         for no in first..first + JOBS_EACH {
             let document = format!("doc-{no:04}");
             let mut job = self.fleet.ingest_job(&document, &text(&document, 1));
+            job.max_attempts = 50;
             let fate = match self.random.random_range(0..8) {
                 0 | 1 => {
                     let due = Utc::now() + Duration::from_millis(self.random.random_range(500..6000));
@@ -73,14 +74,14 @@ async fn protocol_17_18_redis_may_lose_everything_at_any_moment() {
     println!("FLOTILLA_TEST_SEED={seed}");
     let mut random: StdRng = SeedableRng::seed_from_u64(seed);
     let fleet = Fleet::start().await;
-    // Steps are tried 3 times within a delivery: about 15 jobs are charged and wait for another attempt.
+    // Steps are tried 3 times within a delivery: up to 100 deliveries fail, and their jobs wait for another attempt.
     let workers: Vec<_> = (0..2)
         .map(|_| {
             fleet
                 .worker()
                 .concurrency(16)
-                .faults("ingest.cache.before=error*60")
-                .env("FLOTILLA_RETRY_BASE_MS", "1500")
+                .faults("ingest.cache.before=error*300")
+                .env("FLOTILLA_RETRY_BASE_MS", "2500")
                 .start()
         })
         .collect();
