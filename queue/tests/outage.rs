@@ -81,6 +81,51 @@ async fn rule_16_a_lease_is_not_lost_by_an_outage_but_waits_for_its_confirmation
     assert!(lease.remaining() > Duration::from_millis(400), "{lease:?}");
 }
 
+/// A way to Redis whose open connections can fall silent without being closed, as behind a router that lost its state.
+struct Proxy {
+    port: u16,
+    silence: tokio::sync::watch::Sender<u32>,
+}
+
+impl Proxy {
+    async fn to(port: u16) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy =
+            Self { port: listener.local_addr().unwrap().port(), silence: tokio::sync::watch::Sender::new(0) };
+        let silence = proxy.silence.clone();
+        tokio::spawn(async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                let mut silence = silence.subscribe();
+                tokio::spawn(async move {
+                    let mut far = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                    tokio::select! {
+                        end = tokio::io::copy_bidirectional(&mut near, &mut far) => drop(end),
+                        // Both ends stay open, and nothing passes any more.
+                        _ = silence.changed() => std::future::pending().await,
+                    }
+                });
+            }
+        });
+        proxy
+    }
+}
+
+#[tokio::test]
+async fn rule_16_a_connection_that_fell_silent_is_replaced() {
+    let stage = Stage::with(impatient).await;
+    let proxy = Proxy::to(stage.redis().port()).await;
+    let config = QueueConfig { url: format!("redis://127.0.0.1:{}", proxy.port), ..stage.config.clone() };
+    let queue = queue::Queue::connect(config).await.unwrap();
+    queue.push(&jobs(1)).await.unwrap();
+    queue.ping().await.unwrap();
+    proxy.silence.send_modify(|times| *times += 1);
+    let error = queue.stats(&name()).await.unwrap_err();
+    assert!(error.is_unavailable(), "{error}");
+    assert_eq!(queue.stats(&name()).await.unwrap().depth(), 1, "the next call uses a new connection");
+    assert!(queue.ping().await.is_err());
+    queue.ping().await.unwrap();
+}
+
 /// A worker process in small: all roles, and handlers of which some are short and some outlast the outage.
 struct Worker {
     runs: Arc<Mutex<HashMap<JobId, u32>>>,
