@@ -62,7 +62,7 @@ impl Load<'_> {
 }
 
 async fn place(fleet: &Fleet, job: JobId) -> Option<Place> {
-    fleet.queue.places(&[(QueueName::new("ingest").unwrap(), job)]).await.unwrap()[0].clone()
+    fleet.queue.places(&[(QueueName::new("ingest").unwrap(), job)]).await.unwrap()[0]
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -116,7 +116,7 @@ async fn protocol_17_18_redis_may_lose_everything_at_any_moment() {
         let attempts = fleet.postgres.attempts(job.id).await.unwrap().len();
         match fate {
             Fate::Cancelled => {
-                assert!(runs.is_empty(), "a cancelled job ran: {}", fleet.describe(job.id).await)
+                assert!(runs.is_empty(), "a cancelled job ran: {}", fleet.describe(job.id).await);
             }
             Fate::SucceedsLater(due) => {
                 let began = runs[0].created_at.timestamp_millis();
