@@ -133,23 +133,20 @@ impl Runner {
             () = lease.lost().cancelled_owned() => return None,
         };
         let (id, fence) = (taken.id, taken.fence);
-        let marked = match alone {
-            Some(_) => self.engine.postgres().mark_alone(id, fence).await,
-            None => {
-                let run = Run {
-                    job_id: id,
-                    fence,
-                    saga_id: None,
-                    worker: self.engine.worker().clone(),
-                    started_at: chrono::Utc::now(),
-                };
-                return match self.engine.postgres().release(&run, Duration::ZERO, None, false).await {
-                    Ok(true) => Some(Done::Release(Duration::ZERO)),
-                    _ => None,
-                };
-            }
-        };
-        match marked {
+        if alone.is_none() {
+            let run = Run {
+                job_id: id,
+                fence,
+                saga_id: None,
+                worker: self.engine.worker().clone(),
+                started_at: chrono::Utc::now(),
+            };
+            return match self.engine.postgres().release(&run, Duration::ZERO, None, false).await {
+                Ok(true) => Some(Done::Release(Duration::ZERO)),
+                _ => None,
+            };
+        }
+        match self.engine.postgres().mark_alone(id, fence).await {
             Ok(true) => self.run(taken, lease).await,
             Ok(false) => None,
             Err(error) => {
