@@ -69,13 +69,19 @@ mod tests {
 
     #[test]
     fn chunks_cover_the_text_in_order_within_the_limit() {
-        let words: Vec<String> = (0..2000).map(|i| format!("word{i}{}", if i % 9 == 0 { "." } else { "" })).collect();
+        let words: Vec<String> =
+            (0..2000).map(|i| format!("word{i}{}", if i % 9 == 0 { "." } else { "" })).collect();
         let text = words.join(" ");
         let limits = Chunking { max_chars: 300, overlap_chars: 40, ..Chunking::default() };
         let chunks = split(&text, limits);
         assert!(chunks.iter().all(|c| c.chars().count() <= 300));
         for i in 0..2000 {
-            assert!(chunks.iter().any(|c| c.split_whitespace().any(|w| w.trim_end_matches('.') == format!("word{i}"))), "word{i}");
+            assert!(
+                chunks
+                    .iter()
+                    .any(|c| c.split_whitespace().any(|w| w.trim_end_matches('.') == format!("word{i}"))),
+                "word{i}"
+            );
         }
     }
 

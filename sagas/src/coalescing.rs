@@ -210,8 +210,10 @@ mod tests {
     #[tokio::test]
     async fn a_refused_batch_fails_only_its_guilty_item() {
         let evens = Evens::default();
-        let coalescer =
-            Coalescer::spawn(evens.clone(), Limits { in_flight: 1, max_wait: Duration::from_secs(5), ..Limits::default() });
+        let coalescer = Coalescer::spawn(
+            evens.clone(),
+            Limits { in_flight: 1, max_wait: Duration::from_secs(5), ..Limits::default() },
+        );
         let deadline = Instant::now() + Duration::from_secs(10);
         let calls: Vec<_> = [2, 4, 5, 6, 8]
             .map(|n| {

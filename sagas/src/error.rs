@@ -126,7 +126,9 @@ impl From<sqlx::Error> for StoreError {
             sqlx::Error::Database(db) => {
                 let code = db.code().unwrap_or_default();
                 match code.as_ref() {
-                    c if c.starts_with("08") || c.starts_with("57P0") || c.starts_with("53") => Class::Unavailable,
+                    c if c.starts_with("08") || c.starts_with("57P0") || c.starts_with("53") => {
+                        Class::Unavailable
+                    }
                     "57014" => Class::Timeout,
                     "40001" | "40P01" | "55P03" => Class::Transient,
                     c if c.starts_with("22") || c.starts_with("23") => Class::Data,
@@ -177,7 +179,16 @@ impl From<redis::RedisError> for StoreError {
             || error.is_connection_refusal()
             || matches!(
                 error.code(),
-                Some("LOADING" | "READONLY" | "MASTERDOWN" | "CLUSTERDOWN" | "OOM" | "BUSY" | "MISCONF" | "TRYAGAIN")
+                Some(
+                    "LOADING"
+                        | "READONLY"
+                        | "MASTERDOWN"
+                        | "CLUSTERDOWN"
+                        | "OOM"
+                        | "BUSY"
+                        | "MISCONF"
+                        | "TRYAGAIN"
+                )
             );
         let class = if outage { Class::Unavailable } else { Class::Permanent };
         Self::new(Dependency::Cache, class, with_causes(&error))

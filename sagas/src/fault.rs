@@ -56,7 +56,11 @@ mod armed {
             .filter_map(|part| part.split_once('='))
             .map(|(point, action)| {
                 let (action, times) = action.split_once('*').unwrap_or((action, "1"));
-                Arming { point: point.trim().to_owned(), action: action.to_owned(), times: times.parse().unwrap_or(1) }
+                Arming {
+                    point: point.trim().to_owned(),
+                    action: action.to_owned(),
+                    times: times.parse().unwrap_or(1),
+                }
             })
             .collect()
     });
@@ -65,11 +69,16 @@ mod armed {
     fn claim(arming: &Arming) -> bool {
         let Some(dir) = std::env::var_os("FLOTILLA_FAULTS_DIR").map(PathBuf::from) else { return true };
         (0..arming.times).any(|n| {
-            std::fs::OpenOptions::new().write(true).create_new(true).open(dir.join(format!("{}.{n}", arming.point))).is_ok()
+            std::fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .open(dir.join(format!("{}.{n}", arming.point)))
+                .is_ok()
         })
     }
 
-    static DOCUMENT: LazyLock<Option<String>> = LazyLock::new(|| std::env::var("FLOTILLA_FAULTS_DOCUMENT").ok());
+    static DOCUMENT: LazyLock<Option<String>> =
+        LazyLock::new(|| std::env::var("FLOTILLA_FAULTS_DOCUMENT").ok());
 
     /// Acts if armed, for the job with this payload if it is narrowed to one document; see the module.
     pub async fn point(name: &str, payload: Option<&serde_json::Value>) -> Result<(), StoreError> {
@@ -87,7 +96,8 @@ mod armed {
         let error = |class| Err(StoreError::new(Dependency::Postgres, class, format!("fault point {name}")));
         match arming.action.as_str() {
             "kill" => {
-                raise(Signal::SIGKILL).map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string()))?;
+                raise(Signal::SIGKILL)
+                    .map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string()))?;
                 std::future::pending().await
             }
             "stop" => raise(Signal::SIGSTOP)

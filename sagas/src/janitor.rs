@@ -42,7 +42,8 @@ pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: Cancellati
             }
         };
         if round.is_multiple_of(EXPIRE_EVERY)
-            && let Err(error) = stores.postgres.expire(settings.keep_jobs, settings.keep_audit_log, 1000).await
+            && let Err(error) =
+                stores.postgres.expire(settings.keep_jobs, settings.keep_audit_log, 1000).await
         {
             tracing::debug!(%error, "retention waits");
         }

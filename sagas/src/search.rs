@@ -61,9 +61,13 @@ impl Stores {
     pub async fn document(&self, tenant: &str, document: &str) -> Result<Option<Document>, StepError> {
         // A version read just before it is replaced keeps its text for the grace period; a second look is enough.
         for _ in 0..2 {
-            let Some(version) = self.postgres.current_version(tenant, document).await? else { return Ok(None) };
+            let Some(version) = self.postgres.current_version(tenant, document).await? else {
+                return Ok(None);
+            };
             let cached = match self.cache.get(version.version).await {
-                Ok(cached) => cached.filter(|e| e.content_hash == version.content_hash && e.tenant == version.tenant),
+                Ok(cached) => {
+                    cached.filter(|e| e.content_hash == version.content_hash && e.tenant == version.tenant)
+                }
                 Err(error) => {
                     tracing::debug!(%error, "reading past the cache");
                     None
@@ -96,11 +100,16 @@ impl Stores {
         let mut hits: Vec<(PublishedVersion, i32, f32)> = vec![];
         let (mut offset, mut page) = (0, query.k + OVER_FETCH);
         while hits.len() < query.k {
-            let near =
-                self.vectors.nearest(&collection, query.tenant, vector.clone(), page as u64, offset as u64).await?;
+            let near = self
+                .vectors
+                .nearest(&collection, query.tenant, vector.clone(), page as u64, offset as u64)
+                .await?;
             let versions: Vec<Uuid> = near.iter().map(|hit| hit.version).collect();
             let published = self.postgres.published_among(query.tenant, &versions).await?;
-            hits.extend(near.iter().filter_map(|hit| Some((published.get(&hit.version)?.clone(), hit.chunk, hit.score))));
+            hits.extend(
+                near.iter()
+                    .filter_map(|hit| Some((published.get(&hit.version)?.clone(), hit.chunk, hit.score))),
+            );
             if near.len() < page {
                 break;
             }
@@ -108,13 +117,21 @@ impl Stores {
             page *= 2;
         }
         hits.truncate(query.k);
-        let wanted: Vec<(Uuid, i32)> = hits.iter().map(|(version, chunk, _)| (version.version, *chunk)).collect();
+        let wanted: Vec<(Uuid, i32)> =
+            hits.iter().map(|(version, chunk, _)| (version.version, *chunk)).collect();
         let texts = self.postgres.chunk_texts(&wanted).await?;
         Ok(hits
             .into_iter()
             .filter_map(|(version, chunk, score)| {
                 let text = texts.get(&(version.version, chunk))?.clone();
-                Some(SearchHit { document: version.document, title: version.title, version: version.version, chunk, score, text })
+                Some(SearchHit {
+                    document: version.document,
+                    title: version.title,
+                    version: version.version,
+                    chunk,
+                    score,
+                    text,
+                })
             })
             .collect())
     }

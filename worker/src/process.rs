@@ -4,8 +4,8 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use apalis::prelude::*;
 use queue::{
-    Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Queue, QueueBackend, QueueError, QueueName, Reaper,
-    Scheduler, WorkerId,
+    Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Queue, QueueBackend, QueueError,
+    QueueName, Reaper, Scheduler, WorkerId,
 };
 use sagas::{
     StoreError,

@@ -53,7 +53,11 @@ impl Runner {
         let envelope = Arc::clone(&job.envelope);
         let span = tracing::info_span!("job", id = %envelope.id, kind = envelope.kind, queue = %envelope.queue, tenant = %envelope.tenant);
         let trace = envelope.trace.as_ref();
-        telemetry::set_parent(&span, trace.map(|t| t.traceparent.as_str()), trace.and_then(|t| t.tracestate.as_deref()));
+        telemetry::set_parent(
+            &span,
+            trace.map(|t| t.traceparent.as_str()),
+            trace.and_then(|t| t.tracestate.as_deref()),
+        );
         telemetry::record_queue_wait(trace, envelope.run_at_ms.unwrap_or(envelope.enqueued_at_ms));
         let lease = job.lease.clone();
         let done = async {
@@ -96,7 +100,8 @@ impl Runner {
                 () = self.stop.cancelled() => return Some(Take::NotYet(Duration::ZERO)),
                 ready = ready => ready.ok()?,
             }
-            let within = self.limits.call_timeout.min(job.lease.remaining().saturating_sub(self.limits.lease_margin));
+            let within =
+                self.limits.call_timeout.min(job.lease.remaining().saturating_sub(self.limits.lease_margin));
             match self.take.call(item.clone(), Instant::now() + within).await {
                 Ok(take) => return Some(take),
                 Err(error) => {

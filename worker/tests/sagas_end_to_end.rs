@@ -1,7 +1,10 @@
 //! One worker in this process over real private services: every saga, from acceptance to what readers see.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::{sync::Arc, time::{Duration, Instant}};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use devstack::testing::TestServices;
 use queue::{JobId, Queue, QueueConfig, QueueName, TenantId, WorkerId};
@@ -36,8 +39,18 @@ impl Fleet {
         let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
         postgres.migrate_up().await.unwrap();
         postgres.create_tenant("acme").await.unwrap();
-        let vectors = Vectors::lazy(&VectorsConfig { url: services.vectors().url().to_owned(), api_key: None, call_timeout: CALL }).unwrap();
-        let cache = Cache::lazy(&CacheConfig { url: services.redis_cache().url().to_owned(), prefix: "flotilla".into(), call_timeout: CALL }).unwrap();
+        let vectors = Vectors::lazy(&VectorsConfig {
+            url: services.vectors().url().to_owned(),
+            api_key: None,
+            call_timeout: CALL,
+        })
+        .unwrap();
+        let cache = Cache::lazy(&CacheConfig {
+            url: services.redis_cache().url().to_owned(),
+            prefix: "flotilla".into(),
+            call_timeout: CALL,
+        })
+        .unwrap();
         let embedder = embedding::open(&embedding::EmbedderConfig::Hashing).unwrap();
         let settings = DocumentSettings {
             grace: Duration::from_millis(300),
@@ -45,7 +58,11 @@ impl Fleet {
             ..DocumentSettings::default()
         };
         let stores = Stores::new(postgres, vectors, cache, embedder, vec![], settings);
-        let config = QueueConfig { url: services.redis_queue().url().to_owned(), lease: Duration::from_secs(4), ..QueueConfig::default() };
+        let config = QueueConfig {
+            url: services.redis_queue().url().to_owned(),
+            lease: Duration::from_secs(4),
+            ..QueueConfig::default()
+        };
         let queue = Queue::connect(config).await.unwrap();
         let shutdown = CancellationToken::new();
         let settings = WorkerSettings {
@@ -55,16 +72,27 @@ impl Fleet {
             heartbeat: Duration::from_secs(1),
             drain_grace: Duration::from_secs(5),
             addr: "127.0.0.1:0".parse().unwrap(),
-            engine: EngineSettings { retry_base: Duration::from_millis(50), unroutable_after: Duration::ZERO, ..EngineSettings::default() },
+            engine: EngineSettings {
+                retry_base: Duration::from_millis(50),
+                unroutable_after: Duration::ZERO,
+                ..EngineSettings::default()
+            },
             janitor: JanitorSettings { every: Duration::from_millis(100), ..JanitorSettings::default() },
         };
-        let worker = tokio::spawn(worker::run(settings, stores.clone(), queue.clone(), Arc::new(String::new), shutdown.clone()));
+        let worker = tokio::spawn(worker::run(
+            settings,
+            stores.clone(),
+            queue.clone(),
+            Arc::new(String::new),
+            shutdown.clone(),
+        ));
         Self { stores, queue, shutdown, worker, _services: services }
     }
 
     async fn enqueue(&self, kind: &str, payload: Value) -> JobId {
         let queue = if matches!(kind, "ingest" | "embed" | "delete") { kind } else { "ingest" };
-        let mut job = NewJob::new(kind, QueueName::new(queue).unwrap(), TenantId::new("acme").unwrap(), payload);
+        let mut job =
+            NewJob::new(kind, QueueName::new(queue).unwrap(), TenantId::new("acme").unwrap(), payload);
         job.document = sagas::kinds::document_of(kind, &job.payload);
         self.stores.postgres.accept(std::slice::from_ref(&job), true).await.unwrap();
         let envelope = self.stores.postgres.envelope(job.id).await.unwrap().unwrap();
@@ -114,7 +142,8 @@ async fn a_document_is_ingested_replaced_embedded_again_and_deleted() {
     assert_eq!(fleet.text("a").await.as_deref(), Some("the quick brown fox"));
     assert_eq!(fleet.hits("quick fox").await[0], ("a".into(), "the quick brown fox".into()));
 
-    let job = fleet.run("ingest", json!({ "document": "a", "text": "an entirely new text about foxes" })).await;
+    let job =
+        fleet.run("ingest", json!({ "document": "a", "text": "an entirely new text about foxes" })).await;
     assert_eq!(job.state, "succeeded");
     assert_eq!(fleet.text("a").await.as_deref(), Some("an entirely new text about foxes"));
     assert!(fleet.hits("quick").await.iter().all(|(_, text)| text != "the quick brown fox"));
@@ -157,7 +186,11 @@ async fn what_can_not_succeed_becomes_a_dead_letter_with_its_reason() {
     for (kind, payload, class) in [
         ("ingest", json!({ "document": "x", "text": " \n " }), "empty_document"),
         ("ingest", json!({ "document": "x", "text_base64": "/////w==" }), "not_utf8"),
-        ("ingest", json!({ "document": "x", "chunks": [{ "text": "t", "vector": [1.0] }] }), "wrong_dimension"),
+        (
+            "ingest",
+            json!({ "document": "x", "chunks": [{ "text": "t", "vector": [1.0] }] }),
+            "wrong_dimension",
+        ),
         ("ingest", json!({ "document": "x", "text": "t", "model": "none" }), "unknown_model"),
         ("ingest", json!({ "document": "x" }), "bad_payload"),
         ("no_such_kind", json!({}), "unknown_kind"),
@@ -177,7 +210,12 @@ async fn protocol_14_cancel_ends_a_waiting_job_at_once_and_never_one_past_its_pi
     let fleet = Fleet::start().await;
     let done = fleet.run("ingest", json!({ "document": "c", "text": "done" })).await;
     assert_eq!(fleet.stores.postgres.cancel(JobId(done.id), Some("acme")).await.unwrap(), Cancel::PastPivot);
-    let mut job = NewJob::new("ingest", QueueName::new("ingest").unwrap(), TenantId::new("acme").unwrap(), json!({ "document": "c", "text": "later" }));
+    let mut job = NewJob::new(
+        "ingest",
+        QueueName::new("ingest").unwrap(),
+        TenantId::new("acme").unwrap(),
+        json!({ "document": "c", "text": "later" }),
+    );
     job.document = Some("c".into());
     job.run_at = Some(chrono::Utc::now() + chrono::Duration::hours(1));
     fleet.stores.postgres.accept(std::slice::from_ref(&job), true).await.unwrap();

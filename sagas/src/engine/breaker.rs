@@ -48,7 +48,14 @@ impl Breakers {
             .into_iter()
             .map(|(dependency, probe)| {
                 report(dependency, State::Closed);
-                (dependency, Breaker { state: watch::Sender::new(State::Closed), probe, asking: tokio::sync::Mutex::default() })
+                (
+                    dependency,
+                    Breaker {
+                        state: watch::Sender::new(State::Closed),
+                        probe,
+                        asking: tokio::sync::Mutex::default(),
+                    },
+                )
             })
             .collect();
         Self { breakers: Arc::new(breakers), shutdown }
@@ -152,7 +159,11 @@ mod tests {
             Arc::new(move || {
                 let up = up.load(Ordering::SeqCst);
                 Box::pin(async move {
-                    if up { Ok(()) } else { Err(StoreError::new(Dependency::Cache, Class::Unavailable, "down")) }
+                    if up {
+                        Ok(())
+                    } else {
+                        Err(StoreError::new(Dependency::Cache, Class::Unavailable, "down"))
+                    }
                 })
             })
         };
@@ -163,7 +174,9 @@ mod tests {
         up.store(false, Ordering::SeqCst);
         assert!(breakers.confirm_outage(Dependency::Cache, &error).await);
         assert_ne!(breakers.state(Dependency::Cache), State::Closed);
-        assert!(tokio::time::timeout(Duration::from_secs(60), breakers.closed(Dependency::Cache)).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_secs(60), breakers.closed(Dependency::Cache)).await.is_err()
+        );
         up.store(true, Ordering::SeqCst);
         tokio::time::timeout(Duration::from_secs(60), breakers.closed(Dependency::Cache)).await.unwrap();
     }

@@ -14,7 +14,11 @@ use uuid::Uuid;
 use super::breaker::Breakers;
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
-    stores::postgres::{Fence, ending::Run, take::{StepRecord, TakenJob}},
+    stores::postgres::{
+        Fence,
+        ending::Run,
+        take::{StepRecord, TakenJob},
+    },
 };
 
 /// A job that alone gets `unavailable` so often while probes succeed is charged like any other failure (PROTOCOL.md 16).
@@ -163,18 +167,25 @@ impl StepContext {
             let answer = self.unless_ended(async { Ok(timeout_at(deadline, call(deadline)).await) }).await?;
             let error = match answer {
                 Ok(Ok(value)) => return Ok(value),
-                Ok(Err(error)) if !matches!(error.class, Class::Unavailable | Class::Timeout) => return Err(error.into()),
+                Ok(Err(error)) if !matches!(error.class, Class::Unavailable | Class::Timeout) => {
+                    return Err(error.into());
+                }
                 Ok(Err(error)) => error,
                 Err(_) => StoreError::new(dependency, Class::Timeout, "no answer in time"),
             };
-            let asking = self.unless_ended(async { Ok(self.breakers.confirm_outage(dependency, &error).await) });
+            let asking =
+                self.unless_ended(async { Ok(self.breakers.confirm_outage(dependency, &error).await) });
             let outage = self.budget.wait(asking).await?;
             if outage {
                 continue;
             }
             lone += 1;
             if error.class == Class::Timeout || lone >= LONE_OUTAGES {
-                return Err(StoreError { class: if lone >= LONE_OUTAGES { Class::Transient } else { error.class }, ..error }.into());
+                return Err(StoreError {
+                    class: if lone >= LONE_OUTAGES { Class::Transient } else { error.class },
+                    ..error
+                }
+                .into());
             }
             self.pause(Duration::from_millis(50) * 2u32.pow(lone)).await?;
         }
@@ -249,7 +260,10 @@ impl StepContext {
             // Has no effect anywhere, and may well be longer than one call to a store: its step's time-out bounds it.
             now + self.job.timeout
         } else {
-            now + self.limits.call_timeout.min(self.lease.remaining().saturating_sub(self.limits.lease_margin))
+            now + self
+                .limits
+                .call_timeout
+                .min(self.lease.remaining().saturating_sub(self.limits.lease_margin))
         };
         if !self.compensating {
             let budget = self.budget.times().job_until;
@@ -261,7 +275,10 @@ impl StepContext {
         Ok(deadline)
     }
 
-    async fn unless_ended<T>(&self, work: impl Future<Output = Result<T, StepError>>) -> Result<T, StepError> {
+    async fn unless_ended<T>(
+        &self,
+        work: impl Future<Output = Result<T, StepError>>,
+    ) -> Result<T, StepError> {
         tokio::select! {
             biased;
             () = self.lease.lost().cancelled_owned() => Err(StepError::LeaseLost),

@@ -110,7 +110,13 @@ impl Registry {
 
 impl Engine {
     /// An engine that runs the registered sagas.
-    pub fn new(postgres: Postgres, breakers: Breakers, worker: WorkerId, settings: EngineSettings, registry: Registry) -> Self {
+    pub fn new(
+        postgres: Postgres,
+        breakers: Breakers,
+        worker: WorkerId,
+        settings: EngineSettings,
+        registry: Registry,
+    ) -> Self {
         Self { postgres, settings, breakers, worker, sagas: Arc::new(registry.0) }
     }
 
@@ -183,14 +189,20 @@ impl Engine {
             worker: self.worker.clone(),
             started_at: chrono::Utc::now(),
         };
-        if job.unroutable_for.is_some_and(|time| time >= self.settings.unroutable_after) || self.settings.unroutable_after.is_zero() {
+        if job.unroutable_for.is_some_and(|time| time >= self.settings.unroutable_after)
+            || self.settings.unroutable_after.is_zero()
+        {
             let error = StepError::permanent(
                 "unknown_kind",
                 format!(
                     "no worker has known the kind {:?} for {:?}; known here: {}",
                     job.kind,
                     self.settings.unroutable_after,
-                    { let mut known: Vec<_> = self.sagas.keys().copied().collect(); known.sort_unstable(); known.join(", ") }
+                    {
+                        let mut known: Vec<_> = self.sagas.keys().copied().collect();
+                        known.sort_unstable();
+                        known.join(", ")
+                    }
                 ),
             );
             let kept = self.postgres.finish(&run, &Verdict::Dead { failure: failure(&error) }, &[]).await?;
@@ -207,7 +219,11 @@ impl Engine {
     /// The wait before a job's next attempt: exponential with full jitter, or what the error asks for.
     pub(crate) fn retry_in(&self, attempts: i32, error: &StepError) -> Duration {
         let exponent = u32::try_from(attempts).unwrap_or(0).min(20);
-        let most = self.settings.retry_base.saturating_mul(2u32.saturating_pow(exponent)).min(self.settings.retry_cap);
+        let most = self
+            .settings
+            .retry_base
+            .saturating_mul(2u32.saturating_pow(exponent))
+            .min(self.settings.retry_cap);
         let jittered = most.mul_f64(rand::random_range(0.0..=1.0));
         match error {
             StepError::Store(StoreError { retry_after: Some(wish), .. }) => jittered.max(*wish),
@@ -232,5 +248,6 @@ pub(crate) fn failure(error: &StepError) -> Failure {
 
 /// The step's state as it is kept when a job goes back mid-run.
 pub(crate) fn encode<D: serde::Serialize>(data: &D) -> Result<serde_json::Value, StoreError> {
-    serde_json::to_value(json!(data)).map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string()))
+    serde_json::to_value(json!(data))
+        .map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string()))
 }

@@ -34,7 +34,8 @@ impl<S: Saga> AnySaga for Registered<S> {
         for (i, step) in self.0.steps().iter().enumerate() {
             points.extend(["before", "after"].map(|at| format!("{kind}.{}.{at}", step.name())));
             if i < pivot {
-                points.extend(["before", "after"].map(|at| format!("{kind}.{}.compensate.{at}", step.name())));
+                points
+                    .extend(["before", "after"].map(|at| format!("{kind}.{}.compensate.{at}", step.name())));
             }
         }
         points
@@ -86,7 +87,9 @@ impl<'a, S: Saga> Drive<'a, S> {
         let past_pivot = usize::try_from(open.next_step).is_ok_and(|next| next > self.saga.pivot());
         if open.compensating {
             let verdict = open.verdict.clone().and_then(|v| serde_json::from_value(v).ok());
-            let Some(verdict) = verdict else { return self.park(None, "the saga's verdict can't be read").await };
+            let Some(verdict) = verdict else {
+                return self.park(None, "the saga's verdict can't be read").await;
+            };
             if open.lost_compensating >= self.engine.settings.delivery_limit {
                 return self.park(Some(&verdict), "its compensation kills its workers").await;
             }
@@ -155,8 +158,10 @@ impl<'a, S: Saga> Drive<'a, S> {
         }
         let result = self.saga.result(&data);
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
-        let done =
-            self.ctx.call(Dependency::Postgres, |_| self.engine.postgres.complete(&run, &result, &records)).await;
+        let done = self
+            .ctx
+            .call(Dependency::Postgres, |_| self.engine.postgres.complete(&run, &result, &records))
+            .await;
         match done {
             Ok(true) => {
                 self.count("succeeded");
@@ -180,7 +185,8 @@ impl<'a, S: Saga> Drive<'a, S> {
                 Ok(()) => break Ok(()),
                 Err(error) => error,
             };
-            let Some(wait) = error.class().filter(|class| class.is_retryable()).and_then(|_| waits.next()) else {
+            let Some(wait) = error.class().filter(|class| class.is_retryable()).and_then(|_| waits.next())
+            else {
                 break Err(error);
             };
             tracing::debug!(step = step.name(), attempts, %error, "step failed; trying again");
@@ -232,7 +238,10 @@ impl<'a, S: Saga> Drive<'a, S> {
                 let failure = failure(&error);
                 let verdict = if retryable && job.attempts + 1 < job.max_attempts {
                     let wait = self.engine.retry_in(job.attempts, &error);
-                    Verdict::Retry { failure, retry_in_ms: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX) }
+                    Verdict::Retry {
+                        failure,
+                        retry_in_ms: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+                    }
                 } else {
                     Verdict::Dead { failure }
                 };
@@ -287,9 +296,11 @@ impl<'a, S: Saga> Drive<'a, S> {
         let mut attempts = 0;
         let outcome = loop {
             attempts += 1;
-            let tried = self.ctx.within(step.timeout(), self.undo_once(step, data)).instrument(span.clone()).await;
+            let tried =
+                self.ctx.within(step.timeout(), self.undo_once(step, data)).instrument(span.clone()).await;
             let Err(error) = tried else { break Ok(()) };
-            let Some(wait) = error.class().filter(|class| class.is_retryable()).and_then(|_| waits.next()) else {
+            let Some(wait) = error.class().filter(|class| class.is_retryable()).and_then(|_| waits.next())
+            else {
                 break Err(error);
             };
             tracing::warn!(step = step.name(), attempts, %error, "compensation failed; trying again");
@@ -311,16 +322,25 @@ impl<'a, S: Saga> Drive<'a, S> {
     }
 
     async fn undo_once(&self, step: &dyn Step<S::Data>, data: &S::Data) -> Result<(), StepError> {
-        crate::fault_point!(&format!("{}.{}.compensate.before", self.saga.kind(), step.name()), &self.ctx.job.payload);
+        crate::fault_point!(
+            &format!("{}.{}.compensate.before", self.saga.kind(), step.name()),
+            &self.ctx.job.payload
+        );
         step.compensate(&self.ctx, data).await?;
-        crate::fault_point!(&format!("{}.{}.compensate.after", self.saga.kind(), step.name()), &self.ctx.job.payload);
+        crate::fault_point!(
+            &format!("{}.{}.compensate.after", self.saga.kind(), step.name()),
+            &self.ctx.job.payload
+        );
         Ok(())
     }
 
     /// Ends the job as the verdict says.
     async fn finish(&self, run: &Run, verdict: &Verdict) -> Result<Ended, StoreError> {
         let records = self.ctx.steps_so_far();
-        let done = self.ctx.call(Dependency::Postgres, |_| self.engine.postgres.finish(run, verdict, &records)).await;
+        let done = self
+            .ctx
+            .call(Dependency::Postgres, |_| self.engine.postgres.finish(run, verdict, &records))
+            .await;
         match done {
             Ok(true) => {
                 self.count(verdict.status());
@@ -336,7 +356,11 @@ impl<'a, S: Saga> Drive<'a, S> {
     }
 
     /// Gives the job back, uncharged; the next delivery goes on from the log.
-    async fn give_back(&self, wait: Duration, progress: Option<(i16, &S::Data)>) -> Result<Ended, StoreError> {
+    async fn give_back(
+        &self,
+        wait: Duration,
+        progress: Option<(i16, &S::Data)>,
+    ) -> Result<Ended, StoreError> {
         let progress = match progress {
             Some((next, data)) => Some((next, encode(data)?)),
             None => None,
@@ -364,7 +388,11 @@ impl<'a, S: Saga> Drive<'a, S> {
         let standing = self.engine.postgres.standing(self.ctx.job.id).await?;
         Ok(match standing {
             Some((state, fence)) if fence == self.ctx.fence() && state != "running" => {
-                if state == "waiting" { Ended::Release(Duration::ZERO) } else { Ended::Ack }
+                if state == "waiting" {
+                    Ended::Release(Duration::ZERO)
+                } else {
+                    Ended::Ack
+                }
             }
             _ => Ended::Abandoned,
         })

@@ -89,8 +89,9 @@ impl Saga for Delete {
 
     fn prepare(&self, job: &TakenJob) -> Result<Deletion, StepError> {
         Request::read(&job.payload)?;
-        let document =
-            job.document_id.ok_or_else(|| StepError::permanent("no_document", "the job was accepted without a document"))?;
+        let document = job
+            .document_id
+            .ok_or_else(|| StepError::permanent("no_document", "the job was accepted without a document"))?;
         Ok(Deletion { document, doomed: vec![] })
     }
 
@@ -193,8 +194,9 @@ impl Step<Deletion> for PurgeText {
     async fn execute(&self, ctx: &StepContext, data: &mut Deletion) -> Result<(), StepError> {
         let versions = data.versions();
         let postgres = &self.0.postgres;
-        let done =
-            ctx.call(Dependency::Postgres, |_| postgres.erase_text(ctx.job.id, ctx.fence(), &versions)).await?;
+        let done = ctx
+            .call(Dependency::Postgres, |_| postgres.erase_text(ctx.job.id, ctx.fence(), &versions))
+            .await?;
         if done { Ok(()) } else { Err(StepError::LeaseLost) }
     }
 

@@ -168,7 +168,12 @@ impl Step<Selection> for FanOut {
 }
 
 impl FanOut {
-    async fn enqueue(&self, ctx: &StepContext, request: &Request, documents: &[(String, String)]) -> Result<u64, StepError> {
+    async fn enqueue(
+        &self,
+        ctx: &StepContext,
+        request: &Request,
+        documents: &[(String, String)],
+    ) -> Result<u64, StepError> {
         let odd = |e: &dyn std::fmt::Display| StepError::permanent("bad_job", e.to_string());
         let queue = QueueName::new(ctx.job.queue.clone()).map_err(|e| odd(&e))?;
         let mut jobs = Vec::with_capacity(documents.len());
@@ -277,12 +282,16 @@ impl Step<Draft> for StageCopy {
 
     async fn execute(&self, ctx: &StepContext, draft: &mut Draft) -> Result<(), StepError> {
         let postgres = &self.0.stores.postgres;
-        let Some(content) = ctx.call(Dependency::Postgres, |_| postgres.content(draft.document_id)).await? else {
+        let Some(content) = ctx.call(Dependency::Postgres, |_| postgres.content(draft.document_id)).await?
+        else {
             return Err(StepError::Superseded);
         };
         let chunks = ctx.call(Dependency::Postgres, |_| postgres.chunks(content.version.version)).await?;
         if chunks.is_empty() {
-            return Err(StepError::transient("content_changed", "the version was replaced while it was read"));
+            return Err(StepError::transient(
+                "content_changed",
+                "the version was replaced while it was read",
+            ));
         }
         draft.source = Some(content.version.version);
         draft.doc_order = content.version.doc_order;

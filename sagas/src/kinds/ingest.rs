@@ -172,16 +172,26 @@ fn content(request: &Request, stores: &Stores) -> Result<Content, StepError> {
         (body, chunks, None)
     };
     if chunks.is_empty() {
-        return Err(StepError::permanent("empty_document", "the document has no text: nothing but white space"));
+        return Err(StepError::permanent(
+            "empty_document",
+            "the document has no text: nothing but white space",
+        ));
     }
     if chunks.len() > limits.max_chunks {
         return Err(StepError::permanent(
             "too_many_chunks",
-            format!("the document has {} chunks; at most {} are allowed: split it", chunks.len(), limits.max_chunks),
+            format!(
+                "the document has {} chunks; at most {} are allowed: split it",
+                chunks.len(),
+                limits.max_chunks
+            ),
         ));
     }
     if body.contains('\0') {
-        return Err(StepError::permanent("nul_character", "the text holds a NUL character, which Postgres can't store"));
+        return Err(StepError::permanent(
+            "nul_character",
+            "the text holds a NUL character, which Postgres can't store",
+        ));
     }
     Ok((body, chunks, vectors))
 }
@@ -190,9 +200,8 @@ fn decode(encoded: &str) -> Result<String, StepError> {
     let bytes = base64::engine::general_purpose::STANDARD
         .decode(encoded)
         .map_err(|e| StepError::permanent("bad_payload", format!("payload.text_base64: {e}")))?;
-    String::from_utf8(bytes).map_err(|e| {
-        StepError::permanent("not_utf8", format!("the text is not UTF-8: {}", e.utf8_error()))
-    })
+    String::from_utf8(bytes)
+        .map_err(|e| StepError::permanent("not_utf8", format!("the text is not UTF-8: {}", e.utf8_error())))
 }
 
 fn given_vectors(given: &[GivenChunk]) -> Result<Option<Vec<Vec<f32>>>, StepError> {

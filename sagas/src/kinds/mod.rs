@@ -78,9 +78,19 @@ impl Stores {
         others: Vec<Arc<dyn Embedder>>,
         settings: DocumentSettings,
     ) -> Self {
-        let embedders =
-            others.into_iter().chain([Arc::clone(&embedder)]).map(|e| (e.model().to_owned(), e)).collect::<HashMap<_, _>>();
-        Self { postgres, vectors, cache, embedder, embedders: Arc::new(embedders), settings: Arc::new(settings) }
+        let embedders = others
+            .into_iter()
+            .chain([Arc::clone(&embedder)])
+            .map(|e| (e.model().to_owned(), e))
+            .collect::<HashMap<_, _>>();
+        Self {
+            postgres,
+            vectors,
+            cache,
+            embedder,
+            embedders: Arc::new(embedders),
+            settings: Arc::new(settings),
+        }
     }
 
     /// The provider of a model, or the default one.
@@ -89,7 +99,10 @@ impl Stores {
         self.embedders.get(model).cloned().ok_or_else(|| {
             let mut known: Vec<&str> = self.embedders.keys().map(String::as_str).collect();
             known.sort_unstable();
-            StepError::permanent("unknown_model", format!("model {model:?} is not served here; known: {}", known.join(", ")))
+            StepError::permanent(
+                "unknown_model",
+                format!("model {model:?} is not served here; known: {}", known.join(", ")),
+            )
         })
     }
 
@@ -98,7 +111,10 @@ impl Stores {
     pub fn collection(&self, model: &str) -> String {
         match &self.settings.collection {
             Some(collection) if model == self.embedder.model() => collection.clone(),
-            _ => format!("flotilla-{}", model.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '-', "-")),
+            _ => format!(
+                "flotilla-{}",
+                model.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '-', "-")
+            ),
         }
     }
 
@@ -107,22 +123,34 @@ impl Stores {
         let (postgres, vectors, cache, embedder) =
             (self.postgres.clone(), self.vectors.clone(), self.cache.clone(), Arc::clone(&self.embedder));
         let probes: [(Dependency, Probe); 4] = [
-            (Dependency::Postgres, Arc::new(move || {
-                let postgres = postgres.clone();
-                async move { postgres.probe().await }.boxed()
-            })),
-            (Dependency::Vectors, Arc::new(move || {
-                let vectors = vectors.clone();
-                async move { vectors.probe().await }.boxed()
-            })),
-            (Dependency::Cache, Arc::new(move || {
-                let cache = cache.clone();
-                async move { cache.probe().await }.boxed()
-            })),
-            (Dependency::Embedder, Arc::new(move || {
-                let embedder = Arc::clone(&embedder);
-                async move { embedder.probe().await.map_err(StoreError::from) }.boxed()
-            })),
+            (
+                Dependency::Postgres,
+                Arc::new(move || {
+                    let postgres = postgres.clone();
+                    async move { postgres.probe().await }.boxed()
+                }),
+            ),
+            (
+                Dependency::Vectors,
+                Arc::new(move || {
+                    let vectors = vectors.clone();
+                    async move { vectors.probe().await }.boxed()
+                }),
+            ),
+            (
+                Dependency::Cache,
+                Arc::new(move || {
+                    let cache = cache.clone();
+                    async move { cache.probe().await }.boxed()
+                }),
+            ),
+            (
+                Dependency::Embedder,
+                Arc::new(move || {
+                    let embedder = Arc::clone(&embedder);
+                    async move { embedder.probe().await.map_err(StoreError::from) }.boxed()
+                }),
+            ),
         ];
         Breakers::new(probes, shutdown)
     }

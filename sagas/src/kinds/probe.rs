@@ -68,7 +68,9 @@ impl Leave {
     async fn leave(&self, ctx: &StepContext, undo: bool) -> Result<(), StepError> {
         let key = ctx.idempotency_key(self.name);
         let done = ctx
-            .call(Dependency::Postgres, |_| self.postgres.effect(ctx.job.id, ctx.fence(), self.name, &key, undo))
+            .call(Dependency::Postgres, |_| {
+                self.postgres.effect(ctx.job.id, ctx.fence(), self.name, &key, undo)
+            })
             .await?;
         if done { Ok(()) } else { Err(StepError::LeaseLost) }
     }

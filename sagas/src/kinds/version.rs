@@ -82,7 +82,13 @@ impl Steps {
     }
 
     /// Commits the saga's row, the staged version and its chunks.
-    pub async fn stage(&self, ctx: &StepContext, draft: &Draft, kind: &str, version: i32) -> Result<(), StepError> {
+    pub async fn stage(
+        &self,
+        ctx: &StepContext,
+        draft: &Draft,
+        kind: &str,
+        version: i32,
+    ) -> Result<(), StepError> {
         let (Some(body), Some(chunks)) = (&draft.body, &draft.chunks) else {
             return Err(StepError::permanent("no_content", "the draft has no text to stage"));
         };
@@ -111,7 +117,8 @@ impl Steps {
                 chunks: chunks.to_vec(),
             },
         });
-        let staged = ctx.call(Dependency::Postgres, |deadline| self.stage.call(Arc::clone(&stage), deadline)).await?;
+        let staged =
+            ctx.call(Dependency::Postgres, |deadline| self.stage.call(Arc::clone(&stage), deadline)).await?;
         if staged { Ok(()) } else { Err(StepError::LeaseLost) }
     }
 
@@ -119,7 +126,9 @@ impl Steps {
     pub async fn unstage(&self, ctx: &StepContext, draft: &Draft) -> Result<(), StepError> {
         let (postgres, bound) = (&self.stores.postgres, self.stores.settings.sweep_bound);
         let done = ctx
-            .call(Dependency::Postgres, |_| postgres.abandon_version(ctx.job.id, ctx.fence(), draft.version, bound))
+            .call(Dependency::Postgres, |_| {
+                postgres.abandon_version(ctx.job.id, ctx.fence(), draft.version, bound)
+            })
             .await?;
         if done { Ok(()) } else { Err(StepError::LeaseLost) }
     }
@@ -169,7 +178,10 @@ impl Step<Draft> for StoreVectors {
             Some(hex(&vectors_hash(vectors.iter().map(Vec::as_slice))))
         };
         if draft.vectors_hash.is_none() {
-            return Err(StepError::transient("vectors_vanished", "points were gone right after they were stored"));
+            return Err(StepError::transient(
+                "vectors_vanished",
+                "points were gone right after they were stored",
+            ));
         }
         Ok(())
     }
@@ -184,8 +196,9 @@ impl StoreVectors {
     /// The hash of the stored vectors if all are there.
     async fn stored_hash(&self, ctx: &StepContext, draft: &Draft) -> Result<Option<String>, StepError> {
         let count = draft.chunk_count as i32;
-        let mut points =
-            ctx.call(Dependency::Vectors, |_| self.0.vectors.points(&draft.collection, draft.version, count)).await?;
+        let mut points = ctx
+            .call(Dependency::Vectors, |_| self.0.vectors.points(&draft.collection, draft.version, count))
+            .await?;
         points.sort_by_key(|point| point.chunk);
         let vectors: Vec<&[f32]> = points.iter().filter_map(|point| point.vector.as_deref()).collect();
         Ok((vectors.len() == draft.chunk_count).then(|| hex(&vectors_hash(vectors.into_iter()))))
@@ -197,7 +210,9 @@ impl StoreVectors {
         }
         let chunks = match &draft.chunks {
             Some(chunks) => Arc::clone(chunks),
-            None => Arc::new(ctx.call(Dependency::Postgres, |_| self.0.postgres.chunks(draft.version)).await?),
+            None => {
+                Arc::new(ctx.call(Dependency::Postgres, |_| self.0.postgres.chunks(draft.version)).await?)
+            }
         };
         let embedder = self.0.embedder(Some(&draft.model))?;
         let vectors = ctx
@@ -216,7 +231,10 @@ pub(super) fn check_dimensions(vectors: &[Vec<f32>], dimensions: usize) -> Resul
     match vectors.iter().enumerate().find(|(_, v)| v.len() != dimensions) {
         Some((no, vector)) => Err(StepError::permanent(
             "wrong_dimension",
-            format!("the vector of chunk {no} has {} dimensions; the collection has {dimensions}", vector.len()),
+            format!(
+                "the vector of chunk {no} has {} dimensions; the collection has {dimensions}",
+                vector.len()
+            ),
         )),
         None => Ok(()),
     }
@@ -244,7 +262,10 @@ impl Step<Draft> for WriteCache {
     }
 
     async fn compensate(&self, ctx: &StepContext, draft: &Draft) -> Result<(), StepError> {
-        ctx.call(Dependency::Cache, |_| self.0.cache.remove(std::slice::from_ref(&draft.version), "compensated")).await
+        ctx.call(Dependency::Cache, |_| {
+            self.0.cache.remove(std::slice::from_ref(&draft.version), "compensated")
+        })
+        .await
     }
 }
 
@@ -289,16 +310,22 @@ impl Step<Draft> for PublishVersion {
             next_step: PIVOT as i16 + 1,
             grace: stores.settings.grace,
         });
-        match ctx.call(Dependency::Postgres, |deadline| self.0.publish.call(Arc::clone(&publish), deadline)).await? {
+        match ctx
+            .call(Dependency::Postgres, |deadline| self.0.publish.call(Arc::clone(&publish), deadline))
+            .await?
+        {
             Published::Yes => Ok(()),
             Published::Cancelled => Err(StepError::Cancelled),
             Published::LeaseLost => Err(StepError::LeaseLost),
             Published::Superseded if draft.source.is_none() => Err(StepError::Superseded),
             // The content changed under a re-embedding: copy the new content in another run, unless it is gone.
             Published::Superseded => {
-                let content = ctx.call(Dependency::Postgres, |_| stores.postgres.content(draft.document_id)).await?;
+                let content =
+                    ctx.call(Dependency::Postgres, |_| stores.postgres.content(draft.document_id)).await?;
                 Err(match content {
-                    Some(_) => StepError::transient("content_changed", "the document got new content meanwhile"),
+                    Some(_) => {
+                        StepError::transient("content_changed", "the document got new content meanwhile")
+                    }
                     None => StepError::Superseded,
                 })
             }

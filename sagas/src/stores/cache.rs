@@ -47,7 +47,11 @@ impl Cache {
     /// Makes the handle; connects in the background.
     pub fn lazy(config: &CacheConfig) -> Result<Self, StoreError> {
         let client = redis::Client::open(config.url.as_str()).map_err(|e| {
-            StoreError::new(Dependency::Cache, Class::Permanent, format!("REDIS_CACHE_URL can't be read: {e}"))
+            StoreError::new(
+                Dependency::Cache,
+                Class::Permanent,
+                format!("REDIS_CACHE_URL can't be read: {e}"),
+            )
         })?;
         let settings = ConnectionManagerConfig::new()
             .set_connection_timeout(Some(config.call_timeout))
@@ -82,23 +86,35 @@ impl Cache {
         // A tenth of spread, so that what was written together does not expire together.
         let ttl = TTL.as_secs() - rand::random_range(0..TTL.as_secs() / 10);
         let mut connection = self.connection.clone();
-        redis::cmd("SET").arg(self.key(version)).arg(json).arg("EX").arg(ttl).exec_async(&mut connection).await?;
+        redis::cmd("SET")
+            .arg(self.key(version))
+            .arg(json)
+            .arg("EX")
+            .arg(ttl)
+            .exec_async(&mut connection)
+            .await?;
         Ok(())
     }
 
     /// Reads a version's entry and counts the hit or miss.
     pub async fn get(&self, version: Uuid) -> Result<Option<Entry>, StoreError> {
         let entry = self.peek(version).await?;
-        counter!(if entry.is_some() { "redis_cache_hits_total" } else { "redis_cache_misses_total" }).increment(1);
+        counter!(if entry.is_some() { "redis_cache_hits_total" } else { "redis_cache_misses_total" })
+            .increment(1);
         Ok(entry)
     }
 
     /// Reads without counting; an entry that can't be read as one counts as wrong content, not as absent.
     pub async fn peek(&self, version: Uuid) -> Result<Option<Entry>, StoreError> {
         let mut connection = self.connection.clone();
-        let text: Option<String> = redis::cmd("GET").arg(self.key(version)).query_async(&mut connection).await?;
+        let text: Option<String> =
+            redis::cmd("GET").arg(self.key(version)).query_async(&mut connection).await?;
         Ok(text.map(|text| {
-            serde_json::from_str(&text).unwrap_or(Entry { body: text, content_hash: String::new(), tenant: String::new() })
+            serde_json::from_str(&text).unwrap_or(Entry {
+                body: text,
+                content_hash: String::new(),
+                tenant: String::new(),
+            })
         }))
     }
 
@@ -130,8 +146,10 @@ impl Cache {
             .arg(1000)
             .query_async(&mut connection)
             .await?;
-        let versions =
-            keys.into_iter().map(|key| key.strip_prefix(&prefix).and_then(|v| v.parse().ok()).ok_or(key)).collect();
+        let versions = keys
+            .into_iter()
+            .map(|key| key.strip_prefix(&prefix).and_then(|v| v.parse().ok()).ok_or(key))
+            .collect();
         Ok((versions, next))
     }
 }

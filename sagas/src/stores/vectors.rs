@@ -10,9 +10,10 @@ use async_trait::async_trait;
 use qdrant_client::{
     Qdrant,
     qdrant::{
-        Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance, FieldType,
-        Filter, GetPointsBuilder, PointId, PointStruct, PointsIdsList, QueryPointsBuilder, ScrollPointsBuilder, UpdateMode,
-        UpsertPointsBuilder, VectorParamsBuilder, point_id::PointIdOptions, vectors_output::VectorsOptions,
+        Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance,
+        FieldType, Filter, GetPointsBuilder, PointId, PointStruct, PointsIdsList, QueryPointsBuilder,
+        ScrollPointsBuilder, UpdateMode, UpsertPointsBuilder, VectorParamsBuilder, point_id::PointIdOptions,
+        vectors_output::VectorsOptions,
     },
 };
 use sha2::{Digest, Sha256};
@@ -128,10 +129,13 @@ impl Batch for UpsertBatch {
     const DEPENDENCY: Dependency = Dependency::Vectors;
 
     async fn flush(&self, items: &[Self::Item]) -> Result<Vec<()>, StoreError> {
-        let points: Vec<PointStruct> = items.iter().flat_map(|points| points.iter().map(point_struct)).collect();
+        let points: Vec<PointStruct> =
+            items.iter().flat_map(|points| points.iter().map(point_struct)).collect();
         self.client
             .upsert_points(
-                UpsertPointsBuilder::new(&self.collection, points).wait(true).update_mode(UpdateMode::InsertOnly),
+                UpsertPointsBuilder::new(&self.collection, points)
+                    .wait(true)
+                    .update_mode(UpdateMode::InsertOnly),
             )
             .await?;
         Ok(vec![(); items.len()])
@@ -171,7 +175,11 @@ impl Vectors {
                 builder = builder.api_key(key.as_str());
             }
             builder.build().map_err(|e| {
-                StoreError::new(Dependency::Vectors, Class::Permanent, format!("QDRANT_URL can't be read: {e}"))
+                StoreError::new(
+                    Dependency::Vectors,
+                    Class::Permanent,
+                    format!("QDRANT_URL can't be read: {e}"),
+                )
             })
         };
         Ok(Self {
@@ -216,13 +224,16 @@ impl Vectors {
             match self.client.create_collection(create).await {
                 Ok(_) => {}
                 // 6: AlreadyExists; another worker was first.
-                Err(qdrant_client::QdrantError::ResponseError { status }) if i32::from(status.code()) == 6 => {}
+                Err(qdrant_client::QdrantError::ResponseError { status })
+                    if i32::from(status.code()) == 6 => {}
                 Err(error) => return Err(error.into()),
             }
         }
         for field in ["tenant", "document", "version"] {
             self.client
-                .create_field_index(CreateFieldIndexCollectionBuilder::new(name, field, FieldType::Keyword).wait(true))
+                .create_field_index(
+                    CreateFieldIndexCollectionBuilder::new(name, field, FieldType::Keyword).wait(true),
+                )
                 .await?;
         }
         let info = self.client.collection_info(name).await?;
@@ -257,7 +268,9 @@ impl Vectors {
         points: Vec<Point>,
         deadline: tokio::time::Instant,
     ) -> Result<(), StoreError> {
-        let coalescer = tokio::time::timeout_at(deadline, self.collection(collection, dimensions)).await.map_err(|_| {
+        let coalescer = tokio::time::timeout_at(deadline, self.collection(collection, dimensions))
+            .await
+            .map_err(|_| {
             StoreError::new(Dependency::Vectors, Class::Timeout, "the collection was not ready in time")
         })??;
         for page in points.chunks(PAGE) {
@@ -275,24 +288,39 @@ impl Vectors {
     }
 
     /// The stored points of a version, by their ids; absent ones are left out.
-    pub async fn points(&self, collection: &str, version: Uuid, chunks: i32) -> Result<Vec<StoredPoint>, StoreError> {
+    pub async fn points(
+        &self,
+        collection: &str,
+        version: Uuid,
+        chunks: i32,
+    ) -> Result<Vec<StoredPoint>, StoreError> {
         let all: Vec<Uuid> = (0..chunks).map(|no| point_id(version, no)).collect();
         self.points_by_id(collection, &all, true).await
     }
 
     /// Stored points by id; absent ones are left out.
-    pub async fn points_by_id(&self, collection: &str, all: &[Uuid], vectors: bool) -> Result<Vec<StoredPoint>, StoreError> {
+    pub async fn points_by_id(
+        &self,
+        collection: &str,
+        all: &[Uuid],
+        vectors: bool,
+    ) -> Result<Vec<StoredPoint>, StoreError> {
         let mut found = Vec::with_capacity(all.len());
         for page in all.chunks(PAGE) {
             let answer = self
                 .client
                 .get_points(
-                    GetPointsBuilder::new(collection, ids(page.iter().copied())).with_payload(true).with_vectors(vectors),
+                    GetPointsBuilder::new(collection, ids(page.iter().copied()))
+                        .with_payload(true)
+                        .with_vectors(vectors),
                 )
                 .await;
             match answer {
                 Ok(answer) => found.extend(
-                    answer.result.into_iter().filter_map(|p| stored(p.id, &p.payload, p.vectors.and_then(|v| v.vectors_options))),
+                    answer
+                        .result
+                        .into_iter()
+                        .filter_map(|p| stored(p.id, &p.payload, p.vectors.and_then(|v| v.vectors_options))),
                 ),
                 Err(error) if is_missing(&error) => return Ok(vec![]),
                 Err(error) => return Err(error.into()),
@@ -303,8 +331,10 @@ impl Vectors {
 
     /// Removes a version's points; fine when they, or the collection, are not there.
     pub async fn remove(&self, collection: &str, versions: &[(Uuid, i32)]) -> Result<(), StoreError> {
-        let all: Vec<Uuid> =
-            versions.iter().flat_map(|(version, chunks)| (0..*chunks).map(|no| point_id(*version, no))).collect();
+        let all: Vec<Uuid> = versions
+            .iter()
+            .flat_map(|(version, chunks)| (0..*chunks).map(|no| point_id(*version, no)))
+            .collect();
         self.remove_ids(collection, &all).await
     }
 
@@ -313,7 +343,11 @@ impl Vectors {
         // Removals are cheap messages: 16 bytes a point.
         for page in all.chunks(PAGE * 16) {
             let list = PointsIdsList { ids: ids(page.iter().copied()) };
-            match self.client.delete_points(DeletePointsBuilder::new(collection).points(list).wait(true)).await {
+            match self
+                .client
+                .delete_points(DeletePointsBuilder::new(collection).points(list).wait(true))
+                .await
+            {
                 Err(error) if !is_missing(&error) => return Err(error.into()),
                 _ => {}
             }
@@ -359,7 +393,8 @@ impl Vectors {
         offset: Option<ScrollOffset>,
         limit: u32,
     ) -> Result<ScrollPage, StoreError> {
-        let mut request = ScrollPointsBuilder::new(collection).limit(limit).with_payload(true).with_vectors(false);
+        let mut request =
+            ScrollPointsBuilder::new(collection).limit(limit).with_payload(true).with_vectors(false);
         if let Some(ScrollOffset(offset)) = offset {
             request = request.offset(offset);
         }
@@ -368,7 +403,8 @@ impl Vectors {
             Err(error) if is_missing(&error) => return Ok(ScrollPage::default()),
             Err(error) => return Err(error.into()),
         };
-        let mut page = ScrollPage { next: answer.next_page_offset.map(ScrollOffset), ..ScrollPage::default() };
+        let mut page =
+            ScrollPage { next: answer.next_page_offset.map(ScrollOffset), ..ScrollPage::default() };
         for point in answer.result {
             match point.id.as_ref().and_then(|id| id.point_id_options.as_ref()) {
                 Some(PointIdOptions::Num(number)) => page.numbered.push(*number),
@@ -415,7 +451,10 @@ fn stored(
         id: uuid_of(id?)?,
         version: text("version").and_then(|v| v.parse().ok()),
         document: text("document").and_then(|v| v.parse().ok()),
-        chunk: payload.get("chunk").and_then(qdrant_client::qdrant::Value::as_integer).and_then(|n| i32::try_from(n).ok()),
+        chunk: payload
+            .get("chunk")
+            .and_then(qdrant_client::qdrant::Value::as_integer)
+            .and_then(|n| i32::try_from(n).ok()),
         tenant: text("tenant"),
         vector: vectors.and_then(|v| match v {
             VectorsOptions::Vector(vector) => match vector.into_vector() {

@@ -119,7 +119,8 @@ impl Postgres {
         refuse_unknown_tenants(&mut tx, jobs, &mut replies).await?;
         already_there(&mut tx, jobs, &mut replies).await?;
         reserve_keys(&mut tx, jobs, &mut replies).await?;
-        let fresh: Vec<&NewJob> = jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
+        let fresh: Vec<&NewJob> =
+            jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
         if !fresh.is_empty() {
             let places = order(&mut tx, &fresh).await?;
             insert(&mut tx, &fresh, &places, dispatched).await?;
@@ -157,7 +158,10 @@ async fn refuse_unknown_tenants(
     let mut names: Vec<String> = jobs.iter().map(|job| job.tenant.to_string()).collect();
     names.sort();
     names.dedup();
-    let known: Vec<String> = sqlx::query_scalar("SELECT id FROM tenants WHERE id = ANY($1)").bind(&names).fetch_all(connection).await?;
+    let known: Vec<String> = sqlx::query_scalar("SELECT id FROM tenants WHERE id = ANY($1)")
+        .bind(&names)
+        .fetch_all(connection)
+        .await?;
     for (job, reply) in jobs.iter().zip(replies) {
         if !known.iter().any(|name| *name == job.tenant.to_string()) {
             *reply = Some(Accepted::UnknownTenant);
@@ -209,7 +213,8 @@ async fn reserve_keys(
             }
             Some((winner, same)) => {
                 let id = jobs[*winner].id;
-                replies[i] = Some(if *same == print { Accepted::Duplicate(id) } else { Accepted::Conflict(id) });
+                replies[i] =
+                    Some(if *same == print { Accepted::Duplicate(id) } else { Accepted::Conflict(id) });
             }
         }
     }
@@ -217,11 +222,14 @@ async fn reserve_keys(
         return Ok(());
     }
     let column = |f: &dyn Fn(&(String, String, String)) -> String| first.keys().map(f).collect::<Vec<_>>();
-    let (tenants, scopes, keys) = (column(&|k| k.0.clone()), column(&|k| k.1.clone()), column(&|k| k.2.clone()));
+    let (tenants, scopes, keys) =
+        (column(&|k| k.0.clone()), column(&|k| k.1.clone()), column(&|k| k.2.clone()));
     let prints: Vec<Vec<u8>> = first.values().map(|(_, print)| print.clone()).collect();
     let ids: Vec<Uuid> = first.values().map(|(i, _)| jobs[*i].id.0).collect();
-    let ttls: Vec<f64> =
-        first.values().map(|(i, _)| jobs[*i].idempotency.as_ref().map_or(0.0, |k| k.ttl.as_secs_f64())).collect();
+    let ttls: Vec<f64> = first
+        .values()
+        .map(|(i, _)| jobs[*i].idempotency.as_ref().map_or(0.0, |k| k.ttl.as_secs_f64()))
+        .collect();
     sqlx::query(
         "INSERT INTO idempotency_keys AS k (tenant, scope, key, fingerprint, job_id, expires_at)
          SELECT tenant, scope, key, print, job, now() + make_interval(secs => ttl)
@@ -257,25 +265,34 @@ async fn reserve_keys(
     }
     for (i, job) in jobs.iter().enumerate() {
         let Some(key) = key_of(job) else { continue };
-        let Some((print, holder)) = standing.get(&(key.0.clone(), key.1.as_str(), key.2.as_str())) else { continue };
+        let Some((print, holder)) = standing.get(&(key.0.clone(), key.1.as_str(), key.2.as_str())) else {
+            continue;
+        };
         if *holder == job.id.0 && replies[i].is_none() {
             continue;
         }
         if !matches!(replies[i], Some(Accepted::UnknownTenant | Accepted::New(_))) {
             let id = JobId(*holder);
-            replies[i] =
-                Some(if *print == job.fingerprint() { Accepted::Duplicate(id) } else { Accepted::Conflict(id) });
+            replies[i] = Some(if *print == job.fingerprint() {
+                Accepted::Duplicate(id)
+            } else {
+                Accepted::Conflict(id)
+            });
         }
     }
     Ok(())
 }
 
 /// The document id and order number of each job, given under the document row's lock.
-async fn order(connection: &mut PgConnection, jobs: &[&NewJob]) -> Result<Vec<Option<(Uuid, i64)>>, sqlx::Error> {
+async fn order(
+    connection: &mut PgConnection,
+    jobs: &[&NewJob],
+) -> Result<Vec<Option<(Uuid, i64)>>, sqlx::Error> {
     let mut wanted: BTreeMap<(String, String), i64> = BTreeMap::new();
     for job in jobs {
         if let Some(document) = &job.document {
-            *wanted.entry((job.tenant.to_string(), document.clone())).or_default() += i64::from(job.keep_order.is_none());
+            *wanted.entry((job.tenant.to_string(), document.clone())).or_default() +=
+                i64::from(job.keep_order.is_none());
         }
     }
     if wanted.is_empty() {

@@ -2,12 +2,21 @@
 
 use serde_json::json;
 
-use super::{Postgres, ending::{Run, Verdict}, lock_alive};
+use super::{
+    Postgres,
+    ending::{Run, Verdict},
+    lock_alive,
+};
 use crate::error::StoreError;
 
 impl Postgres {
     /// Turns a run backward, for good. `false`: the fence refused.
-    pub async fn begin_compensation(&self, run: &Run, verdict: &Verdict, error: &str) -> Result<bool, StoreError> {
+    pub async fn begin_compensation(
+        &self,
+        run: &Run,
+        verdict: &Verdict,
+        error: &str,
+    ) -> Result<bool, StoreError> {
         let mut tx = self.pool.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);

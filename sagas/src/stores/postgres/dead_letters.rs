@@ -8,10 +8,7 @@ use sqlx::{FromRow, Row};
 use std::time::Duration;
 use uuid::Uuid;
 
-use super::{
-    Postgres,
-    accept::NewJob,
-};
+use super::{Postgres, accept::NewJob};
 use crate::error::{Class, Dependency, StoreError};
 
 /// A job that will not be tried again without a person.
@@ -111,7 +108,10 @@ impl Postgres {
 
     /// One dead letter, by its own id or its job's.
     pub async fn dead_letter(&self, id: Uuid) -> Result<Option<DeadLetter>, StoreError> {
-        Ok(sqlx::query_as("SELECT * FROM dead_letters WHERE id = $1 OR job_id = $1").bind(id).fetch_optional(&self.pool).await?)
+        Ok(sqlx::query_as("SELECT * FROM dead_letters WHERE id = $1 OR job_id = $1")
+            .bind(id)
+            .fetch_optional(&self.pool)
+            .await?)
     }
 
     /// Enqueues the dead job again as a new job that keeps the original's order number. The letter's row is locked
@@ -133,7 +133,11 @@ impl Postgres {
             return Ok(Resolved::Already(state));
         }
         let odd = |e: &dyn std::fmt::Display| {
-            StoreError::new(Dependency::Postgres, Class::Permanent, format!("the dead job can't be read: {e}"))
+            StoreError::new(
+                Dependency::Postgres,
+                Class::Permanent,
+                format!("the dead job can't be read: {e}"),
+            )
         };
         let kind: String = row.try_get("kind")?;
         let new_kind = how.kind.clone().unwrap_or_else(|| kind.clone());
@@ -149,7 +153,8 @@ impl Postgres {
             TenantId::new(row.try_get::<String, _>("tenant")?).map_err(|e| odd(&e))?,
             payload,
         );
-        job.priority = Priority::try_from(i64::from(row.try_get::<i16, _>("priority")?)).map_err(|e| odd(&e))?;
+        job.priority =
+            Priority::try_from(i64::from(row.try_get::<i16, _>("priority")?)).map_err(|e| odd(&e))?;
         job.max_attempts = row.try_get("max_attempts")?;
         job.timeout = Duration::from_millis(row.try_get::<i32, _>("timeout_ms")?.unsigned_abs().into());
         job.keep_order = if how.as_latest { None } else { row.try_get("doc_order")? };
@@ -165,7 +170,8 @@ impl Postgres {
         .execute(&mut *tx)
         .await?;
         tx.commit().await?;
-        self.record_action(&how.actor, "dlq.replay", &id.to_string(), &json!({ "job": job.id.to_string() })).await?;
+        self.record_action(&how.actor, "dlq.replay", &id.to_string(), &json!({ "job": job.id.to_string() }))
+            .await?;
         Ok(Resolved::Done(Some(job.id)))
     }
 

@@ -23,12 +23,19 @@ pub struct Doomed {
 impl Postgres {
     /// The pivot of a delete: from this commit on, readers get 404, and every ingest with a lower order number is
     /// superseded. Begins the saga's log in the same transaction, with the versions to erase in `data`.
-    pub async fn bury(&self, saga: &NewSaga, document: Uuid, order: i64, sweep_after: Duration) -> Result<(Published, Vec<Doomed>), StoreError> {
+    pub async fn bury(
+        &self,
+        saga: &NewSaga,
+        document: Uuid,
+        order: i64,
+        sweep_after: Duration,
+    ) -> Result<(Published, Vec<Doomed>), StoreError> {
         let mut tx = self.pool.begin().await?;
-        let row = sqlx::query("SELECT current_order, deleted_order FROM documents WHERE id = $1 FOR NO KEY UPDATE")
-            .bind(document)
-            .fetch_one(&mut *tx)
-            .await?;
+        let row =
+            sqlx::query("SELECT current_order, deleted_order FROM documents WHERE id = $1 FOR NO KEY UPDATE")
+                .bind(document)
+                .fetch_one(&mut *tx)
+                .await?;
         let settled: i64 = row.try_get("current_order")?;
         let deleted: Option<i64> = row.try_get("deleted_order")?;
         sqlx::query("SELECT FROM document_versions WHERE document_id = $1 ORDER BY id FOR NO KEY UPDATE")
@@ -46,7 +53,8 @@ impl Postgres {
             .fetch_optional(&mut *tx)
             .await?;
         if let Some(mut data) = done {
-            let doomed = serde_json::from_value(data["doomed"].take()).map_err(|e| sqlx::Error::Decode(e.into()))?;
+            let doomed =
+                serde_json::from_value(data["doomed"].take()).map_err(|e| sqlx::Error::Decode(e.into()))?;
             return Ok((Published::Yes, doomed));
         }
         if settled > order || deleted.is_some_and(|deleted| deleted >= order) {
@@ -87,7 +95,8 @@ impl Postgres {
         .bind(doomed.iter().map(|d| d.version).collect::<Vec<_>>())
         .execute(&mut *tx)
         .await?;
-        let saga = NewSaga { data: serde_json::json!({ "doomed": doomed, "document": document }), ..saga.clone() };
+        let saga =
+            NewSaga { data: serde_json::json!({ "doomed": doomed, "document": document }), ..saga.clone() };
         super::stage::insert_sagas(&mut tx, &[&saga]).await?;
         crate::fault_point!("delete.tombstone.inside");
         tx.commit().await?;
@@ -105,10 +114,12 @@ impl Postgres {
             return Ok(false);
         }
         sqlx::query("DELETE FROM chunks WHERE version_id = ANY($1)").bind(versions).execute(&mut *tx).await?;
-        sqlx::query("UPDATE document_versions SET body = NULL, title = NULL, metadata = '{}' WHERE id = ANY($1)")
-            .bind(versions)
-            .execute(&mut *tx)
-            .await?;
+        sqlx::query(
+            "UPDATE document_versions SET body = NULL, title = NULL, metadata = '{}' WHERE id = ANY($1)",
+        )
+        .bind(versions)
+        .execute(&mut *tx)
+        .await?;
         tx.commit().await?;
         Ok(true)
     }

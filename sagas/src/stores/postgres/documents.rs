@@ -47,7 +47,8 @@ pub struct Content {
     pub content_hash: Vec<u8>,
 }
 
-const PUBLISHED: &str = "SELECT v.id, v.document_id, d.key, v.tenant, v.title, v.metadata, encode(v.content_hash, 'hex') AS hash,
+const PUBLISHED: &str =
+    "SELECT v.id, v.document_id, d.key, v.tenant, v.title, v.metadata, encode(v.content_hash, 'hex') AS hash,
        v.model, v.collection, v.chunk_count, v.doc_order, v.body, v.content_hash
   FROM documents d JOIN document_versions v ON v.id = d.current_version";
 
@@ -69,9 +70,20 @@ fn published(row: &sqlx::postgres::PgRow) -> Result<PublishedVersion, sqlx::Erro
 
 impl Postgres {
     /// The version of a document that readers see now, without its text. `None`: unknown, deleted, or not ingested yet.
-    pub async fn current_version(&self, tenant: &str, document: &str) -> Result<Option<PublishedVersion>, StoreError> {
-        let sql = format!("{} WHERE d.tenant = $1 AND d.key = $2", PUBLISHED.replace(", v.body, v.content_hash", ""));
-        let row = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(tenant).bind(document).fetch_optional(&self.pool).await?;
+    pub async fn current_version(
+        &self,
+        tenant: &str,
+        document: &str,
+    ) -> Result<Option<PublishedVersion>, StoreError> {
+        let sql = format!(
+            "{} WHERE d.tenant = $1 AND d.key = $2",
+            PUBLISHED.replace(", v.body, v.content_hash", "")
+        );
+        let row = sqlx::query(sqlx::AssertSqlSafe(sql))
+            .bind(tenant)
+            .bind(document)
+            .fetch_optional(&self.pool)
+            .await?;
         Ok(row.as_ref().map(published).transpose()?)
     }
 
@@ -98,17 +110,25 @@ impl Postgres {
     }
 
     /// Which of these versions are published for `tenant`, with what a search result shows of them.
-    pub async fn published_among(&self, tenant: &str, versions: &[Uuid]) -> Result<HashMap<Uuid, PublishedVersion>, StoreError> {
+    pub async fn published_among(
+        &self,
+        tenant: &str,
+        versions: &[Uuid],
+    ) -> Result<HashMap<Uuid, PublishedVersion>, StoreError> {
         let sql = format!(
             "{} WHERE d.current_version = ANY($1) AND d.tenant = $2",
             PUBLISHED.replace(", v.body, v.content_hash", "")
         );
-        let rows = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(versions).bind(tenant).fetch_all(&self.pool).await?;
+        let rows =
+            sqlx::query(sqlx::AssertSqlSafe(sql)).bind(versions).bind(tenant).fetch_all(&self.pool).await?;
         rows.iter().map(|row| published(row).map(|v| (v.version, v)).map_err(Into::into)).collect()
     }
 
     /// The texts of these chunks.
-    pub async fn chunk_texts(&self, chunks: &[(Uuid, i32)]) -> Result<HashMap<(Uuid, i32), String>, StoreError> {
+    pub async fn chunk_texts(
+        &self,
+        chunks: &[(Uuid, i32)],
+    ) -> Result<HashMap<(Uuid, i32), String>, StoreError> {
         let rows = sqlx::query(
             "SELECT c.version_id, c.no, c.body FROM chunks c
              JOIN unnest($1::uuid[], $2::integer[]) AS w (version, no) ON c.version_id = w.version AND c.no = w.no",

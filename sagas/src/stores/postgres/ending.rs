@@ -117,7 +117,12 @@ pub(super) async fn insert_steps(
 
 impl Postgres {
     /// Ends a forward run whose pivot did not end the job itself. `false`: the fence refused.
-    pub async fn complete(&self, run: &Run, result: &Value, steps: &[StepRecord]) -> Result<bool, StoreError> {
+    pub async fn complete(
+        &self,
+        run: &Run,
+        result: &Value,
+        steps: &[StepRecord],
+    ) -> Result<bool, StoreError> {
         let mut tx = self.pool.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
@@ -140,7 +145,12 @@ impl Postgres {
     }
 
     /// Ends a run as its verdict says; its effects are undone by now. `false`: the fence refused.
-    pub async fn finish(&self, run: &Run, verdict: &Verdict, steps: &[StepRecord]) -> Result<bool, StoreError> {
+    pub async fn finish(
+        &self,
+        run: &Run,
+        verdict: &Verdict,
+        steps: &[StepRecord],
+    ) -> Result<bool, StoreError> {
         let mut tx = self.pool.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
@@ -201,7 +211,13 @@ impl Postgres {
     }
 
     /// Parks a run whose effects can't be undone or finished without a person. `false`: the fence refused.
-    pub async fn park(&self, run: &Run, verdict: Option<&Verdict>, error: &str, steps: &[StepRecord]) -> Result<bool, StoreError> {
+    pub async fn park(
+        &self,
+        run: &Run,
+        verdict: Option<&Verdict>,
+        error: &str,
+        steps: &[StepRecord],
+    ) -> Result<bool, StoreError> {
         let mut tx = self.pool.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
@@ -244,13 +260,15 @@ impl Postgres {
             return Ok(false);
         }
         if let (Some(saga), Some((next_step, data))) = (run.saga_id, progress) {
-            sqlx::query("UPDATE sagas SET next_step = $2, data = $3, updated_at = now(), fence = $4 WHERE id = $1")
-                .bind(saga)
-                .bind(next_step)
-                .bind(data)
-                .bind(run.fence.0)
-                .execute(&mut *tx)
-                .await?;
+            sqlx::query(
+                "UPDATE sagas SET next_step = $2, data = $3, updated_at = now(), fence = $4 WHERE id = $1",
+            )
+            .bind(saga)
+            .bind(next_step)
+            .bind(data)
+            .bind(run.fence.0)
+            .execute(&mut *tx)
+            .await?;
         }
         sqlx::query(
             "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = now() + make_interval(secs => $2),

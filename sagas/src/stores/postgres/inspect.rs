@@ -173,7 +173,11 @@ impl Postgres {
     /// One job.
     pub async fn job(&self, id: JobId, tenant: Option<&str>) -> Result<Option<JobView>, StoreError> {
         let sql = format!("{JOB} WHERE j.id = $1 AND ($2::text IS NULL OR j.tenant = $2)");
-        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(id.0).bind(tenant).fetch_optional(&self.pool).await?)
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql))
+            .bind(id.0)
+            .bind(tenant)
+            .fetch_optional(&self.pool)
+            .await?)
     }
 
     /// A page of jobs, newest first.
@@ -194,7 +198,10 @@ impl Postgres {
 
     /// The states of these jobs, for waiting on many at once.
     pub async fn job_states(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, String)>, StoreError> {
-        Ok(sqlx::query_as("SELECT id, state FROM jobs WHERE id = ANY($1)").bind(ids).fetch_all(&self.pool).await?)
+        Ok(sqlx::query_as("SELECT id, state FROM jobs WHERE id = ANY($1)")
+            .bind(ids)
+            .fetch_all(&self.pool)
+            .await?)
     }
 
     /// The charged failures of a job.
@@ -268,13 +275,17 @@ impl Postgres {
 
     /// Open dead letters by kind and class, for the gauge.
     pub async fn dead_letter_counts(&self) -> Result<Vec<(String, String, i64)>, StoreError> {
-        Ok(sqlx::query_as("SELECT kind, class, count(*) FROM dead_letters WHERE state = 'open' GROUP BY 1, 2")
-            .fetch_all(&self.pool)
-            .await?)
+        Ok(sqlx::query_as(
+            "SELECT kind, class, count(*) FROM dead_letters WHERE state = 'open' GROUP BY 1, 2",
+        )
+        .fetch_all(&self.pool)
+        .await?)
     }
 
     /// Parked sagas, for the gauge and its alert.
     pub async fn parked_count(&self) -> Result<i64, StoreError> {
-        Ok(sqlx::query_scalar("SELECT count(*) FROM sagas WHERE state = 'parked'").fetch_one(&self.pool).await?)
+        Ok(sqlx::query_scalar("SELECT count(*) FROM sagas WHERE state = 'parked'")
+            .fetch_one(&self.pool)
+            .await?)
     }
 }

@@ -35,7 +35,10 @@ impl Sweeps {
         let (last, first): (Vec<&Sweep>, Vec<&Sweep>) = self.due.iter().partition(|sweep| sweep.last);
         let first: Vec<Uuid> = first.iter().map(|sweep| sweep.version).collect();
         let last: Vec<Uuid> = last.iter().map(|sweep| sweep.version).collect();
-        sqlx::query("DELETE FROM chunks WHERE version_id = ANY($1)").bind(&first).execute(&mut *self.tx).await?;
+        sqlx::query("DELETE FROM chunks WHERE version_id = ANY($1)")
+            .bind(&first)
+            .execute(&mut *self.tx)
+            .await?;
         sqlx::query(
             "UPDATE document_versions SET sweeps = sweeps + 1, body = NULL, sweep_after = now() + make_interval(secs => $2)
              WHERE id = ANY($1)",
@@ -56,7 +59,10 @@ impl Sweeps {
         .bind(&first)
         .execute(&mut *self.tx)
         .await?;
-        sqlx::query("DELETE FROM document_versions WHERE id = ANY($1)").bind(&last).execute(&mut *self.tx).await?;
+        sqlx::query("DELETE FROM document_versions WHERE id = ANY($1)")
+            .bind(&last)
+            .execute(&mut *self.tx)
+            .await?;
         Ok(self.tx.commit().await?)
     }
 }

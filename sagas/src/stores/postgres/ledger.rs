@@ -65,7 +65,13 @@ impl Postgres {
     }
 
     /// Writes a line of the audit log: who did what to what by hand.
-    pub async fn record_action(&self, actor: &str, action: &str, subject: &str, detail: &Value) -> Result<(), StoreError> {
+    pub async fn record_action(
+        &self,
+        actor: &str,
+        action: &str,
+        subject: &str,
+        detail: &Value,
+    ) -> Result<(), StoreError> {
         sqlx::query("INSERT INTO audit_log (id, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5)")
             .bind(Uuid::now_v7())
             .bind(actor)

@@ -75,7 +75,11 @@ impl Postgres {
     pub fn lazy(config: &PostgresConfig) -> Result<Self, StoreError> {
         let options = PgConnectOptions::from_str(&config.url)
             .map_err(|e| {
-                StoreError::new(Dependency::Postgres, Class::Permanent, format!("DATABASE_URL can't be read: {e}"))
+                StoreError::new(
+                    Dependency::Postgres,
+                    Class::Permanent,
+                    format!("DATABASE_URL can't be read: {e}"),
+                )
             })?
             .application_name("flotilla")
             .options([
@@ -158,7 +162,12 @@ impl Postgres {
     /// A connection without the statement time-out, on which migrations may take long.
     async fn migration_connection(&self) -> Result<PgConnection, StoreError> {
         use sqlx::Connection;
-        let options = self.pool.connect_options().as_ref().clone().options([("statement_timeout", "0"), ("client_min_messages", "warning")]);
+        let options = self
+            .pool
+            .connect_options()
+            .as_ref()
+            .clone()
+            .options([("statement_timeout", "0"), ("client_min_messages", "warning")]);
         let mut connection = PgConnection::connect_with(&options).await?;
         sqlx::query("CREATE SCHEMA IF NOT EXISTS flotilla").execute(&mut connection).await?;
         Ok(connection)
@@ -200,6 +209,8 @@ pub(crate) async fn lock_alive(
     .fetch_all(connection)
     .await?;
     rows.iter()
-        .map(|row| Ok((JobId(row.try_get("id")?), Alive { cancel_requested: row.try_get("cancel_requested")? })))
+        .map(|row| {
+            Ok((JobId(row.try_get("id")?), Alive { cancel_requested: row.try_get("cancel_requested")? }))
+        })
         .collect()
 }

@@ -8,7 +8,14 @@ use crate::error::StoreError;
 
 impl Postgres {
     /// Has the effect of a step, or undoes it, unless a try with the same key did so before. `false`: the fence refused.
-    pub(crate) async fn effect(&self, job: JobId, fence: Fence, step: &str, key: &str, undo: bool) -> Result<bool, StoreError> {
+    pub(crate) async fn effect(
+        &self,
+        job: JobId,
+        fence: Fence,
+        step: &str,
+        key: &str,
+        undo: bool,
+    ) -> Result<bool, StoreError> {
         let Some(mut fenced) = self.fenced(job, fence).await? else { return Ok(false) };
         sqlx::query(
             "INSERT INTO effects (job, step, key, fence, change)

@@ -88,8 +88,13 @@ impl Batch for PublishBatch {
 
     async fn flush(&self, items: &[Self::Item]) -> Result<Vec<Published>, StoreError> {
         let mut tx = self.0.pool.begin().await?;
-        let mut documents = lock_documents(&mut tx, items.iter().map(|item| item.document_id).collect()).await?;
-        lock_versions(&mut tx, items.iter().map(|i| i.version).chain(documents.values().filter_map(|d| d.version))).await?;
+        let mut documents =
+            lock_documents(&mut tx, items.iter().map(|item| item.document_id).collect()).await?;
+        lock_versions(
+            &mut tx,
+            items.iter().map(|i| i.version).chain(documents.values().filter_map(|d| d.version)),
+        )
+        .await?;
         let held: Vec<_> = items.iter().map(|item| (item.job_id, item.fence)).collect();
         let alive = lock_alive(&mut tx, &held).await?;
 
@@ -134,12 +139,17 @@ impl Batch for PublishBatch {
 
 fn allowed(condition: Condition, document: &Shown) -> bool {
     match condition {
-        Condition::Order(order) => document.order < order && document.deleted_order.is_none_or(|deleted| deleted < order),
+        Condition::Order(order) => {
+            document.order < order && document.deleted_order.is_none_or(|deleted| deleted < order)
+        }
         Condition::Replaces(version) => document.version == Some(version),
     }
 }
 
-async fn lock_documents(connection: &mut PgConnection, ids: Vec<Uuid>) -> Result<HashMap<Uuid, Shown>, sqlx::Error> {
+async fn lock_documents(
+    connection: &mut PgConnection,
+    ids: Vec<Uuid>,
+) -> Result<HashMap<Uuid, Shown>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT id, current_version, current_order, deleted_order FROM documents
          WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE",
@@ -159,7 +169,10 @@ async fn lock_documents(connection: &mut PgConnection, ids: Vec<Uuid>) -> Result
         .collect()
 }
 
-async fn lock_versions(connection: &mut PgConnection, ids: impl Iterator<Item = Uuid>) -> Result<(), sqlx::Error> {
+async fn lock_versions(
+    connection: &mut PgConnection,
+    ids: impl Iterator<Item = Uuid>,
+) -> Result<(), sqlx::Error> {
     sqlx::query("SELECT FROM document_versions WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE")
         .bind(ids.collect::<Vec<_>>())
         .execute(connection)
@@ -184,7 +197,8 @@ async fn write_versions(
     .bind(retired.iter().map(|r| r.2).collect::<Vec<_>>())
     .execute(&mut *connection)
     .await?;
-    let new: Vec<&Publish> = published.iter().map(|(item, _)| *item).filter(|item| !skipped.contains(&item.version)).collect();
+    let new: Vec<&Publish> =
+        published.iter().map(|(item, _)| *item).filter(|item| !skipped.contains(&item.version)).collect();
     let done = sqlx::query(
         "UPDATE document_versions v SET state = 'published', published_at = now(), vectors_hash = p.hash
          FROM unnest($1::uuid[], $2::bytea[]) AS p (id, hash) WHERE v.id = p.id AND v.state = 'staged'",

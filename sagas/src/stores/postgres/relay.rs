@@ -28,7 +28,8 @@ impl Batch {
     }
 }
 
-const ENVELOPE: &str = "id, kind, queue, priority, tenant, traceparent, tracestate, created_at, run_at, run_at > now() AS later";
+const ENVELOPE: &str =
+    "id, kind, queue, priority, tenant, traceparent, tracestate, created_at, run_at, run_at > now() AS later";
 
 impl Postgres {
     /// The oldest undispatched jobs, at most `limit`, without those of the queues in `full`: their jobs, however many,
@@ -56,7 +57,12 @@ impl Postgres {
 
     /// A page of unfinished dispatched jobs after `after`, oldest ids first, without those changed within `grace`: they
     /// may be on their way. The running among them are ones that a worker took.
-    pub async fn unfinished(&self, after: Uuid, limit: i64, grace: Duration) -> Result<Vec<Envelope>, StoreError> {
+    pub async fn unfinished(
+        &self,
+        after: Uuid,
+        limit: i64,
+        grace: Duration,
+    ) -> Result<Vec<Envelope>, StoreError> {
         let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
             "SELECT {ENVELOPE} FROM jobs
              WHERE id > $1 AND state IN ('waiting', 'running') AND dispatched_at < now() - make_interval(secs => $3)
@@ -119,7 +125,8 @@ fn envelope(row: &PgRow) -> Result<Envelope, StoreError> {
         id: JobId(row.try_get("id")?),
         kind: row.try_get("kind")?,
         queue: QueueName::new(row.try_get::<String, _>("queue")?).map_err(|e| odd("queue", &e))?,
-        priority: Priority::try_from(i64::from(row.try_get::<i16, _>("priority")?)).map_err(|e| odd("priority", &e))?,
+        priority: Priority::try_from(i64::from(row.try_get::<i16, _>("priority")?))
+            .map_err(|e| odd("priority", &e))?,
         tenant: TenantId::new(row.try_get::<String, _>("tenant")?).map_err(|e| odd("tenant", &e))?,
         run_at_ms: later.then(|| run_at.timestamp_millis()),
         enqueued_at_ms: created_at.timestamp_millis(),

@@ -100,7 +100,10 @@ impl Batch for StageBatch {
 
 /// Writes the sagas' first rows. The caller holds the fences. A row that is there already is an earlier try of the same
 /// call whose reply was lost.
-pub(super) async fn insert_sagas(connection: &mut PgConnection, sagas: &[&NewSaga]) -> Result<(), sqlx::Error> {
+pub(super) async fn insert_sagas(
+    connection: &mut PgConnection,
+    sagas: &[&NewSaga],
+) -> Result<(), sqlx::Error> {
     sqlx::query(
         "INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, next_step, data, fence)
          SELECT id, job_id, kind, version, tenant, 'running', next_step, data, fence
@@ -206,7 +209,10 @@ impl Postgres {
         sweep_after: std::time::Duration,
     ) -> Result<bool, StoreError> {
         let mut tx = self.pool.begin().await?;
-        sqlx::query("SELECT FROM document_versions WHERE id = $1 FOR NO KEY UPDATE").bind(version).execute(&mut *tx).await?;
+        sqlx::query("SELECT FROM document_versions WHERE id = $1 FOR NO KEY UPDATE")
+            .bind(version)
+            .execute(&mut *tx)
+            .await?;
         if lock_alive(&mut tx, &[(job, fence)]).await?.is_empty() {
             return Ok(false);
         }

@@ -124,7 +124,8 @@ impl Batch for TakeBatch {
         let ids: Vec<JobId> = items.iter().map(|item| item.id).collect();
         let mut taken = self.postgres.take(&ids, &self.worker).await?;
         let refused: Vec<Uuid> = ids.iter().filter(|id| !taken.contains_key(id)).map(|id| id.0).collect();
-        let mut waits = if refused.is_empty() { HashMap::new() } else { self.postgres.why_refused(&refused).await? };
+        let mut waits =
+            if refused.is_empty() { HashMap::new() } else { self.postgres.why_refused(&refused).await? };
         Ok(ids
             .iter()
             .map(|id| match taken.remove(id) {
@@ -218,11 +219,13 @@ impl Postgres {
     /// Records that a taken job runs alone in its process from now on, so that a loss counts towards the delivery
     /// limit (PROTOCOL.md 13). `false`: the fence refused.
     pub async fn mark_alone(&self, id: JobId, fence: Fence) -> Result<bool, StoreError> {
-        let done = sqlx::query("UPDATE jobs SET runs_alone = true WHERE id = $1 AND fence = $2 AND state = 'running'")
-            .bind(id.0)
-            .bind(fence.0)
-            .execute(&self.pool)
-            .await?;
+        let done = sqlx::query(
+            "UPDATE jobs SET runs_alone = true WHERE id = $1 AND fence = $2 AND state = 'running'",
+        )
+        .bind(id.0)
+        .bind(fence.0)
+        .execute(&self.pool)
+        .await?;
         Ok(done.rows_affected() == 1)
     }
 }
@@ -258,7 +261,9 @@ fn taken_job(row: &PgRow) -> Result<TakenJob, sqlx::Error> {
         doc_order: row.try_get("doc_order")?,
         cancel_requested: row.try_get("cancel_requested")?,
         traceparent: row.try_get("traceparent")?,
-        unroutable_for: row.try_get::<Option<f64>, _>("unroutable_s")?.map(|s| Duration::from_secs_f64(s.max(0.0))),
+        unroutable_for: row
+            .try_get::<Option<f64>, _>("unroutable_s")?
+            .map(|s| Duration::from_secs_f64(s.max(0.0))),
         saga,
     })
 }

@@ -23,14 +23,21 @@ fn digest(key: &str) -> Vec<u8> {
 impl Postgres {
     /// Makes a tenant; nothing happens if it is there. `true`: it is new.
     pub async fn create_tenant(&self, id: &str) -> Result<bool, StoreError> {
-        let done = sqlx::query("INSERT INTO tenants (id) VALUES ($1) ON CONFLICT DO NOTHING").bind(id).execute(&self.pool).await?;
+        let done = sqlx::query("INSERT INTO tenants (id) VALUES ($1) ON CONFLICT DO NOTHING")
+            .bind(id)
+            .execute(&self.pool)
+            .await?;
         Ok(done.rows_affected() == 1)
     }
 
     /// The tenant, if it exists.
     pub async fn tenant(&self, id: &str) -> Result<Option<Tenant>, StoreError> {
-        let row = sqlx::query("SELECT id, max_waiting FROM tenants WHERE id = $1").bind(id).fetch_optional(&self.pool).await?;
-        row.map(|row| Ok(Tenant { id: row.try_get("id")?, max_waiting: row.try_get("max_waiting")? })).transpose()
+        let row = sqlx::query("SELECT id, max_waiting FROM tenants WHERE id = $1")
+            .bind(id)
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(|row| Ok(Tenant { id: row.try_get("id")?, max_waiting: row.try_get("max_waiting")? }))
+            .transpose()
     }
 
     /// Stores an API key's hash; the key itself is the caller's to show once.
@@ -64,6 +71,7 @@ impl Postgres {
         .bind(digest(key))
         .fetch_optional(&self.pool)
         .await?;
-        row.map(|row| Ok(Tenant { id: row.try_get("id")?, max_waiting: row.try_get("max_waiting")? })).transpose()
+        row.map(|row| Ok(Tenant { id: row.try_get("id")?, max_waiting: row.try_get("max_waiting")? }))
+            .transpose()
     }
 }
