@@ -62,10 +62,16 @@ struct Worker(Child);
 
 impl Worker {
     fn start(cli: &Cli) -> Self {
+        Self::start_with(cli, &[])
+    }
+
+    fn start_with(cli: &Cli, environment: &[(&str, &str)]) -> Self {
         let log = fs::File::create(cli.services.dir().join("worker.log")).unwrap();
         let child = cli
             .command(&["worker", "--queues", "ingest,embed,delete", "--concurrency", "4"])
             .env("FLOTILLA_WORKER_ADDR", "127.0.0.1:0")
+            .env("FLOTILLA_FAULTS_DIR", cli.services.dir())
+            .envs(environment.iter().copied())
             .stderr(log)
             .spawn()
             .unwrap();
@@ -290,5 +296,34 @@ async fn a_worker_refuses_a_queue_that_may_evict_and_one_of_another_ledger() {
         assert_eq!(output.status.code(), Some(2));
         let err = String::from_utf8(output.stderr).unwrap();
         assert!(err.contains("belongs to ledger"), "{err}");
+    }
+}
+
+#[cfg(feature = "faults")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_ends_a_worker_that_drains() {
+    let cli = Cli { services: TestServices::start().await.unwrap() };
+    cli.text(0, &["migrate", "up"]);
+    let log = cli.services.dir().join("worker.log");
+    let said = |what: &str| fs::read_to_string(&log).unwrap_or_default().contains(what);
+    for (first, second, code) in
+        [(Signal::SIGTERM, Signal::SIGINT, 130), (Signal::SIGINT, Signal::SIGTERM, 143)]
+    {
+        let mut worker = Worker::start_with(&cli, &[("FLOTILLA_FAULTS", "ingest.vectors.before=hang*9")]);
+        let payload = format!(r#"{{"document":"slow-{code}","text":"x"}}"#);
+        let id = cli.json(0, &["enqueue", "ingest", "--payload", &payload])["id"].clone();
+        let id = id.as_str().unwrap();
+        let deadline = Instant::now() + WITHIN;
+        while cli.json(0, &["jobs", "show", id])["state"] != "running" {
+            assert!(Instant::now() < deadline, "{}", fs::read_to_string(&log).unwrap());
+        }
+        worker.signal(first);
+        while !said("draining; a second signal") {
+            assert!(Instant::now() < deadline, "{}", fs::read_to_string(&log).unwrap());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(worker.0.try_wait().unwrap(), None, "the first signal drains");
+        worker.signal(second);
+        assert_eq!(worker.exit_code(), Some(code));
     }
 }

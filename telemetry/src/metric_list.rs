@@ -46,4 +46,8 @@ pub fn describe() {
     describe_histogram!("coalescer_batch_size", "Calls that shared one statement or request to a store.");
     describe_gauge!("outbox_unrelayed", "Accepted jobs that are not in the queue yet.");
     describe_counter!("reconciler_redispatched_total", "Jobs that had to be put into the queue again.");
+    describe_gauge!(
+        "audit_findings",
+        "Disagreements between the stores that the last audit of this process left, by kind."
+    );
 }

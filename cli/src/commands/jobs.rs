@@ -61,7 +61,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             Ok(Ending::Fine)
         }
         Command::Show { id } => show(id, &postgres, context).await,
-        Command::Cancel { id } => cancel(id, &postgres, context).await,
+        Command::Cancel { id } => cancel(id, context).await,
     }
 }
 
@@ -164,8 +164,9 @@ fn described(detail: &Detail) -> String {
     out
 }
 
-async fn cancel(id: Uuid, postgres: &Postgres, context: &Context) -> Outcome {
-    let (word, sentence, good) = match postgres.cancel(JobId(id), None).await? {
+async fn cancel(id: Uuid, context: &Context) -> Outcome {
+    let client = super::enqueue::client(context).await?;
+    let (word, sentence, good) = match client.cancel(JobId(id), None).await? {
         Cancel::Cancelled => ("cancelled", "cancelled", true),
         Cancel::Requested => {
             ("requested", "its end is asked for; it is cancelled once its effects are undone", true)
@@ -175,7 +176,7 @@ async fn cancel(id: Uuid, postgres: &Postgres, context: &Context) -> Outcome {
         Cancel::Unknown => return Err(unknown(id).into()),
     };
     if good {
-        postgres.record_action(&actor(), "jobs.cancel", &id.to_string(), &json!({})).await?;
+        client.postgres().record_action(&actor(), "jobs.cancel", &id.to_string(), &json!({})).await?;
     }
     context.out.data(&json!({ "job": id, "cancel": word }), || format!("job {id}: {sentence}"))?;
     Ok(Ending::fine_if(good))
