@@ -142,9 +142,10 @@ impl Postgres {
 
     /// Each migration's version, description and whether it is applied.
     pub async fn migrations(&self) -> Result<Vec<(i64, String, bool)>, StoreError> {
-        let mut connection = self.migration_connection().await?;
+        // Reads only: a worker that looks whether the schema is there need not be allowed to make it.
+        let mut connection = self.pool.acquire().await?;
         let applied: Vec<i64> = match sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success")
-            .fetch_all(&mut connection)
+            .fetch_all(&mut *connection)
             .await
         {
             Ok(applied) => applied,

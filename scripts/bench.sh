@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Runs every benchmark on private servers and prints one JSON object for each. Progress goes to stderr. Machines differ and are
+# shared: compare only within one run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+flotilla=${FLOTILLA_BIN:-${CARGO_TARGET_DIR:-target}/release/flotilla}
+FLOTILLA_VECTORS_BIN=$(scripts/build-vectors.sh)
+export FLOTILLA_VECTORS_BIN
+for bench in enqueue ingest embed; do
+  echo "==> flotilla bench $bench" >&2
+  "$flotilla" bench "$bench" --json
+done
