@@ -160,7 +160,8 @@ impl WorkerProcess {
         self.signal(Signal::SIGCONT);
     }
 
-    /// Asks it to drain (SIGTERM) and waits for its end.
+    /// Asks it to drain (SIGTERM) and waits for its end. A process that is not [`ready`](Self::ready) may not listen to
+    /// signals yet, and just dies.
     pub async fn terminate(&self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
         self.exit().await

@@ -72,6 +72,7 @@ async fn a_worker_killed_anywhere_leaves_exactly_one_effect_or_none() {
     };
     let passed: usize = join_all((0..LANES).map(lane)).await.into_iter().sum();
     let janitor = fleet.worker().start();
+    janitor.ready().await;
     let report = fleet.audit_clean().await;
     let history = reader.finish().await;
     println!(

@@ -89,6 +89,9 @@ async fn documents_that_change_while_workers_die_are_always_whole_and_never_go_b
         workers.remove(0).kill9().await;
         workers.push(fleet.worker().start());
     }
+    for worker in &workers {
+        worker.ready().await;
+    }
     fleet.assert_all_succeeded(&jobs).await;
     for name in &names {
         assert_eq!(fleet.stores.document(TENANT, name).await.unwrap().unwrap().text, text(name, REVISIONS));

@@ -96,6 +96,7 @@ async fn steps_that_fail_or_hang_are_tried_again_or_undone() {
     };
     join_all((0..LANES).map(lane)).await;
     let janitor = fleet.worker().start();
+    janitor.ready().await;
     fleet.audit_clean().await;
     println!("{} cases of failing and hanging steps passed", CASES.len());
     assert!(janitor.terminate().await.success());

@@ -93,6 +93,7 @@ async fn a_worker_that_wakes_after_its_successor_has_ended_the_job_changes_nothi
     };
     join_all((0..LANES).map(lane)).await;
     let janitor = fleet.worker().start();
+    janitor.ready().await;
     fleet.audit_clean().await;
     println!("{} zombies, none changed anything", CASES.len());
     assert!(janitor.terminate().await.success());
