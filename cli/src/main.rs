@@ -47,7 +47,7 @@ enum Command {
     /// Bring the database's schema up to date, or back
     #[command(subcommand)]
     Migrate(migrate::Command),
-    /// Serve the HTTP API and the console, and keep the queue in step with the ledger
+    /// Serve the HTTP API, and keep the queue in step with the ledger
     Producer(producer::Args),
     /// Run jobs: claim them from the queues, run each as a saga, drain on SIGTERM
     Worker(worker::Args),
