@@ -91,6 +91,22 @@ async fn protocol_01_08_a_job_that_waits_for_a_later_time_does_not_block_its_doc
 }
 
 #[tokio::test]
+async fn protocol_01_08_an_earlier_job_that_comes_due_waits_for_the_one_that_runs() {
+    let ledger = Ledger::start().await;
+    let mut later = ingest("a");
+    later.run_at = Some(chrono::Utc::now() + HOUR);
+    let ids = ledger.accept(&[later, ingest("a")]).await;
+    ledger.take("w", ids[1]).await;
+    sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1")
+        .bind(ids[0].0)
+        .execute(ledger.postgres.pool())
+        .await
+        .unwrap();
+    let take = ledger.takes("w", &[ids[0]]).await.remove(0);
+    assert!(matches!(take, Take::NotYet(_)), "{take:?}");
+}
+
+#[tokio::test]
 async fn protocol_13_a_delivery_counts_only_when_taken_and_is_lost_only_to_another_worker() {
     let ledger = Ledger::start().await;
     let id = ledger.ingest("a").await;
