@@ -23,12 +23,13 @@ pub struct WorkerBuilder {
     command: Command,
     name: String,
     log: PathBuf,
-    addr: String,
+    port: Port,
 }
 
 impl WorkerBuilder {
     pub(crate) fn new(name: String, dir: &Path, env: Vec<(String, String)>) -> Self {
-        let addr = format!("127.0.0.1:{}", free_port());
+        let port = Port::free();
+        let addr = format!("127.0.0.1:{}", port.number);
         let mut command = if Path::new("/usr/bin/setpriv").exists() {
             // So that a worker does not outlive a test that is killed.
             let mut command = Command::new("setpriv");
@@ -43,7 +44,7 @@ impl WorkerBuilder {
             .env("FLOTILLA_WORKER_ADDR", &addr)
             .env_remove("FLOTILLA_FAULTS")
             .stdin(Stdio::null());
-        Self { command, log: dir.join(format!("{name}.log")), name, addr }
+        Self { command, log: dir.join(format!("{name}.log")), name, port }
     }
 
     /// Sets an environment variable.
@@ -79,7 +80,7 @@ impl WorkerBuilder {
         let both = log.try_clone().expect("the log file a second time");
         let child = self.command.stdout(log).stderr(both).spawn().expect("start a worker");
         let pid = Pid::from_raw(child.id().cast_signed());
-        WorkerProcess { name: self.name, addr: self.addr, log: self.log, pid, child: Mutex::new(child) }
+        WorkerProcess { name: self.name, port: self.port, log: self.log, pid, child: Mutex::new(child) }
     }
 }
 
@@ -89,7 +90,7 @@ pub struct WorkerProcess {
     pub name: String,
     /// Its process.
     pub pid: Pid,
-    addr: String,
+    port: Port,
     log: PathBuf,
     child: Mutex<Child>,
 }
@@ -97,7 +98,7 @@ pub struct WorkerProcess {
 impl WorkerProcess {
     /// Where it serves `/healthz`, `/readyz` and `/metrics`: `http://127.0.0.1:PORT`.
     pub fn health_url(&self) -> String {
-        format!("http://{}", self.addr)
+        format!("http://127.0.0.1:{}", self.port.number)
     }
 
     /// All that it has written so far.
@@ -253,10 +254,25 @@ fn binary() -> PathBuf {
     path
 }
 
-/// A port that is free now, below the range from which the kernel serves outgoing connections.
-fn free_port() -> u16 {
-    (0..1000)
-        .map(|_| rand::random_range(10_000..14_999))
-        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
-        .expect("a free port")
+/// A port for one worker, reserved by a file's lock among the tests that run side by side: another could choose it, too,
+/// before this worker has begun to listen.
+struct Port {
+    number: u16,
+    _lock: File,
+}
+
+impl Port {
+    /// Chooses a free one below the range from which the kernel serves outgoing connections.
+    fn free() -> Self {
+        let dir = std::env::temp_dir().join("flotilla-e2e-ports");
+        fs::create_dir_all(&dir).expect("a directory for the locks of ports");
+        for _ in 0..1000 {
+            let number = rand::random_range(10_000..14_999);
+            let lock = File::create(dir.join(number.to_string())).expect("a lock file for a port");
+            if lock.try_lock().is_ok() && std::net::TcpListener::bind(("127.0.0.1", number)).is_ok() {
+                return Self { number, _lock: lock };
+            }
+        }
+        panic!("no port between 10000 and 14999 is free");
+    }
 }
