@@ -66,7 +66,7 @@ fn backend(stage: &Stage, slots: usize, shutdown: &CancellationToken) -> (QueueB
 }
 
 fn quick(config: &mut QueueConfig) {
-    config.lease = Duration::from_secs(1);
+    config.lease = Duration::from_secs(2);
     config.safety_poll = Duration::from_millis(200);
 }
 

@@ -17,7 +17,7 @@ use support::{Stage, eventually, job, jobs, name, worker};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-const LEASE: Duration = Duration::from_millis(1500);
+const LEASE: Duration = Duration::from_secs(2);
 
 fn impatient(config: &mut QueueConfig) {
     config.lease = LEASE;

@@ -107,15 +107,20 @@ async fn a_wake_up_that_was_lost_is_made_up_for_by_the_safety_poll() {
     let stage = Stage::with(|config| config.safety_poll = Duration::from_millis(200)).await;
     let mut roles = roles(&stage, 4);
     assert!(roles.none_within(100).await);
+    // The subscription breaks and can't be renewed, so that no wake-up comes.
     let mut raw = stage.raw().await;
-    let () = redis::cmd("CLIENT")
-        .arg(&["KILL", "TYPE", "PUBSUB"])
-        .query_async::<i64>(&mut raw)
-        .await
-        .map(drop)
-        .unwrap();
-    stage.queue.push(&jobs(1)).await.unwrap();
-    roles.next().await;
+    let () =
+        redis::cmd("ACL").arg(&["SETUSER", "default", "-subscribe"]).query_async(&mut raw).await.unwrap();
+    let killed: u32 =
+        redis::cmd("CLIENT").arg(&["KILL", "TYPE", "PUBSUB"]).query_async(&mut raw).await.unwrap();
+    assert_eq!(killed, 1, "one subscription for each worker");
+    for _ in 0..3 {
+        stage.queue.push(&jobs(1)).await.unwrap();
+        let job = roles.next().await;
+        roles.acker.done(job.lease, Done::Ack).await;
+    }
+    let () =
+        redis::cmd("ACL").arg(&["SETUSER", "default", "+subscribe"]).query_async(&mut raw).await.unwrap();
     // And the subscription comes back.
     eventually(
         Duration::from_secs(10),
@@ -239,12 +244,12 @@ async fn a_dropped_receiver_ends_the_claimer_and_loses_nothing() {
 // One runtime thread: what blocks it blocks everything but the heartbeat.
 #[tokio::test(flavor = "current_thread")]
 async fn rule_5_a_busy_runtime_does_not_starve_the_heartbeat() {
-    let stage = Stage::with(|config| config.lease = Duration::from_millis(800)).await;
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(2)).await;
     stage.queue.push(&jobs(3)).await.unwrap();
     let claims = stage.claim(3).await;
-    let heartbeat = Heartbeat::spawn(stage.config.clone(), beat_every(200)).unwrap();
+    let heartbeat = Heartbeat::spawn(stage.config.clone(), beat_every(400)).unwrap();
     let leases: Vec<_> = claims.iter().map(|claim| heartbeat.register(claim)).collect();
-    let busy_until = Instant::now() + Duration::from_millis(2500);
+    let busy_until = Instant::now() + Duration::from_secs(5);
     while Instant::now() < busy_until {
         std::hint::spin_loop();
     }
@@ -253,7 +258,7 @@ async fn rule_5_a_busy_runtime_does_not_starve_the_heartbeat() {
         "a lease ran out while the runtime was busy"
     );
     for lease in &leases {
-        assert!(lease.remaining() > Duration::from_millis(200), "{lease:?}");
+        assert!(!lease.remaining().is_zero(), "{lease:?}");
         assert!(!lease.is_lost());
     }
 }
