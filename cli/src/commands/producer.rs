@@ -16,7 +16,7 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where the API, the console, /healthz, /readyz and /metrics are served [default: 127.0.0.1:8080]
+    /// Where the API, /healthz, /readyz and /metrics are served [default: 127.0.0.1:8080]
     #[arg(long, env = "FLOTILLA_PRODUCER_ADDR")]
     addr: Option<SocketAddr>,
     /// `keys`: an API key names the tenant. `open`: anybody may name any tenant, for development [default: keys]

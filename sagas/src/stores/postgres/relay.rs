@@ -92,7 +92,10 @@ impl Postgres {
     /// connection lives; another process takes over when it ends.
     pub async fn lead(&self, name: &str) -> Result<Option<Leadership>, StoreError> {
         use sqlx::Connection;
-        let mut connection = PgConnection::connect_with(&self.pool.connect_options()).await?;
+        // A leader checks in every second or so; one that is stopped or cut off must not keep the role.
+        let options =
+            self.pool.connect_options().as_ref().clone().options([("idle_session_timeout", "15000")]);
+        let mut connection = PgConnection::connect_with(&options).await?;
         let leads: bool = sqlx::query_scalar("SELECT pg_try_advisory_lock(hashtext('flotilla.role.' || $1))")
             .bind(name)
             .fetch_one(&mut connection)
