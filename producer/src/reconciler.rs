@@ -120,7 +120,7 @@ impl Reconciler {
             let wait = self.settings.heartbeat;
             tracing::warn!(
                 ?wait,
-                "Redis has lost the queue's data: dispatching all unfinished jobs again after a wait"
+                "the prefix is not stamped, so it is new or Redis has lost its data: dispatching what is missing after a wait"
             );
             *lost_since.insert(Instant::now())
         };

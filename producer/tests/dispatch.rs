@@ -42,8 +42,10 @@ async fn relays_side_by_side_dispatch_each_job_once() {
     for part in jobs.chunks(1000) {
         stage.postgres.accept(part, false).await.unwrap();
     }
-    // Nothing but the relays dispatches here.
-    let settings = MaintainSettings { relay_batch: 50, grace: Duration::from_secs(3600), ..quick() };
+    // Nothing but the relays dispatches here: jobs are acked below without an end in the ledger, so that the
+    // reconciler would rightly dispatch them again, by its regular pass or, the prefix being new, by the other one.
+    let hour = Duration::from_secs(3600);
+    let settings = MaintainSettings { relay_batch: 50, grace: hour, heartbeat: hour, ..quick() };
     let relays: Vec<_> = (0..3)
         .map(|_| {
             Maintenance::start(
