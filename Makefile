@@ -31,8 +31,7 @@ demo: ## everything on this machine: build, services, fleet, a real corpus, a ki
 test: ## all tests, over real private services
 	@scripts/setup.sh --for test
 	@$(MAKE) --no-print-directory model vectors
-	@echo "==> building the tests"
-	cargo build --locked $(TEST_FEATURES)
+	@echo "==> building and running the tests"
 	FLOTILLA_BIN=$(abspath $(TARGET))/debug/flotilla FLOTILLA_MODEL_DIR=$(abspath $(MODEL_DIR)) \
 	FLOTILLA_VECTORS_BIN=$$(scripts/build-vectors.sh) \
 	cargo nextest run --locked $(TEST_FEATURES)

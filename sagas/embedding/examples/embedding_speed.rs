@@ -1,7 +1,7 @@
 //! Opens the embedder that the environment names and measures it:
 //!
 //! ```text
-//! cargo run --release -p embedding --example throughput [DOCUMENTS] [WORDS] [CALLS]
+//! cargo run --release -p embedding --example embedding_speed [DOCUMENTS] [WORDS] [CALLS]
 //! ```
 //!
 //! DOCUMENTS texts (default 512) of WORDS words each (default 100, about as many tokens), in CALLS
