@@ -36,7 +36,7 @@ pub fn split(text: &str, limits: Chunking) -> Vec<String> {
         }
         // Always forward, also when the overlap is as long as the chunk.
         let back = end.saturating_sub(limits.overlap_chars);
-        start = word_start(&chars, back, end).max(start + 1);
+        start = word_start(&chars, back.max(start + 1), end);
     }
     chunks
 }
@@ -52,9 +52,9 @@ fn boundary(chars: &[(usize, char)], start: usize, limit: usize) -> usize {
         .map_or(limit, |i| i + 1)
 }
 
-/// The first start of a word in `from..to`, so that an overlap does not begin inside one.
+/// The first start of a word in `from..to`, so that an overlap does not begin inside one. `from` is at least 1.
 fn word_start(chars: &[(usize, char)], from: usize, to: usize) -> usize {
-    (from..to).find(|&i| i == 0 || chars[i - 1].1.is_whitespace()).unwrap_or(to)
+    (from..to).find(|&i| chars[i - 1].1.is_whitespace()).unwrap_or(to)
 }
 
 #[cfg(test)]
