@@ -11,7 +11,8 @@
 --   T:l                    zset   leases by expiry, ms
 --   T:s                    zset   scheduled jobs by due time, ms
 --   T:t                    hash   waiting + scheduled jobs by tenant
---   T:wake                 channel, told when the partition stops being empty
+--   T:wake                 channel, told when there is something to claim again
+-- What policies add to them is described in policies.lua.
 --
 -- A list entry counts only while its job is waiting with the same sequence number; numbers are never used twice in
 -- one life of the data. So cancel and reprioritise need not search a list: the entry they leave behind is dropped
@@ -31,12 +32,14 @@ local function clock(given)
 end
 
 -- The counters are read once, changed in `count`, and written once by `save`.
-local NAMES = { 'seq', 'tick', 'z', 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', 'w7', 'w8', 'w9' }
-local raw = redis.call('HMGET', part, 'epoch', unpack(NAMES))
-local epoch = raw[1]
+local NAMES = { 'seq', 'tick', 'i', 'z', 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', 'w7', 'w8', 'w9' }
+local raw = redis.call('HMGET', part, 'epoch', 'pol', 'syn', unpack(NAMES))
+local epoch, policies, synced = raw[1], tonumber(raw[2] or 0), raw[3]
 local count, before, tenants = {}, {}, {}
+-- A ring got a tenant; a lease ended.
+local grown, freed = false, false
 for i, name in ipairs(NAMES) do
-  count[name] = tonumber(raw[i + 1] or 0)
+  count[name] = tonumber(raw[i + 3] or 0)
   before[name] = count[name]
 end
 
@@ -63,13 +66,19 @@ local function enter_list(id, priority, tenant, since, front)
   local entry = id .. ' ' .. count.seq .. ' ' .. since
   if redis.call(front and 'LPUSH' or 'RPUSH', list_key(priority, tenant), entry) == 1 then
     redis.call('RPUSH', ring_key(priority), tenant)
+    grown = true
   end
   add('w' .. priority, 1)
   return count.seq
 end
 
--- Writes what changed and wakes idle workers if the partition was empty and is not any more.
+-- Writes what changed, and wakes idle workers if the partition was empty and is not any more, or if what kept the last
+-- claim from the jobs that wait is over.
 local function save()
+  local wake = depth(before) == 0 and depth(count) > 0
+  if before.i == 1 and grown or before.i == 2 and freed then
+    wake, count.i = true, 0
+  end
   local changed = {}
   for name, value in pairs(count) do
     if value ~= before[name] then
@@ -81,5 +90,5 @@ local function save()
   for tenant, by in pairs(tenants) do
     if by ~= 0 and redis.call('HINCRBY', TENANTS, tenant, by) <= 0 then redis.call('HDEL', TENANTS, tenant) end
   end
-  if depth(before) == 0 and depth(count) > 0 then redis.call('PUBLISH', part .. ':wake', depth(count)) end
+  if wake then redis.call('PUBLISH', part .. ':wake', depth(count)) end
 end

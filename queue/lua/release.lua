@@ -7,17 +7,20 @@
 -- Returns  one number per job: 1 given back, 0 not ours
 -- Complexity: O(jobs * log(leased + scheduled)); the caller sends at most 500 jobs
 --@ partition.lua
+--@ policies.lua
 local now = clock(ARGV[1])
-local answers = {}
+local answers, counts = {}, {}
 -- From the last to the first, so that jobs released together keep their order in front.
 for i = #ARGV - 2, 2, -3 do
   local id, delay = ARGV[i], tonumber(ARGV[i + 2])
   local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'x', 'p', 't', 'w')
+  local job = redis.call('HMGET', key, 's', 'x', 'p', 't', 'w', 'n')
   local ours = job[1] == 'l' and job[2] == ARGV[i + 1]
   if ours then
     redis.call('ZREM', LEASES, id)
-    redis.call('HDEL', key, 'x', 'o')
+    redis.call('HDEL', key, 'x', 'o', 'n')
+    freed = true
+    if job[6] then counts[job[6]] = (counts[job[6]] or 0) + 1 end
     if delay > 0 then
       redis.call('ZADD', SCHEDULE, now + delay, id)
       redis.call('HSET', key, 's', 's')
@@ -30,5 +33,6 @@ for i = #ARGV - 2, 2, -3 do
   end
   answers[(i + 1) / 3] = ours and 1 or 0
 end
+if ended(counts) then grown = true end
 save()
 return answers

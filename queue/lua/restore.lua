@@ -11,6 +11,7 @@
 -- Returns  one number per job: 2 registered again, 0 lost
 -- Complexity: O(jobs * log(leased)); the caller sends at most 500 jobs
 --@ partition.lua
+--@ policies.lua
 local now = clock(ARGV[1])
 local expiry = now + tonumber(ARGV[2])
 begin_epoch(ARGV[3])
@@ -37,7 +38,15 @@ for i = 4, #ARGV, 10 do
     redis.call('HSET', key, 's', 'l', 'x', token, 'w', now, unpack(fields))
     answer = 2
   end
-  if answer == 2 then redis.call('ZADD', LEASES, expiry, id) end
+  if answer == 2 then
+    redis.call('ZADD', LEASES, expiry, id)
+    -- The lease counts, even if that is one too many: the job runs.
+    local tenant = job[3] or ARGV[i + 4]
+    if policies >= 2 and redis.call('HEXISTS', policy_key(tenant), 'conc') == 1 then
+      redis.call('HSET', key, 'n', tenant)
+      redis.call('HINCRBY', policy_key(tenant), 'n', 1)
+    end
+  end
   answers[#answers + 1] = answer
 end
 save()

@@ -4,7 +4,7 @@
 -- KEYS[1]  the partition
 -- ARGV[1]  now_ms, or '' for Redis' clock
 -- ARGV[2]  at how many tenants per priority to look for the oldest job
--- Returns  {10 depths, 10 ages of the oldest in ms or -1, scheduled, leased}, priorities from 0
+-- Returns  {10 depths, 10 ages of the oldest in ms or -1, scheduled, leased, 1 if it is paused, parked tenants}, priorities from 0
 -- Complexity: O(priorities * tenants looked at)
 --@ partition.lua
 local now = clock(ARGV[1])
@@ -29,4 +29,6 @@ for priority = 0, 9 do
 end
 answer[21] = redis.call('ZCARD', SCHEDULE)
 answer[22] = redis.call('ZCARD', LEASES)
+answer[23] = redis.call('HEXISTS', part .. ':p', 'pause')
+answer[24] = redis.call('ZCARD', part .. ':b')
 return answer

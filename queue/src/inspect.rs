@@ -6,7 +6,7 @@ use crate::{
     STATS_TENANTS,
     envelope::{Place, PriorityStats, QueueStats},
     error::QueueError,
-    ids::{JobId, QueueName, TenantId},
+    ids::{JobId, Priority, QueueName, TenantId},
     partition::partition_key,
     queue::{CHUNK, Queue, text},
     reply::{self, Reply},
@@ -88,8 +88,29 @@ impl Queue {
             }
             stats.scheduled += reply.integer()?.unsigned_abs();
             stats.in_flight += reply.integer()?.unsigned_abs();
+            stats.paused |= reply.integer()? == 1;
+            stats.blocked_tenants += reply.integer()?.unsigned_abs();
         }
         Ok(stats)
+    }
+
+    /// How many jobs wait or are scheduled in a queue. Cheaper than [`stats`](Self::stats).
+    pub async fn depth(&self, queue: &QueueName) -> Result<u64, QueueError> {
+        let mut pipeline = redis::pipe();
+        for partition in 0..self.config().partitions {
+            let key = partition_key(self.config(), queue, partition);
+            let levels: [String; Priority::LEVELS] = std::array::from_fn(|level| format!("w{level}"));
+            pipeline.cmd("HMGET").arg(&key).arg(&levels);
+            pipeline.cmd("ZCARD").arg(format!("{key}:s"));
+        }
+        let mut sum = 0;
+        for value in self.shared.link.pipeline(&pipeline).await? {
+            let values = if let Value::Array(levels) = value { levels } else { vec![value] };
+            for value in values.iter().filter(|value| **value != Value::Nil) {
+                sum += reply::number(value)?.unsigned_abs();
+            }
+        }
+        Ok(sum)
     }
 
     /// How many jobs of a tenant wait or are scheduled in a queue.

@@ -15,6 +15,8 @@ pub mod lease;
 mod link;
 mod outage;
 mod partition;
+mod policies;
+pub mod policy;
 pub mod queue;
 pub mod reaper;
 mod record;
@@ -40,6 +42,7 @@ pub use ids::{
     TenantId, WorkerId,
 };
 pub use lease::{Lease, LeaseLost};
+pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use reaper::Reaper;
 pub use scheduler::Scheduler;
