@@ -13,8 +13,7 @@
 -- ARGV[7]  the worker
 -- ARGV[8]  '1' if nothing may be claimed before the partition has been given its policies
 -- Returns  {epoch, 1 if a further claim would find something or 2 if the policies are missing, ms until a limit lets a claim
---          go on or 0 if time alone doesn't, then 10 per job: id, token, kind, priority, tenant, run_at_ms, enqueued_at_ms,
---          traceparent, tracestate, fast record}
+--          go on or 0 if time alone doesn't, then 2 per job: id, record}; the token of the n-th job is "<ARGV[6]>:<n>"
 -- Complexity: O(claimed * log(leased) + dropped + parked * log(parked) + priorities); a call on an empty partition is one
 --          HMGET
 --@ partition.lua
@@ -26,7 +25,7 @@ if depth(count) == 0 and count.z == 0 then return { epoch, 0, 0 } end
 local now, max = clock(ARGV[1]), tonumber(ARGV[2])
 local expiry, aging, may_drop = now + tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local nonce, worker = ARGV[6], ARGV[7]
-local rings, lengths, leases = {}, {}, {}
+local rings, lists, found = {}, {}, {}
 -- A bucket's fractions are not exact.
 local ALMOST = 1 - 1e-6
 local answer, claimed = { epoch, 0, 0 }, 0
@@ -145,25 +144,55 @@ local function served(priority, tenant, rule, has_more)
   end
 end
 
+-- A tenant's list as this claim sees it. One job is popped; for more, growing parts are read and cut off at the end.
+local function list_of(priority, tenant)
+  local key = list_key(priority, tenant)
+  local list = lists[key]
+  if not list then
+    list = { key = key, left = redis.call('LLEN', key), entries = {}, head = 1, part = 1, taken = 0 }
+    lists[key] = list
+  end
+  return list
+end
+
+local function first_of(list)
+  if list.entries[list.head] then return list.entries[list.head] end
+  return list.left > 0 and redis.call('LINDEX', list.key, list.taken)
+end
+
+local function take_first(list)
+  list.left = list.left - 1
+  if list.part == 1 then
+    list.part = 4
+    return redis.call('LPOP', list.key)
+  end
+  if not list.entries[list.head] then
+    list.entries = redis.call('LRANGE', list.key, list.taken, list.taken + list.part - 1)
+    list.head, list.part = 1, math.min(list.part * 4, 256)
+  end
+  list.head, list.taken = list.head + 1, list.taken + 1
+  return list.entries[list.head - 1]
+end
+
+local function is_current(text, seq) return text and string.sub(text, 1, #seq + 1) == seq .. ' ' end
+
 -- The next job of the tenant whose turn it is, or nil if the tenant was parked or only stale entries were found.
 local function serve(priority)
   local tenant = next_tenant(priority)
   local rule = rule_of(tenant)
   if rule and park(priority, tenant, rule) then return end
-  local list = list_key(priority, tenant)
-  lengths[list] = lengths[list] or redis.call('LLEN', list)
-  while lengths[list] > 0 and may_drop > 0 do
-    local id, seq = string.match(redis.call('LPOP', list), '^(%S+) (%d+)')
-    lengths[list] = lengths[list] - 1
-    local job = redis.call('HMGET', job_key(id), 's', 'q', 'k', 'p', 't', 'r', 'e', 'c', 'd', 'f')
-    if job[1] == 'w' and job[2] == seq then
-      served(priority, tenant, rule, lengths[list] > 0)
-      return id, job, rule and rule.concurrency
+  local list = list_of(priority, tenant)
+  while list.left > 0 and may_drop > 0 do
+    local id, seq = string.match(take_first(list), '^(%S+) (%d+)')
+    -- Without a stale entry in the whole partition this one needs no look; all records are read together afterwards.
+    if count.z == 0 or is_current(redis.call('HGET', JOBS, id), seq) then
+      served(priority, tenant, rule, list.left > 0)
+      return { id = id, seq = seq, tenant = tenant, rule = rule and rule.concurrency and rule }
     end
     may_drop = may_drop - 1
     add('z', -1)
   end
-  if lengths[list] == 0 then end_turn(priority, tenant, false) end
+  if list.left == 0 then end_turn(priority, tenant, false) end
 end
 
 -- Among the priorities below `top`, the one whose next job has waited longest, if that is longer than `aging`.
@@ -171,7 +200,7 @@ local function aged_below(top)
   local oldest, found = now - aging, nil
   for priority = top - 1, 0, -1 do
     local tenant = count['w' .. priority] > 0 and next_tenant(priority)
-    local entry = tenant and redis.call('LINDEX', list_key(priority, tenant), 0)
+    local entry = tenant and first_of(list_of(priority, tenant))
     local since = entry and tonumber(string.match(entry, '(%d+)$'))
     if since and since < oldest then oldest, found = since, priority end
   end
@@ -208,22 +237,12 @@ while claimed < max and may_drop > 0 do
   if weights then priority = lightest() else priority = highest() end
   -- Either nothing is left, or stale entries used up the part of the ring that was read: the next claim goes on there.
   if not priority then break end
-  local id, job, counts = serve(priority)
-  if id then
+  local job = serve(priority)
+  if job then
     claimed = claimed + 1
-    local token = nonce .. ':' .. claimed
-    if counts then
-      redis.call('HSET', job_key(id), 's', 'l', 'x', token, 'o', worker, 'n', job[5])
-    else
-      redis.call('HSET', job_key(id), 's', 'l', 'x', token, 'o', worker)
-    end
-    leases[#leases + 1] = expiry
-    leases[#leases + 1] = id
-    for _, value in ipairs({ id, token, job[3], job[4], job[5], job[6], job[7], job[8], job[9], job[10] }) do
-      answer[#answer + 1] = value
-    end
+    found[claimed] = job
     add('w' .. priority, -1)
-    add_tenant(job[5], -1)
+    add_tenant(job.tenant, -1)
     count.tick = (count.tick + 1) % 4
     if weights then
       base = ahead[priority + 1]
@@ -261,7 +280,33 @@ for priority, ring in pairs(rings) do
   for place = math.max(ring.head, ring.read + 1), #ring.names do back[#back + 1] = ring.names[place] end
   if #back > 0 then redis.call('RPUSH', ring_key(priority), unpack(back)) end
 end
-if #leases > 0 then redis.call('ZADD', LEASES, unpack(leases)) end
+for _, list in pairs(lists) do
+  if list.taken > 0 then redis.call('LTRIM', list.key, list.taken, -1) end
+end
+
+-- The leases, all at once.
+if claimed > 0 then
+  local ids, holders, leases = {}, {}, {}
+  for i, job in ipairs(found) do ids[i] = job.id end
+  local records = redis.call('HMGET', JOBS, unpack(ids))
+  for i, job in ipairs(found) do
+    if is_current(records[i], job.seq) then
+      answer[#answer + 1] = job.id
+      answer[#answer + 1] = records[i]
+      leases[#leases + 1] = expiry
+      leases[#leases + 1] = job.id
+      local token = nonce .. ':' .. #leases / 2
+      holders[#holders + 1] = job.id
+      holders[#holders + 1] = token .. ' ' .. (job.rule and job.tenant or '') .. ' ' .. worker
+    elseif job.rule then
+      job.rule.held = job.rule.held - 1
+    end
+  end
+  if #leases > 0 then
+    redis.call('HSET', HOLDERS, unpack(holders))
+    redis.call('ZADD', LEASES, unpack(leases))
+  end
+end
 for tenant, rule in pairs(rules) do
   if rule and rule.served > 0 then
     if rule.concurrency then redis.call('HSET', policy_key(tenant), 'n', rule.held) end

@@ -12,7 +12,7 @@
 --                                 leases that count); b (the priorities whose ring it left), y (why: p pause, c concurrency,
 --                                 r rate)
 --   T:b                    zset   parked tenants by the time when they may go on, ms; NEVER if something else must happen
---   T:j:<id>               one more field: n, the tenant, if the lease counts towards its concurrency
+--   T:x                    names the tenant, if the lease counts towards its concurrency
 --
 -- A tenant that waits is, for each priority, either in the ring or in its own `b`, never in both. So a claim meets a
 -- blocked tenant once per priority, and not again before it has come back.

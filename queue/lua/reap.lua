@@ -24,19 +24,18 @@ answer[4] = #expired == max and 1 or 0
 -- From the latest to the earliest, so that the one that expired first ends up in front.
 for i = #expired, 1, -1 do
   local id = expired[i]
-  local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'p', 't', 'w', 'n')
-  if job[1] == 'l' then
-    local since = job[4] or now
-    local seq = enter_list(id, job[2], job[3], since, true)
-    redis.call('HDEL', key, 'x', 'o', 'n')
+  local holder = redis.call('HGET', HOLDERS, id)
+  local _, priority, since, tenant, body = read(holder and redis.call('HGET', JOBS, id))
+  if priority then
+    redis.call('HSET', JOBS, id, record(enter_list(id, priority, tenant, since, true), priority, since, tenant, body))
     freed = true
-    if job[5] then counts[job[5]] = (counts[job[5]] or 0) + 1 end
-    redis.call('HSET', key, 's', 'w', 'q', seq, 'w', since)
-    add_tenant(job[3], 1)
+    local counted = string.match(holder, '^%S+ (%S+) ')
+    if counted then counts[counted] = (counts[counted] or 0) + 1 end
+    add_tenant(tenant, 1)
     answer[#answer + 1] = id
   end
 end
+if #expired > 0 then redis.call('HDEL', HOLDERS, unpack(expired)) end
 if #expired > 0 then redis.call('ZREM', LEASES, unpack(expired)) end
 if ended(counts) then grown = true end
 save()

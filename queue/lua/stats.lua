@@ -16,8 +16,7 @@ for priority = 0, 9 do
       -- The first of the next few entries that is not stale.
       for _, entry in ipairs(redis.call('LRANGE', list_key(priority, tenant), 0, 7)) do
         local id, seq, entered = string.match(entry, '^(%S+) (%d+) (%d+)$')
-        local job = redis.call('HMGET', job_key(id), 's', 'q')
-        if job[1] == 'w' and job[2] == seq then
+        if read(redis.call('HGET', JOBS, id)) == seq then
           since = math.min(since, tonumber(entered))
           break
         end

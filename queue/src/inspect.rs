@@ -24,11 +24,8 @@ impl Queue {
             let mut pipeline = redis::pipe();
             for job in chunk {
                 let (queue, partition) = self.job_place(job);
-                pipeline.cmd("EXISTS").arg(format!(
-                    "{}:j:{}",
-                    partition_key(self.config(), queue, partition),
-                    job.1
-                ));
+                let key = format!("{}:j", partition_key(self.config(), queue, partition));
+                pipeline.cmd("HEXISTS").arg(key).arg(job.1.to_string());
             }
             let answers = self.shared.link.pipeline(&pipeline).await?;
             for ((_, id), answer) in chunk.iter().zip(&answers) {
@@ -49,25 +46,30 @@ impl Queue {
             for job in chunk {
                 let (queue, partition) = self.job_place(job);
                 let key = partition_key(self.config(), queue, partition);
-                pipeline.cmd("HGET").arg(format!("{key}:j:{}", job.1)).arg("s");
-                pipeline.cmd("ZSCORE").arg(format!("{key}:l")).arg(job.1.to_string());
+                let id = job.1.to_string();
+                pipeline.cmd("HEXISTS").arg(format!("{key}:j")).arg(&id);
+                pipeline.cmd("HEXISTS").arg(format!("{key}:x")).arg(&id);
+                pipeline.cmd("ZSCORE").arg(format!("{key}:s")).arg(&id);
+                pipeline.cmd("ZSCORE").arg(format!("{key}:l")).arg(&id);
             }
             let mut answers = self.shared.link.pipeline(&pipeline).await?.into_iter();
             let mut time = Reply::new(answers.next().unwrap_or(Value::Nil))?;
             let now = self.now_ms.unwrap_or(time.integer()? * 1000 + time.integer()? / 1000);
-            while let (Some(state), Some(lease)) = (answers.next(), answers.next()) {
+            while let (Some(known), Some(held), Some(due), Some(lease)) =
+                (answers.next(), answers.next(), answers.next(), answers.next())
+            {
                 let left_ms = match &lease {
                     Value::Nil => None,
                     end => Some(reply::number(end)? - now),
                 };
-                places.push(match state {
-                    Value::Nil => None,
-                    state => Some(match reply::text(state)?.as_str() {
-                        "w" => Place::Waiting,
-                        "s" => Place::Scheduled,
-                        "l" => Place::Leased { left_ms },
-                        other => return Err(QueueError::Protocol(format!("a job's state is {other:?}"))),
-                    }),
+                places.push(if reply::number(&known)? == 0 {
+                    None
+                } else if reply::number(&held)? == 1 {
+                    Some(Place::Leased { left_ms })
+                } else if due == Value::Nil {
+                    Some(Place::Waiting)
+                } else {
+                    Some(Place::Scheduled)
                 });
             }
         }

@@ -31,7 +31,7 @@ pub const CHUNK: usize = 500;
 /// Most jobs that one claim leases in one partition.
 pub const MAX_CLAIM: usize = 256;
 /// Values per job in the answer of `claim.lua`.
-const CLAIM_FIELDS: usize = 10;
+const CLAIM_FIELDS: usize = 2;
 /// Most stale list entries that one claim drops.
 const MAX_STALE: usize = 1000;
 /// Script calls of one operation that are under way together.
@@ -236,13 +236,15 @@ impl Queue {
             }
         };
         let config = self.config();
+        let nonce = nonce();
+        let tokens = String::from_utf8_lossy(&nonce).into_owned();
         let args = [
             self.now(),
             text(max.min(MAX_CLAIM)),
             text(config.lease.as_millis()),
             text(config.aging.as_millis()),
             text(MAX_STALE),
-            nonce(),
+            nonce,
             text(worker),
             text(u8::from(required.is_some())),
         ];
@@ -256,11 +258,13 @@ impl Queue {
             self.shared.copies.want(queue);
         }
         let mut claims = Vec::with_capacity(reply.len() / CLAIM_FIELDS);
+        let mut number = 0;
         while !reply.is_empty() {
-            let mut record = reply.take(CLAIM_FIELDS)?;
-            let id: JobId = record.parsed("a job id")?;
-            let token = LeaseToken(record.text()?.into());
-            match read_record(&mut record, id, queue) {
+            let id: JobId = reply.parsed("a job id")?;
+            let record = reply.bytes()?;
+            number += 1;
+            let token = LeaseToken(format!("{tokens}:{number}").into());
+            match read_record(&record, id, queue) {
                 Ok(envelope) => claims.push(Claim {
                     envelope: Arc::new(envelope),
                     token,

@@ -10,7 +10,7 @@ use crate::{
     ids::{JobId, Priority, QueueName},
     partition::partition_key,
     queue::{CHUNK, Queue, lease_place, nonce, optional, text},
-    record::push_record,
+    record::restore_record,
     reply::{self, Reply},
     scripts,
 };
@@ -77,7 +77,7 @@ impl Queue {
                     || vec![self.now(), text(lease_ms), nonce()],
                     |args, lease| {
                         args.extend([text(lease.id), text(lease.token.as_str())]);
-                        push_record(args, &lease.envelope);
+                        restore_record(args, &lease.envelope);
                     },
                 )
                 .await?;
