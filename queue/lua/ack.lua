@@ -6,19 +6,31 @@
 -- Returns  one number per job: 1 removed, 0 not ours
 -- Complexity: O(jobs * log(leased)); the caller sends at most 500 jobs
 local part = KEYS[1]
-local keys, ids, answers = {}, {}, {}
-for i = 1, #ARGV, 2 do
-  local key = part .. ':j:' .. ARGV[i]
-  local job = redis.call('HMGET', key, 's', 'x')
-  local ours = job[1] == 'l' and job[2] == ARGV[i + 1]
+--@ policies.lua
+local asked, seen, ids, answers, counts = {}, {}, {}, {}, {}
+for i = 1, #ARGV, 2 do asked[#asked + 1] = ARGV[i] end
+local holders = redis.call('HMGET', part .. ':x', unpack(asked))
+for i, id in ipairs(asked) do
+  local token, holder = ARGV[2 * i], holders[i]
+  local ours = holder and not seen[id] and string.sub(holder, 1, #token + 1) == token .. ' '
   if ours then
-    keys[#keys + 1] = key
-    ids[#ids + 1] = ARGV[i]
+    seen[id] = true
+    ids[#ids + 1] = id
+    local tenant = string.match(holder, '^ (%S+) ', #token + 1)
+    if tenant then counts[tenant] = (counts[tenant] or 0) + 1 end
   end
-  answers[#answers + 1] = ours and 1 or 0
+  answers[i] = ours and 1 or 0
 end
-if #keys > 0 then
-  redis.call('DEL', unpack(keys))
+if #ids > 0 then
+  redis.call('HDEL', part .. ':j', unpack(ids))
+  redis.call('HDEL', part .. ':x', unpack(ids))
   redis.call('ZREM', part .. ':l', unpack(ids))
+  -- Whoever a limit kept waiting may go on.
+  local back = ended(counts)
+  local idle = redis.call('HGET', part, 'i')
+  if idle == '2' or idle == '1' and back then
+    redis.call('HDEL', part, 'i')
+    redis.call('PUBLISH', part .. ':wake', 1)
+  end
 end
 return answers

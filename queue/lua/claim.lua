@@ -1,35 +1,73 @@
 #!lua flags=allow-oom
 -- Leases waiting jobs: highest priority first; tenants of one priority take turns; every fourth job is one that has
 -- waited longer than `aging` in a lower priority, the one whose head has waited longest, if there is any.
+-- With policies: nothing of a paused queue; priorities by weight instead; tenants by weight; within every limit.
 --
 -- KEYS[1]  the partition
 -- ARGV[1]  now_ms, or '' for Redis' clock
 -- ARGV[2]  how many jobs at most
 -- ARGV[3]  lease, ms
 -- ARGV[4]  aging, ms
--- ARGV[5]  how many stale entries to drop at most
+-- ARGV[5]  how many stale entries to drop, and blocked tenants to park, at most
 -- ARGV[6]  random text, unique to this claim: the tokens are made from it
 -- ARGV[7]  the worker
--- Returns  {epoch, 1 if a further claim would find something, then 12 per job: id, token, kind, priority, tenant,
---          run_at_ms, enqueued_at_ms, traceparent, tracestate, fast record, charged failures, lost leases}
--- Complexity: O(claimed * log(leased) + dropped + priorities); a call on an empty partition is one HMGET
+-- ARGV[8]  '1' if nothing may be claimed before the partition has been given its policies
+-- Returns  {epoch, 1 if a further claim would find something or 2 if the policies are missing, ms until a limit lets a claim
+--          go on or 0 if time alone doesn't, then 2 per job: id, record}; the token of the n-th job is "<ARGV[6]>:<n>"
+-- Complexity: O(claimed * log(leased) + dropped + parked * log(parked) + priorities); a call on an empty partition is one
+--          HMGET
 --@ partition.lua
+--@ policies.lua
 begin_epoch(ARGV[6])
-if depth(count) == 0 and count.z == 0 then return { epoch, 0 } end
+if ARGV[8] == '1' and not synced then return { epoch, 2, 0 } end
+if depth(count) == 0 and count.z == 0 then return { epoch, 0, 0 } end
 
 local now, max = clock(ARGV[1]), tonumber(ARGV[2])
 local expiry, aging, may_drop = now + tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local nonce, worker = ARGV[6], ARGV[7]
-local rings, lengths, leases = {}, {}, {}
-local answer, claimed = { epoch, 0 }, 0
+local rings, lists, found = {}, {}, {}
+-- A bucket's fractions are not exact.
+local ALMOST = 1 - 1e-6
+local answer, claimed = { epoch, 0, 0 }, 0
 
--- The part of the ring that this claim can reach, read once. A tenant that was served and has more moves to the end
+-- The tokens of a bucket now. One that was never used is full.
+local function refill(rate, burst, tokens, at)
+  if not tokens then return burst end
+  return math.min(burst, tokens + math.max(0, now - at) * rate / 1000)
+end
+
+-- How long until a bucket has a whole token, ms, at least 1.
+local function until_token(rate, tokens) return math.max(1, math.ceil((1 - tokens) / rate * 1000)) end
+
+-- The queue's policy: what it leaves of `max`, the weights of priorities, and each ring's turn.
+local queue, room, tokens, weights, ahead, turn
+local function numbers(text)
+  local list = {}
+  for number in string.gmatch(text, '[^,]+') do list[#list + 1] = tonumber(number) end
+  return list
+end
+if policies > 0 then
+  queue = redis.call('HMGET', part .. ':p', 'pause', 'weights', 'conc', 'rate', 'burst', 'tok', 'at', 'pass', 'turn')
+  if queue[1] then return answer end
+  weights = queue[2] and numbers(queue[2])
+  ahead = weights and numbers(queue[8] or '0,0,0,0,0,0,0,0,0,0')
+  turn = numbers(queue[9] or '0,0,0,0,0,0,0,0,0,0')
+  room = queue[3] and math.max(0, tonumber(queue[3]) - redis.call('ZCARD', LEASES)) or NEVER
+  if queue[4] then
+    queue[4], queue[5] = tonumber(queue[4]), tonumber(queue[5])
+    tokens = refill(queue[4], queue[5], tonumber(queue[6]), tonumber(queue[7]))
+  end
+  max = math.min(max, room, tokens and math.floor(tokens + 1 - ALMOST) or NEVER)
+end
+
+-- The part of the ring that this claim can reach, read once: a few more tenants than jobs, as some may be parked. A tenant that was served and has more moves to the end
 -- of `names`; those places are reached only if the whole ring was read.
+local reach = policies >= 2 and max + 64 or max
 local function ring_of(priority)
   local ring = rings[priority]
   if not ring then
-    local names = redis.call('LRANGE', ring_key(priority), 0, max - 1)
-    ring = { names = names, head = 1, read = #names, whole = #names < max }
+    local names = redis.call('LRANGE', ring_key(priority), 0, reach - 1)
+    ring = { names = names, head = 1, read = #names, whole = #names < reach }
     rings[priority] = ring
   end
   return ring
@@ -43,26 +81,118 @@ end
 local function end_turn(priority, tenant, has_more)
   local ring = ring_of(priority)
   ring.head = ring.head + 1
+  if turn then turn[priority + 1] = 0 end
   if has_more then ring.names[#ring.names + 1] = tenant end
 end
 
--- The next job of the tenant whose turn it is, or nil if only stale entries were found.
+-- The tenants' policies that this claim met; `false` for a tenant that has none.
+local rules = {}
+local function rule_of(tenant)
+  if policies < 2 then return false end
+  local rule = rules[tenant]
+  if rule == nil then
+    local raw =
+      redis.call('HMGET', policy_key(tenant), 'rev', 'pause', 'w', 'conc', 'rate', 'burst', 'tok', 'at', 'n', 'b')
+    rule = raw[1] and {
+      paused = raw[2],
+      weight = tonumber(raw[3]) or 1,
+      concurrency = tonumber(raw[4]),
+      rate = tonumber(raw[5]),
+      held = tonumber(raw[9]) or 0,
+      left = raw[10] or '',
+      served = 0,
+    } or false
+    if rule and rule.rate then rule.tokens = refill(rule.rate, tonumber(raw[6]), tonumber(raw[7]), tonumber(raw[8])) end
+    rules[tenant] = rule
+  end
+  return rule
+end
+
+-- Takes the tenant whose turn it is out of the ring if a limit holds it back. Returns whether it did.
+local function park(priority, tenant, rule)
+  local why, ready = nil, NEVER
+  if rule.paused then
+    why = 'p'
+  elseif rule.concurrency and rule.held >= rule.concurrency then
+    why = 'c'
+  elseif rule.rate and rule.tokens < ALMOST then
+    why, ready = 'r', now + until_token(rule.rate, rule.tokens)
+  end
+  if not why then return false end
+  rule.left = rule.left .. priority
+  redis.call('HSET', policy_key(tenant), 'b', rule.left, 'y', why)
+  redis.call('ZADD', PARKED, ready, tenant)
+  end_turn(priority, tenant, false)
+  may_drop = may_drop - 1
+  return true
+end
+
+-- After a job: the tenant stays in front until its weight is used up.
+local function served(priority, tenant, rule, has_more)
+  local left = 0
+  if rule then
+    rule.served = rule.served + 1
+    if rule.rate then rule.tokens = rule.tokens - 1 end
+    if rule.concurrency then rule.held = rule.held + 1 end
+    left = turn[priority + 1] > 0 and math.min(turn[priority + 1], rule.weight) or rule.weight
+    left = left - 1
+  end
+  if left > 0 and has_more then
+    turn[priority + 1] = left
+  else
+    end_turn(priority, tenant, has_more)
+  end
+end
+
+-- A tenant's list as this claim sees it. One job is popped; for more, growing parts are read and cut off at the end.
+local function list_of(priority, tenant)
+  local key = list_key(priority, tenant)
+  local list = lists[key]
+  if not list then
+    list = { key = key, left = redis.call('LLEN', key), entries = {}, head = 1, part = 1, taken = 0 }
+    lists[key] = list
+  end
+  return list
+end
+
+local function first_of(list)
+  if list.entries[list.head] then return list.entries[list.head] end
+  return list.left > 0 and redis.call('LINDEX', list.key, list.taken)
+end
+
+local function take_first(list)
+  list.left = list.left - 1
+  if list.part == 1 then
+    list.part = 4
+    return redis.call('LPOP', list.key)
+  end
+  if not list.entries[list.head] then
+    list.entries = redis.call('LRANGE', list.key, list.taken, list.taken + list.part - 1)
+    list.head, list.part = 1, math.min(list.part * 4, 256)
+  end
+  list.head, list.taken = list.head + 1, list.taken + 1
+  return list.entries[list.head - 1]
+end
+
+local function is_current(text, seq) return text and string.sub(text, 1, #seq + 1) == seq .. ' ' end
+
+-- The next job of the tenant whose turn it is, or nil if the tenant was parked or only stale entries were found.
 local function serve(priority)
   local tenant = next_tenant(priority)
-  local list = list_key(priority, tenant)
-  lengths[list] = lengths[list] or redis.call('LLEN', list)
-  while lengths[list] > 0 and may_drop > 0 do
-    local id, seq = string.match(redis.call('LPOP', list), '^(%S+) (%d+)')
-    lengths[list] = lengths[list] - 1
-    local job = redis.call('HMGET', job_key(id), 's', 'q', 'k', 'p', 't', 'r', 'e', 'c', 'd', 'f', 'a', 'n')
-    if job[1] == 'w' and job[2] == seq then
-      end_turn(priority, tenant, lengths[list] > 0)
-      return id, job
+  local rule = rule_of(tenant)
+  if rule and park(priority, tenant, rule) then return end
+  local list = list_of(priority, tenant)
+  while list.left > 0 and may_drop > 0 do
+    local id, seq = string.match(take_first(list), '^(%S+) (%d+)')
+    -- Without a stale entry in the whole partition this one needs no look; all records are read together afterwards.
+    if count.z == 0 or is_current(redis.call('HGET', JOBS, id), seq) then
+      served(priority, tenant, rule, list.left > 0)
+      return { id = id, seq = seq, tenant = tenant, rule = rule and rule.concurrency and rule }
     end
     may_drop = may_drop - 1
     add('z', -1)
   end
-  if lengths[list] == 0 then end_turn(priority, tenant, false) end
+  if list.left == 0 then end_turn(priority, tenant, false) end
 end
 
 -- Among the priorities below `top`, the one whose next job has waited longest, if that is longer than `aging`.
@@ -70,32 +200,76 @@ local function aged_below(top)
   local oldest, found = now - aging, nil
   for priority = top - 1, 0, -1 do
     local tenant = count['w' .. priority] > 0 and next_tenant(priority)
-    local entry = tenant and redis.call('LINDEX', list_key(priority, tenant), 0)
+    local entry = tenant and first_of(list_of(priority, tenant))
     local since = entry and tonumber(string.match(entry, '(%d+)$'))
     if since and since < oldest then oldest, found = since, priority end
   end
   return found
 end
 
+-- Weighted: the priority that is least ahead of its share, the higher of two. `base` is how far that is; a priority that
+-- had nothing meanwhile starts there, with neither a debt nor a claim on the past.
+local base = 0
+local function lightest()
+  local found
+  for priority = 9, 0, -1 do
+    if next_tenant(priority) and (not found or ahead[priority + 1] < ahead[found + 1]) then found = priority end
+  end
+  return found
+end
+
+-- Strict: the highest priority with a tenant in its ring.
 local top = 9
-while claimed < max and may_drop > 0 do
+local function highest()
   while top >= 0 and not next_tenant(top) and ring_of(top).whole do top = top - 1 end
+  if top < 0 or not next_tenant(top) then return end
+  return count.tick % 4 == 3 and aged_below(top) or top
+end
+
+-- Who was kept waiting by a rate, and may go on.
+if policies >= 2 and max > 0 then
+  local ready = redis.call('ZRANGE', PARKED, '-inf', now, 'BYSCORE', 'LIMIT', 0, max)
+  for _, tenant in ipairs(ready) do unpark(tenant, redis.call('HGET', policy_key(tenant), 'b')) end
+end
+
+while claimed < max and may_drop > 0 do
+  local priority
+  if weights then priority = lightest() else priority = highest() end
   -- Either nothing is left, or stale entries used up the part of the ring that was read: the next claim goes on there.
-  if top < 0 or not next_tenant(top) then break end
-  local priority = count.tick % 4 == 3 and aged_below(top) or top
-  local id, job = serve(priority)
-  if id then
+  if not priority then break end
+  local job = serve(priority)
+  if job then
     claimed = claimed + 1
-    local token = nonce .. ':' .. claimed
-    redis.call('HSET', job_key(id), 's', 'l', 'x', token, 'o', worker)
-    leases[#leases + 1] = expiry
-    leases[#leases + 1] = id
-    answer[#answer + 1] = id
-    answer[#answer + 1] = token
-    for field = 3, 12 do answer[#answer + 1] = job[field] end
+    found[claimed] = job
     add('w' .. priority, -1)
-    add_tenant(job[5], -1)
+    add_tenant(job.tenant, -1)
     count.tick = (count.tick + 1) % 4
+    if weights then
+      base = ahead[priority + 1]
+      ahead[priority + 1] = base + 1 / weights[priority + 1]
+    end
+  end
+end
+
+-- Nothing is left in any ring: whoever waits is parked.
+local function all_parked()
+  for priority = 0, 9 do
+    if next_tenant(priority) or not ring_of(priority).whole then return false end
+  end
+  return true
+end
+
+local more = depth(count) > 0 or count.z > 0
+count.i = 0
+if more and policies > 0 then
+  if claimed == max and (claimed == room or tokens and tokens - claimed < ALMOST) then
+    more = false
+    if claimed == room then count.i = 2 end
+    if tokens and tokens - claimed < ALMOST then answer[3] = until_token(queue[4], tokens - claimed) end
+  elseif claimed < max and may_drop > 0 and all_parked() then
+    more, count.i = false, 1
+    local first = redis.call('ZRANGE', PARKED, 0, 0, 'WITHSCORES')
+    if first[2] and tonumber(first[2]) < NEVER then answer[3] = math.max(1, tonumber(first[2]) - now) end
   end
 end
 
@@ -106,7 +280,49 @@ for priority, ring in pairs(rings) do
   for place = math.max(ring.head, ring.read + 1), #ring.names do back[#back + 1] = ring.names[place] end
   if #back > 0 then redis.call('RPUSH', ring_key(priority), unpack(back)) end
 end
-if #leases > 0 then redis.call('ZADD', LEASES, unpack(leases)) end
+for _, list in pairs(lists) do
+  if list.taken > 0 then redis.call('LTRIM', list.key, list.taken, -1) end
+end
+
+-- The leases, all at once.
+if claimed > 0 then
+  local ids, holders, leases = {}, {}, {}
+  for i, job in ipairs(found) do ids[i] = job.id end
+  local records = redis.call('HMGET', JOBS, unpack(ids))
+  for i, job in ipairs(found) do
+    if is_current(records[i], job.seq) then
+      answer[#answer + 1] = job.id
+      answer[#answer + 1] = records[i]
+      leases[#leases + 1] = expiry
+      leases[#leases + 1] = job.id
+      local token = nonce .. ':' .. #leases / 2
+      holders[#holders + 1] = job.id
+      holders[#holders + 1] = token .. ' ' .. (job.rule and job.tenant or '') .. ' ' .. worker
+    elseif job.rule then
+      job.rule.held = job.rule.held - 1
+    end
+  end
+  if #leases > 0 then
+    redis.call('HSET', HOLDERS, unpack(holders))
+    redis.call('ZADD', LEASES, unpack(leases))
+  end
+end
+for tenant, rule in pairs(rules) do
+  if rule and rule.served > 0 then
+    if rule.concurrency then redis.call('HSET', policy_key(tenant), 'n', rule.held) end
+    if rule.rate then redis.call('HSET', policy_key(tenant), 'tok', rule.tokens, 'at', now) end
+  end
+end
+if claimed > 0 and queue then
+  if tokens then redis.call('HSET', part .. ':p', 'tok', tokens - claimed, 'at', now) end
+  if weights then
+    for place = 1, 10 do ahead[place] = math.max(0, ahead[place] - base) end
+    redis.call('HSET', part .. ':p', 'pass', table.concat(ahead, ','))
+  end
+end
+if queue and table.concat(turn, ',') ~= (queue[9] or '0,0,0,0,0,0,0,0,0,0') then
+  redis.call('HSET', part .. ':p', 'turn', table.concat(turn, ','))
+end
 save()
-if depth(count) > 0 or count.z > 0 then answer[2] = 1 end
+if more then answer[2] = 1 end
 return answer

@@ -9,20 +9,19 @@
 --@ partition.lua
 local answers = {}
 for i, id in ipairs(ARGV) do
-  local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'p', 't')
-  local dropped = job[1] == 'w' or job[1] == 's'
-  if job[1] == 'w' then
-    add('w' .. job[2], -1)
-    add('z', 1)
-  elseif job[1] == 's' then
+  local held = redis.call('HEXISTS', HOLDERS, id) == 1
+  local seq, priority, _, tenant = read(not held and redis.call('HGET', JOBS, id))
+  if seq == '0' then
     redis.call('ZREM', SCHEDULE, id)
+  elseif seq then
+    add('w' .. priority, -1)
+    add('z', 1)
   end
-  if dropped then
-    add_tenant(job[3], -1)
-    redis.call('DEL', key)
+  if seq then
+    add_tenant(tenant, -1)
+    redis.call('HDEL', JOBS, id)
   end
-  answers[i] = dropped and 1 or 0
+  answers[i] = seq and 1 or 0
 end
 save()
 return answers

@@ -15,25 +15,26 @@ if not now then
 end
 local expiry = now + tonumber(ARGV[2])
 local epoch = redis.call('HGET', part, 'epoch')
-local leases, answers = {}, {}
-for i = 3, #ARGV, 4 do
-  local id = ARGV[i]
-  local job = redis.call('HMGET', part .. ':j:' .. id, 's', 'x')
+local ids, leases, answers = {}, {}, {}
+for i = 3, #ARGV, 4 do ids[#ids + 1] = ARGV[i] end
+if #ids == 0 then return answers end
+local holders = redis.call('HMGET', part .. ':x', unpack(ids))
+for i, id in ipairs(ids) do
+  local token, life, restarted = ARGV[4 * i], ARGV[4 * i + 1], ARGV[4 * i + 2] == '1'
   local answer = 0
-  if job[1] == 'l' then
-    if job[2] == ARGV[i + 1] then
+  if holders[i] then
+    if string.sub(holders[i], 1, #token + 1) == token .. ' ' then
       answer = 1
       leases[#leases + 1] = expiry
       leases[#leases + 1] = id
     end
-  elseif epoch ~= ARGV[i + 2] then
-    -- Another life of the data: the job is absent, or the ledger put it back before this heartbeat came.
-    if job[1] ~= 's' then answer = 2 end
-  elseif job[1] ~= 's' and ARGV[i + 3] == '1' then
-    -- The same life, but the restart may have cut off its last moments: the push, or the claim.
-    answer = 2
+  elseif epoch ~= life or restarted then
+    -- Another life of the data: the job is absent, or the ledger put it back before this heartbeat came. Or the same
+    -- life, but the restart may have cut off its last moments: the push, or the claim.
+    local scheduled = string.sub(redis.call('HGET', part .. ':j', id) or '', 1, 2) == '0 '
+    if not scheduled then answer = 2 end
   end
-  answers[#answers + 1] = answer
+  answers[i] = answer
 end
 if #leases > 0 then redis.call('ZADD', part .. ':l', unpack(leases)) end
 return answers

@@ -3,24 +3,29 @@
 --
 -- Keys, all under one hash tag T = KEYS[1] = {<prefix>:<queue>:<partition>}:
 --   T                      hash   counters: seq, tick, w0..w9 (waiting by priority), z (stale list entries), epoch
---   T:j:<id>               hash   one job: s state (w waiting, s scheduled, l leased), q sequence of its list entry,
---                                 p priority, t tenant, w waiting since, k kind, e enqueued at, r run at, c traceparent,
---                                 d tracestate, f fast record, x lease token, o owner (worker),
---                                 a charged failures, n lost leases (absent at 0; they count only without a ledger)
+--   T:j                    hash   each job's record by id: "<sequence> <priority> <since> <tenant>", then
+--                                 " <charged failures>,<lost leases>" if there were any (they matter only without a
+--                                 ledger), a line feed, and what only clients read (see src/record.rs). The sequence is
+--                                 that of its list entry, 0 if it is scheduled
+--   T:x                    hash   the holder of each leased job by id: "<token> <tenant or nothing> <worker>"; see
+--                                 policies.lua about the tenant
 --   T:w:<priority>:<tenant> list  entries "<id> <sequence> <waiting since>"
 --   T:r:<priority>         list   the ring: each tenant with a non-empty list once; its head is served next
 --   T:l                    zset   leases by expiry, ms
 --   T:s                    zset   scheduled jobs by due time, ms
 --   T:t                    hash   waiting + scheduled jobs by tenant
---   T:wake                 channel, told when the partition stops being empty
+--   T:wake                 channel, told when there is something to claim again
+-- What policies add to them is described in policies.lua.
 --
--- A list entry counts only while its job is waiting with the same sequence number; numbers are never used twice in
--- one life of the data. So cancel and reprioritise need not search a list: the entry they leave behind is dropped
--- when a claim meets it.
+-- A job with a holder is leased, one with sequence 0 is scheduled, any other waits. One hash for all records, instead of
+-- a key for each job, lets a batch be read, written or removed by one command, and halves a job's memory.
+--
+-- A list entry counts only while its job has the same sequence number; numbers are never used twice in one life of the
+-- data. So cancel and reprioritise need not search a list: the entry they leave behind is dropped when a claim meets it.
 local part = KEYS[1]
 local LEASES, SCHEDULE, TENANTS = part .. ':l', part .. ':s', part .. ':t'
+local JOBS, HOLDERS = part .. ':j', part .. ':x'
 
-local function job_key(id) return part .. ':j:' .. id end
 local function list_key(priority, tenant) return part .. ':w:' .. priority .. ':' .. tenant end
 local function ring_key(priority) return part .. ':r:' .. priority end
 
@@ -32,12 +37,14 @@ local function clock(given)
 end
 
 -- The counters are read once, changed in `count`, and written once by `save`.
-local NAMES = { 'seq', 'tick', 'z', 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', 'w7', 'w8', 'w9' }
-local raw = redis.call('HMGET', part, 'epoch', unpack(NAMES))
-local epoch = raw[1]
+local NAMES = { 'seq', 'tick', 'i', 'z', 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', 'w7', 'w8', 'w9' }
+local raw = redis.call('HMGET', part, 'epoch', 'pol', 'syn', unpack(NAMES))
+local epoch, policies, synced = raw[1], tonumber(raw[2] or 0), raw[3]
 local count, before, tenants = {}, {}, {}
+-- A ring got a tenant; a lease ended.
+local grown, freed = false, false
 for i, name in ipairs(NAMES) do
-  count[name] = tonumber(raw[i + 1] or 0)
+  count[name] = tonumber(raw[i + 3] or 0)
   before[name] = count[name]
 end
 
@@ -58,19 +65,89 @@ local function begin_epoch(nonce)
   end
 end
 
--- Appends a list entry for the job and returns its sequence number; the caller stores that in the job.
+local function record(seq, priority, since, tenant, rest)
+  return seq .. ' ' .. priority .. ' ' .. since .. ' ' .. tenant .. rest
+end
+
+-- Sequence, priority, since, tenant and the rest of a record, all as text; nothing if there is none.
+local function read(text)
+  if text then return string.match(text, '^(%d+) (%d+) (%d+) ([^ \n]+)(.*)$') end
+end
+
+-- The rest of a record with so many more charged failures and lost leases.
+local function charge(rest, failures, leases)
+  local before, lost, body = string.match(rest, '^ (%d+),(%d+)(\n.*)$')
+  return string.format(' %d,%d', (before or 0) + failures, (lost or 0) + leases) .. (body or rest)
+end
+
+-- Whether the lease is the one with this token, and the tenant whose concurrency it counts for, if any.
+local function held_by(holder, token)
+  if not holder or string.sub(holder, 1, #token + 1) ~= token .. ' ' then return false end
+  local counts = string.match(holder, '^ (%S*) ', #token + 1)
+  return true, counts ~= '' and counts or nil
+end
+
+local function into_ring(priority, tenant)
+  redis.call('RPUSH', ring_key(priority), tenant)
+  grown = true
+end
+
+-- Enters the job into its list and returns its sequence number; the caller stores that in the record. What goes to
+-- the end of a list is gathered and pushed by `save`.
+local entering = {}
 local function enter_list(id, priority, tenant, since, front)
   count.seq = count.seq + 1
+  local list = list_key(priority, tenant)
   local entry = id .. ' ' .. count.seq .. ' ' .. since
-  if redis.call(front and 'LPUSH' or 'RPUSH', list_key(priority, tenant), entry) == 1 then
-    redis.call('RPUSH', ring_key(priority), tenant)
+  if front then
+    if redis.call('LPUSH', list, entry) == 1 then into_ring(priority, tenant) end
+  else
+    local group = entering[list]
+    if not group then
+      group = { priority = priority, tenant = tenant, list = list }
+      entering[list], entering[#entering + 1] = group, group
+    end
+    group[#group + 1] = entry
   end
   add('w' .. priority, 1)
   return count.seq
 end
 
--- Writes what changed and wakes idle workers if the partition was empty and is not any more.
+local function enter_gathered()
+  for _, group in ipairs(entering) do
+    if redis.call('RPUSH', group.list, unpack(group)) == #group then into_ring(group.priority, group.tenant) end
+  end
+end
+
+-- One command for each step, however many tenants there are.
+local function save_tenants()
+  local names, set, gone = {}, {}, {}
+  for tenant, by in pairs(tenants) do
+    if by ~= 0 then names[#names + 1] = tenant end
+  end
+  if #names == 0 then return end
+  local held = redis.call('HMGET', TENANTS, unpack(names))
+  for i, tenant in ipairs(names) do
+    local jobs = tonumber(held[i] or 0) + tenants[tenant]
+    if jobs > 0 then
+      set[#set + 1] = tenant
+      set[#set + 1] = jobs
+    elseif held[i] then
+      gone[#gone + 1] = tenant
+    end
+  end
+  if #set > 0 then redis.call('HSET', TENANTS, unpack(set)) end
+  if #gone > 0 then redis.call('HDEL', TENANTS, unpack(gone)) end
+end
+
+-- Writes what changed, and wakes idle workers if the partition was empty and is not any more, or if what kept the last
+-- claim from the jobs that wait is over.
 local function save()
+  enter_gathered()
+  local wake = depth(before) == 0 and depth(count) > 0
+  if before.i == 1 and grown or before.i == 2 and freed then
+    wake, count.i = true, 0
+  end
   local changed = {}
   for name, value in pairs(count) do
     if value ~= before[name] then
@@ -79,8 +156,6 @@ local function save()
     end
   end
   if #changed > 0 then redis.call('HSET', part, unpack(changed)) end
-  for tenant, by in pairs(tenants) do
-    if by ~= 0 and redis.call('HINCRBY', TENANTS, tenant, by) <= 0 then redis.call('HDEL', TENANTS, tenant) end
-  end
-  if depth(before) == 0 and depth(count) > 0 then redis.call('PUBLISH', part .. ':wake', depth(count)) end
+  save_tenants()
+  if wake then redis.call('PUBLISH', part .. ':wake', depth(count)) end
 end

@@ -9,19 +9,19 @@
 --@ partition.lua
 local now, max = clock(ARGV[1]), tonumber(ARGV[2])
 local due = redis.call('ZRANGE', SCHEDULE, '-inf', now, 'BYSCORE', 'LIMIT', 0, max, 'WITHSCORES')
-local ids = {}
-for i = 1, #due, 2 do
-  local id, since = due[i], due[i + 1]
-  local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'p', 't')
-  if job[1] == 's' then
+local ids, records = {}, {}
+for i = 1, #due, 2 do ids[#ids + 1] = due[i] end
+local texts = #ids > 0 and redis.call('HMGET', JOBS, unpack(ids))
+for i, id in ipairs(ids) do
+  local seq, priority, _, tenant, rest = read(texts[i])
+  if seq == '0' then
     -- It waits since it was due, not since this script got to it. Scores come back as text, "1.7e+12" at worst.
-    since = string.format('%.0f', tonumber(since))
-    local seq = enter_list(id, job[2], job[3], since, false)
-    redis.call('HSET', key, 's', 'w', 'q', seq, 'w', since)
+    local since = string.format('%.0f', tonumber(due[2 * i]))
+    records[#records + 1] = id
+    records[#records + 1] = record(enter_list(id, priority, tenant, since, false), priority, since, tenant, rest)
   end
-  ids[#ids + 1] = id
 end
+if #records > 0 then redis.call('HSET', JOBS, unpack(records)) end
 if #ids > 0 then redis.call('ZREM', SCHEDULE, unpack(ids)) end
 save()
 local following = redis.call('ZRANGE', SCHEDULE, 0, 0, 'WITHSCORES')

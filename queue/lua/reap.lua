@@ -13,28 +13,31 @@
 -- Returns  {now_ms, epoch or nil, 1 after an outage (nothing was reaped), 1 if more have expired, then the ids}
 -- Complexity: O(reaped * log(leased))
 --@ partition.lua
+--@ policies.lua
 local now, max = clock(ARGV[1]), tonumber(ARGV[2])
 local last = tonumber(ARGV[3])
 local outage = last and (now - last > tonumber(ARGV[4]) or now < last)
-local answer = { now, epoch, outage and 1 or 0, 0 }
+local answer, counts = { now, epoch, outage and 1 or 0, 0 }, {}
 if outage or last and now < tonumber(ARGV[5]) then return answer end
 local expired = redis.call('ZRANGE', LEASES, '-inf', now, 'BYSCORE', 'LIMIT', 0, max)
 answer[4] = #expired == max and 1 or 0
 -- From the latest to the earliest, so that the one that expired first ends up in front.
 for i = #expired, 1, -1 do
   local id = expired[i]
-  local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'p', 't', 'w')
-  if job[1] == 'l' then
-    local since = job[4] or now
-    local seq = enter_list(id, job[2], job[3], since, true)
-    redis.call('HDEL', key, 'x', 'o')
-    redis.call('HSET', key, 's', 'w', 'q', seq, 'w', since)
-    redis.call('HINCRBY', key, 'n', 1)
-    add_tenant(job[3], 1)
+  local holder = redis.call('HGET', HOLDERS, id)
+  local _, priority, since, tenant, rest = read(holder and redis.call('HGET', JOBS, id))
+  if priority then
+    local seq = enter_list(id, priority, tenant, since, true)
+    redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, charge(rest, 0, 1)))
+    freed = true
+    local counted = string.match(holder, '^%S+ (%S+) ')
+    if counted then counts[counted] = (counts[counted] or 0) + 1 end
+    add_tenant(tenant, 1)
     answer[#answer + 1] = id
   end
 end
+if #expired > 0 then redis.call('HDEL', HOLDERS, unpack(expired)) end
 if #expired > 0 then redis.call('ZREM', LEASES, unpack(expired)) end
+if ended(counts) then grown = true end
 save()
 return answer

@@ -8,29 +8,33 @@
 -- Returns  one number per job: 1 given back, 0 not ours
 -- Complexity: O(jobs * log(leased + scheduled)); the caller sends at most 500 jobs
 --@ partition.lua
+--@ policies.lua
 local now = clock(ARGV[1])
-local answers = {}
+local answers, counts = {}, {}
 -- From the last to the first, so that jobs released together keep their order in front.
 for i = #ARGV - 2, 3, -3 do
   local id, delay = ARGV[i], tonumber(ARGV[i + 2])
-  local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'x', 'p', 't', 'w')
-  local ours = job[1] == 'l' and job[2] == ARGV[i + 1]
+  local ours, counted = held_by(redis.call('HGET', HOLDERS, id), ARGV[i + 1])
+  local _, priority, since, tenant, rest = read(ours and redis.call('HGET', JOBS, id))
   if ours then
     redis.call('ZREM', LEASES, id)
-    redis.call('HDEL', key, 'x', 'o')
-    if ARGV[2] == '1' then redis.call('HINCRBY', key, 'a', 1) end
+    redis.call('HDEL', HOLDERS, id)
+    freed = true
+    if counted then counts[counted] = (counts[counted] or 0) + 1 end
+  end
+  if ours and priority then
+    local seq = 0
     if delay > 0 then
       redis.call('ZADD', SCHEDULE, now + delay, id)
-      redis.call('HSET', key, 's', 's')
     else
-      local since = job[5] or now
-      local seq = enter_list(id, job[3], job[4], since, true)
-      redis.call('HSET', key, 's', 'w', 'q', seq, 'w', since)
+      seq = enter_list(id, priority, tenant, since, true)
     end
-    add_tenant(job[4], 1)
+    if ARGV[2] == '1' then rest = charge(rest, 1, 0) end
+    redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, rest))
+    add_tenant(tenant, 1)
   end
   answers[i / 3] = ours and 1 or 0
 end
+if ended(counts) then grown = true end
 save()
 return answers

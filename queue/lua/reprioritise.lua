@@ -10,16 +10,15 @@
 local answers = {}
 for i = 1, #ARGV, 2 do
   local id, priority = ARGV[i], ARGV[i + 1]
-  local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'p', 't', 'w')
-  local change = job[1] and job[2] ~= priority
+  local seq, old, since, tenant, rest = read(redis.call('HGET', JOBS, id))
+  local change = seq and old ~= priority
   if change then
-    redis.call('HSET', key, 'p', priority)
-    if job[1] == 'w' then
-      add('w' .. job[2], -1)
+    if seq ~= '0' and redis.call('HEXISTS', HOLDERS, id) == 0 then
+      add('w' .. old, -1)
       add('z', 1)
-      redis.call('HSET', key, 'q', enter_list(id, priority, job[3], job[4], false))
+      seq = enter_list(id, priority, tenant, since, false)
     end
+    redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, rest))
   end
   answers[#answers + 1] = change and 1 or 0
 end

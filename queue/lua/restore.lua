@@ -6,38 +6,37 @@
 -- ARGV[1]  now_ms, or '' for Redis' clock
 -- ARGV[2]  lease, ms
 -- ARGV[3]  a random name for this life of the data, if it has none yet
--- ARGV[4…] 12 per job: id, token, kind, priority, tenant, run_at_ms or '', enqueued_at_ms, traceparent or '',
---          tracestate or '', fast record or '', charged failures or '', lost leases or ''
+-- ARGV[4…] 5 per job: id, token, priority, tenant, rest of the record
 -- Returns  one number per job: 2 registered again, 0 lost
 -- Complexity: O(jobs * log(leased)); the caller sends at most 500 jobs
 --@ partition.lua
+--@ policies.lua
 local now = clock(ARGV[1])
 local expiry = now + tonumber(ARGV[2])
 begin_epoch(ARGV[3])
 local answers = {}
-for i = 4, #ARGV, 12 do
+for i = 4, #ARGV, 5 do
   local id, token = ARGV[i], ARGV[i + 1]
-  local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'p', 't')
+  local text = redis.call('HGET', JOBS, id)
+  local seq, priority, since, tenant, rest = read(text)
   local answer = 0
-  if job[1] == 'w' then
-    add('w' .. job[2], -1)
+  if seq and seq ~= '0' and redis.call('HEXISTS', HOLDERS, id) == 0 then
+    add('w' .. priority, -1)
     add('z', 1)
-    add_tenant(job[3], -1)
-    redis.call('HSET', key, 's', 'l', 'x', token)
+    add_tenant(tenant, -1)
     answer = 2
-  elseif not job[1] then
-    local fields = { 'k', ARGV[i + 2], 'p', ARGV[i + 3], 't', ARGV[i + 4], 'e', ARGV[i + 6] }
-    for offset, name in pairs({ [5] = 'r', [7] = 'c', [8] = 'd', [9] = 'f', [10] = 'a', [11] = 'n' }) do
-      if ARGV[i + offset] ~= '' then
-        fields[#fields + 1] = name
-        fields[#fields + 1] = ARGV[i + offset]
-      end
-    end
-    redis.call('HSET', key, 's', 'l', 'x', token, 'w', now, unpack(fields))
+  elseif not text then
+    priority, since, tenant, rest = ARGV[i + 2], now, ARGV[i + 3], ARGV[i + 4]
     answer = 2
   end
-  if answer == 2 then redis.call('ZADD', LEASES, expiry, id) end
+  if answer == 2 then
+    -- The lease counts, even if that is one too many: the job runs.
+    local counts = policies >= 2 and redis.call('HEXISTS', policy_key(tenant), 'conc') == 1
+    if counts then redis.call('HINCRBY', policy_key(tenant), 'n', 1) end
+    redis.call('HSET', JOBS, id, record(0, priority, since, tenant, rest))
+    redis.call('HSET', HOLDERS, id, token .. ' ' .. (counts and tenant or '') .. ' ')
+    redis.call('ZADD', LEASES, expiry, id)
+  end
   answers[#answers + 1] = answer
 end
 save()

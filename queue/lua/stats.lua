@@ -4,7 +4,7 @@
 -- KEYS[1]  the partition
 -- ARGV[1]  now_ms, or '' for Redis' clock
 -- ARGV[2]  at how many tenants per priority to look for the oldest job
--- Returns  {10 depths, 10 ages of the oldest in ms or -1, scheduled, leased}, priorities from 0
+-- Returns  {10 depths, 10 ages of the oldest in ms or -1, scheduled, leased, 1 if it is paused, parked tenants}, priorities from 0
 -- Complexity: O(priorities * tenants looked at)
 --@ partition.lua
 local now = clock(ARGV[1])
@@ -16,8 +16,7 @@ for priority = 0, 9 do
       -- The first of the next few entries that is not stale.
       for _, entry in ipairs(redis.call('LRANGE', list_key(priority, tenant), 0, 7)) do
         local id, seq, entered = string.match(entry, '^(%S+) (%d+) (%d+)$')
-        local job = redis.call('HMGET', job_key(id), 's', 'q')
-        if job[1] == 'w' and job[2] == seq then
+        if read(redis.call('HGET', JOBS, id)) == seq then
           since = math.min(since, tonumber(entered))
           break
         end
@@ -29,4 +28,6 @@ for priority = 0, 9 do
 end
 answer[21] = redis.call('ZCARD', SCHEDULE)
 answer[22] = redis.call('ZCARD', LEASES)
+answer[23] = redis.call('HEXISTS', part .. ':p', 'pause')
+answer[24] = redis.call('ZCARD', part .. ':b')
 return answer

@@ -85,6 +85,7 @@ impl Claimer {
         let total = config.slots.clamp(1, Semaphore::MAX_PERMITS);
         let slots = Arc::new(Semaphore::new(total));
         let places = Arc::new(Places::new(&config.queues, queue.config().partitions));
+        let waits = places.spots.len();
         let listener = shutdown.child_token();
         tokio::spawn(wakeups::listen(queue.config().clone(), Arc::clone(&places), listener.clone()));
         let claiming = Claiming {
@@ -100,6 +101,7 @@ impl Claimer {
             turn: 0,
             poll_turn: 0,
             pending: VecDeque::new(),
+            waits: vec![None; waits],
         };
         let stop = shutdown.clone();
         let task = tokio::spawn(async move {
@@ -146,6 +148,8 @@ struct Claiming {
     turn: usize,
     poll_turn: usize,
     pending: VecDeque<Job>,
+    /// When a limit lets a place be claimed from again.
+    waits: Vec<Option<Instant>>,
 }
 
 impl Claiming {
@@ -197,6 +201,7 @@ impl Claiming {
                     let queue = self.queue.clone();
                     trip = Some(Box::pin(async move { Outcome::Probed(queue.ping().await) }));
                 }
+                () = at(self.waits.iter().flatten().min().copied()) => self.over(),
                 () = self.places.changed() => {}
                 _ = ticks.tick() => self.poll(),
                 changed = closed.changed() => if changed.is_err() { break },
@@ -222,9 +227,21 @@ impl Claiming {
         }
     }
 
+    /// Looks again at the places whose limit lets something through now.
+    fn over(&mut self) {
+        let now = Instant::now();
+        for (place, wait) in self.waits.iter_mut().enumerate() {
+            if wait.is_some_and(|until| until <= now) {
+                *wait = None;
+                self.places.heat(place);
+            }
+        }
+    }
+
     fn claim(&mut self, place: usize, mut slots: OwnedSemaphorePermit) -> BoxFuture<'static, Outcome> {
         self.turn = place + 1;
         self.places.cool(place);
+        self.waits[place] = None;
         let more = self.slots.available_permits().min(self.batch - 1);
         // Only this loop takes permits, so what is available stays available.
         if more > 0
@@ -248,6 +265,7 @@ impl Claiming {
                 if claimed.more {
                     self.places.heat(place);
                 }
+                self.waits[place] = claimed.wait.map(|wait| Instant::now() + wait);
                 for claim in &claimed.claims {
                     let lease = self.heartbeat.register(claim);
                     let Some(slot) = slots.split(1) else {

@@ -72,6 +72,12 @@ pub enum Pushed {
     Present,
     /// The window of the queue is full; the job was not stored. It waits in the ledger, or the caller is told.
     Full,
+    /// The queue has as many jobs as its policy allows; the job was not stored.
+    QueueFull,
+    /// The tenant has as many jobs in this queue as its policy allows; the job was not stored.
+    TenantFull,
+    /// The queue takes no new jobs; the job was not stored.
+    Draining,
 }
 
 /// What ack, release and heartbeat need to name a lease.
@@ -178,6 +184,10 @@ pub struct QueueStats {
     pub scheduled: u64,
     /// Leased jobs.
     pub in_flight: u64,
+    /// Nothing is claimed, because the queue's policy says so.
+    pub paused: bool,
+    /// Tenants with waiting jobs that a pause or a limit holds back, summed over partitions.
+    pub blocked_tenants: u64,
 }
 
 impl QueueStats {

@@ -6,7 +6,7 @@ use crate::{
     STATS_TENANTS,
     envelope::{Place, PriorityStats, QueueStats},
     error::QueueError,
-    ids::{JobId, QueueName, TenantId},
+    ids::{JobId, Priority, QueueName, TenantId},
     partition::partition_key,
     queue::{CHUNK, Queue, text},
     reply::{self, Reply},
@@ -24,11 +24,8 @@ impl Queue {
             let mut pipeline = redis::pipe();
             for job in chunk {
                 let (queue, partition) = self.job_place(job);
-                pipeline.cmd("EXISTS").arg(format!(
-                    "{}:j:{}",
-                    partition_key(self.config(), queue, partition),
-                    job.1
-                ));
+                let key = format!("{}:j", partition_key(self.config(), queue, partition));
+                pipeline.cmd("HEXISTS").arg(key).arg(job.1.to_string());
             }
             let answers = self.shared.link.pipeline(&pipeline).await?;
             for ((_, id), answer) in chunk.iter().zip(&answers) {
@@ -49,25 +46,30 @@ impl Queue {
             for job in chunk {
                 let (queue, partition) = self.job_place(job);
                 let key = partition_key(self.config(), queue, partition);
-                pipeline.cmd("HGET").arg(format!("{key}:j:{}", job.1)).arg("s");
-                pipeline.cmd("ZSCORE").arg(format!("{key}:l")).arg(job.1.to_string());
+                let id = job.1.to_string();
+                pipeline.cmd("HEXISTS").arg(format!("{key}:j")).arg(&id);
+                pipeline.cmd("HEXISTS").arg(format!("{key}:x")).arg(&id);
+                pipeline.cmd("ZSCORE").arg(format!("{key}:s")).arg(&id);
+                pipeline.cmd("ZSCORE").arg(format!("{key}:l")).arg(&id);
             }
             let mut answers = self.shared.link.pipeline(&pipeline).await?.into_iter();
             let mut time = Reply::new(answers.next().unwrap_or(Value::Nil))?;
             let now = self.now_ms.unwrap_or(time.integer()? * 1000 + time.integer()? / 1000);
-            while let (Some(state), Some(lease)) = (answers.next(), answers.next()) {
+            while let (Some(known), Some(held), Some(due), Some(lease)) =
+                (answers.next(), answers.next(), answers.next(), answers.next())
+            {
                 let left_ms = match &lease {
                     Value::Nil => None,
                     end => Some(reply::number(end)? - now),
                 };
-                places.push(match state {
-                    Value::Nil => None,
-                    state => Some(match reply::text(state)?.as_str() {
-                        "w" => Place::Waiting,
-                        "s" => Place::Scheduled,
-                        "l" => Place::Leased { left_ms },
-                        other => return Err(QueueError::Protocol(format!("a job's state is {other:?}"))),
-                    }),
+                places.push(if reply::number(&known)? == 0 {
+                    None
+                } else if reply::number(&held)? == 1 {
+                    Some(Place::Leased { left_ms })
+                } else if due == Value::Nil {
+                    Some(Place::Waiting)
+                } else {
+                    Some(Place::Scheduled)
                 });
             }
         }
@@ -88,8 +90,29 @@ impl Queue {
             }
             stats.scheduled += reply.integer()?.unsigned_abs();
             stats.in_flight += reply.integer()?.unsigned_abs();
+            stats.paused |= reply.integer()? == 1;
+            stats.blocked_tenants += reply.integer()?.unsigned_abs();
         }
         Ok(stats)
+    }
+
+    /// How many jobs wait or are scheduled in a queue. Cheaper than [`stats`](Self::stats).
+    pub async fn depth(&self, queue: &QueueName) -> Result<u64, QueueError> {
+        let mut pipeline = redis::pipe();
+        for partition in 0..self.config().partitions {
+            let key = partition_key(self.config(), queue, partition);
+            let levels: [String; Priority::LEVELS] = std::array::from_fn(|level| format!("w{level}"));
+            pipeline.cmd("HMGET").arg(&key).arg(&levels);
+            pipeline.cmd("ZCARD").arg(format!("{key}:s"));
+        }
+        let mut sum = 0;
+        for value in self.shared.link.pipeline(&pipeline).await? {
+            let values = if let Value::Array(levels) = value { levels } else { vec![value] };
+            for value in values.iter().filter(|value| **value != Value::Nil) {
+                sum += reply::number(value)?.unsigned_abs();
+            }
+        }
+        Ok(sum)
     }
 
     /// How many jobs of a tenant wait or are scheduled in a queue.

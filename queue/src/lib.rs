@@ -16,6 +16,8 @@ pub mod ledger;
 mod link;
 mod outage;
 mod partition;
+mod policies;
+pub mod policy;
 pub mod queue;
 pub mod reaper;
 mod record;
@@ -43,6 +45,7 @@ pub use ids::{
 };
 pub use lease::{Lease, LeaseLost};
 pub use ledger::{Ledger, NoLedger};
+pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use reaper::Reaper;
 pub use retries::Retries;

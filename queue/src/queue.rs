@@ -19,6 +19,8 @@ use crate::{
     ids::{JobId, LeaseToken, QueueName, WorkerId},
     link::{Answer, Link},
     partition::{partition_key, partition_of},
+    policies::Copies,
+    policy::wait_of,
     record::{push_record, read_record},
     reply::{self, Reply},
     scripts::{self, Script},
@@ -29,7 +31,7 @@ pub const CHUNK: usize = 500;
 /// Most jobs that one claim leases in one partition.
 pub const MAX_CLAIM: usize = 256;
 /// Values per job in the answer of `claim.lua`.
-const CLAIM_FIELDS: usize = 12;
+const CLAIM_FIELDS: usize = 2;
 /// Most stale list entries that one claim drops.
 const MAX_STALE: usize = 1000;
 /// Script calls of one operation that are under way together.
@@ -53,6 +55,7 @@ pub(crate) struct Shared {
     pub(crate) link: Link,
     probe: Link,
     rotation: AtomicUsize,
+    pub(crate) copies: Copies,
 }
 
 /// What one claim in one partition brought.
@@ -60,6 +63,14 @@ pub(crate) struct Claimed {
     pub claims: Vec<Claim>,
     /// A further claim would find something.
     pub more: bool,
+    /// A limit lets the next claim find something after this time.
+    pub wait: Option<Duration>,
+}
+
+impl Claimed {
+    fn nothing(more: bool) -> Self {
+        Self { claims: Vec::new(), more, wait: None }
+    }
 }
 
 impl std::fmt::Debug for Queue {
@@ -84,7 +95,13 @@ impl Queue {
         let connect = config.connect_timeout.min(PROBE_DEADLINE);
         let probe = Link::with_deadlines(&config, connect, config.response_timeout.min(PROBE_DEADLINE))?;
         Ok(Self {
-            shared: Arc::new(Shared { config, link, probe, rotation: AtomicUsize::new(0) }),
+            shared: Arc::new(Shared {
+                config,
+                link,
+                probe,
+                rotation: AtomicUsize::new(0),
+                copies: Copies::default(),
+            }),
             now_ms: None,
         })
     }
@@ -132,15 +149,25 @@ impl Queue {
 
     /// Stores jobs that are not known yet; one answer per envelope, in order. Idempotent by job id: one that is
     /// waiting, scheduled or leased is left as it is. Up to [`CHUNK`] jobs of a partition go in one round trip.
-    /// [`QueueError::Full`] when Redis' memory is full; the window is answered per job.
+    /// [`QueueError::Full`] when Redis' memory is full; the window and the policies' depths are answered per job.
     pub async fn push(&self, envelopes: &[Envelope]) -> Result<Vec<Pushed>, QueueError> {
+        self.push_under(envelopes, true).await
+    }
+
+    /// As [`push`](Self::push) for jobs that a ledger has accepted: they are neither too many nor too late, whatever the
+    /// policies say now. Only the window holds.
+    pub async fn push_accepted(&self, envelopes: &[Envelope]) -> Result<Vec<Pushed>, QueueError> {
+        self.push_under(envelopes, false).await
+    }
+
+    async fn push_under(&self, envelopes: &[Envelope], policies: bool) -> Result<Vec<Pushed>, QueueError> {
         let window = self.config().partition_window();
         let answers = self
             .each(
                 &scripts::PUSH,
                 envelopes,
                 |envelope| (&envelope.queue, self.partition_of(envelope.id)),
-                || vec![self.now(), text(window), nonce()],
+                || vec![self.now(), text(window), nonce(), text(u8::from(policies))],
                 |args, envelope| {
                     args.push(text(envelope.id));
                     push_record(args, envelope);
@@ -153,6 +180,9 @@ impl Queue {
                 0 => Ok(Pushed::Present),
                 1 => Ok(Pushed::Queued),
                 2 => Ok(Pushed::Full),
+                3 => Ok(Pushed::QueueFull),
+                4 => Ok(Pushed::TenantFull),
+                5 => Ok(Pushed::Draining),
                 other => Err(QueueError::Protocol(format!("push answered {other}"))),
             })
             .collect()
@@ -192,29 +222,49 @@ impl Queue {
         max: usize,
     ) -> Result<Claimed, QueueError> {
         if max == 0 {
-            return Ok(Claimed { claims: Vec::new(), more: true });
+            return Ok(Claimed::nothing(true));
         }
+        let required = match self.shared.copies.required() {
+            false => None,
+            true => {
+                let run = self.shared.link.run_id().await?;
+                if !self.shared.copies.has(queue, &run) {
+                    self.shared.copies.want(queue);
+                    return Ok(Claimed::nothing(false));
+                }
+                Some(run)
+            }
+        };
         let config = self.config();
+        let nonce = nonce();
+        let tokens = String::from_utf8_lossy(&nonce).into_owned();
         let args = [
             self.now(),
             text(max.min(MAX_CLAIM)),
             text(config.lease.as_millis()),
             text(config.aging.as_millis()),
             text(MAX_STALE),
-            nonce(),
+            nonce,
             text(worker),
+            text(u8::from(required.is_some())),
         ];
         let sent_at = Instant::now();
         let answer = self.script(&scripts::CLAIM, queue, partition, &args).await?;
         let mut reply = Reply::new(answer.value)?;
         let epoch = Epoch { data: reply.text()?.into(), run: answer.run_id };
-        let more = reply.integer()? == 1;
+        let found = reply.integer()?;
+        let (more, wait) = (found == 1, wait_of(reply.integer()?));
+        if found == 2 {
+            self.shared.copies.want(queue);
+        }
         let mut claims = Vec::with_capacity(reply.len() / CLAIM_FIELDS);
+        let mut number = 0;
         while !reply.is_empty() {
-            let mut record = reply.take(CLAIM_FIELDS)?;
-            let id: JobId = record.parsed("a job id")?;
-            let token = LeaseToken(record.text()?.into());
-            match read_record(&mut record, id, queue) {
+            let id: JobId = reply.parsed("a job id")?;
+            let record = reply.bytes()?;
+            number += 1;
+            let token = LeaseToken(format!("{tokens}:{number}").into());
+            match read_record(&record, id, queue) {
                 Ok(envelope) => claims.push(Claim {
                     envelope: Arc::new(envelope),
                     token,
@@ -231,12 +281,19 @@ impl Queue {
                 }
             }
         }
+        if required.is_some_and(|run| run != epoch.run) {
+            // The server restarted, or another took over, between the look at the copies and the claim.
+            self.shared.copies.want(queue);
+            let back: Vec<_> = claims.iter().map(|claim| (claim.lease_ref(), Duration::ZERO)).collect();
+            self.release(&back).await?;
+            return Ok(Claimed::nothing(false));
+        }
         metrics::histogram!("queue_claim_seconds").record(sent_at.elapsed().as_secs_f64());
         if !claims.is_empty() {
             metrics::counter!("queue_jobs_claimed_total", "queue" => queue.to_string())
                 .increment(claims.len() as u64);
         }
-        Ok(Claimed { claims, more })
+        Ok(Claimed { claims, more, wait })
     }
 
     /// Removes finished jobs. One answer per lease: `false` if it is not ours any more (nothing was changed).

@@ -1,49 +1,102 @@
-//! How an envelope is written to scripts and read from their answers.
+//! How a job's record is written to scripts and read from their answers.
+//!
+//! A record is one string: `<sequence> <priority> <since> <tenant>`, the counts of charged failures and lost leases if
+//! there are any, a line feed, and the body. Scripts read and write the first line (see `lua/partition.lua`), of which they
+//! make all but the counts when a job comes in; the body is ours: kind, `run_at`, `enqueued_at`, traceparent and tracestate, each as
+//! `<length>:<text>` with nothing for what is absent, then the fast record as JSON, if there is one.
+
+use std::fmt::Write as _;
 
 use crate::{
     envelope::{Envelope, TraceContext},
     error::QueueError,
     ids::{JobId, Priority, QueueName},
     queue::{optional, text},
-    reply::Reply,
 };
 
-/// The fields that push and restore share: kind, priority, tenant, `run_at`, `enqueued_at`, trace, fast record.
+/// What push sends of a job after its id: priority, tenant, `run_at` and the rest.
 pub(crate) fn push_record(args: &mut Vec<Vec<u8>>, envelope: &Envelope) {
-    let trace = envelope.trace.as_ref();
     args.extend([
-        text(&envelope.kind),
         text(envelope.priority),
-        text(&envelope.tenant),
+        envelope.tenant.as_str().into(),
         optional(envelope.run_at_ms),
-        text(envelope.enqueued_at_ms),
-        optional(trace.map(|trace| &trace.traceparent)),
-        optional(trace.and_then(|trace| trace.tracestate.as_ref())),
-        optional(envelope.fast.as_ref()),
+        rest(envelope),
     ]);
 }
 
-/// Reads the fields in the order that `claim.lua` returns them.
-pub(crate) fn read_record(reply: &mut Reply, id: JobId, queue: &QueueName) -> Result<Envelope, QueueError> {
-    let kind = reply.text()?;
-    let priority = reply.parsed::<i64>("a priority")?;
-    let priority = Priority::try_from(priority).map_err(|error| QueueError::Protocol(error.to_string()))?;
-    let tenant = reply.parsed("a tenant")?;
-    let run_at_ms = match reply.optional()? {
-        None => None,
-        Some(at) => Some(at.parse().map_err(|_| QueueError::Protocol(format!("run_at is {at:?}")))?),
+/// What restore sends of a job after its id and token: priority, tenant and the rest.
+pub(crate) fn restore_record(args: &mut Vec<Vec<u8>>, envelope: &Envelope) {
+    args.extend([text(envelope.priority), envelope.tenant.as_str().into(), rest(envelope)]);
+}
+
+/// The counts, and all after the first line.
+fn rest(envelope: &Envelope) -> Vec<u8> {
+    let mut body = String::with_capacity(64);
+    if envelope.attempts > 0 || envelope.lost > 0 {
+        write!(body, " {},{}", envelope.attempts, envelope.lost).ok();
+    }
+    body.push('\n');
+    let mut number = String::new();
+    let mut field = |value: &str| {
+        // Writing to a String can't fail.
+        write!(body, "{}:{value}", value.len()).ok();
     };
-    let enqueued_at_ms = reply.parsed("a time")?;
-    let traceparent = reply.optional()?;
-    let tracestate = reply.optional()?;
-    let fast =
-        match reply.optional()? {
-            None => None,
-            Some(json) => Some(serde_json::from_str(&json).map_err(|error| {
-                QueueError::Protocol(format!("the record of job {id} is no JSON: {error}"))
-            })?),
-        };
-    let (attempts, lost) = (count(reply, "charged failures")?, count(reply, "lost leases")?);
+    field(&envelope.kind);
+    if let Some(at) = envelope.run_at_ms {
+        write!(number, "{at}").ok();
+    }
+    field(&number);
+    number.clear();
+    write!(number, "{}", envelope.enqueued_at_ms).ok();
+    field(&number);
+    let trace = envelope.trace.as_ref();
+    field(trace.map_or("", |trace| &trace.traceparent));
+    field(trace.and_then(|trace| trace.tracestate.as_deref()).unwrap_or_default());
+    if let Some(fast) = &envelope.fast {
+        write!(body, "{fast}").ok();
+    }
+    body.into_bytes()
+}
+
+/// Reads a record as `claim.lua` returns it.
+pub(crate) fn read_record(record: &[u8], id: JobId, queue: &QueueName) -> Result<Envelope, QueueError> {
+    let bad = |what: &str| QueueError::Protocol(format!("the record of job {id} has no {what}"));
+    let record = std::str::from_utf8(record).map_err(|_| bad("valid UTF-8"))?;
+    let (head, mut body) = record.split_once('\n').ok_or_else(|| bad("first line"))?;
+    let mut head = head.split(' ').skip(1);
+    let priority = head.next().and_then(|text| text.parse::<i64>().ok()).ok_or_else(|| bad("priority"))?;
+    let priority = Priority::try_from(priority).map_err(|error| QueueError::Protocol(error.to_string()))?;
+    let tenant = head.nth(1).and_then(|text| text.parse().ok()).ok_or_else(|| bad("tenant"))?;
+    let (attempts, lost) = match head.next() {
+        None => (0, 0),
+        Some(counts) => counts
+            .split_once(',')
+            .and_then(|(attempts, lost)| Some((attempts.parse().ok()?, lost.parse().ok()?)))
+            .ok_or_else(|| bad("counts that are numbers"))?,
+    };
+    let mut field = |what: &str| {
+        let (length, rest) = body.split_once(':').ok_or_else(|| bad(what))?;
+        let length = length.parse().map_err(|_| bad(what))?;
+        let (value, rest) = rest.split_at_checked(length).ok_or_else(|| bad(what))?;
+        body = rest;
+        Ok::<_, QueueError>((!value.is_empty()).then_some(value))
+    };
+    let kind = field("kind")?.unwrap_or_default().to_owned();
+    let run_at_ms = match field("run_at")? {
+        Some(at) => Some(at.parse().map_err(|_| bad("run_at that is a number"))?),
+        None => None,
+    };
+    let enqueued_at_ms = field("enqueued_at")?
+        .and_then(|at| at.parse().ok())
+        .ok_or_else(|| bad("enqueued_at that is a number"))?;
+    let traceparent = field("traceparent")?.map(str::to_owned);
+    let tracestate = field("tracestate")?.map(str::to_owned);
+    let fast = match body {
+        "" => None,
+        json => Some(serde_json::from_str(json).map_err(|error| {
+            QueueError::Protocol(format!("the fast record of job {id} is no JSON: {error}"))
+        })?),
+    };
     Ok(Envelope {
         id,
         kind,
@@ -59,10 +112,55 @@ pub(crate) fn read_record(reply: &mut Reply, id: JobId, queue: &QueueName) -> Re
     })
 }
 
-/// A number that is absent at 0.
-fn count(reply: &mut Reply, what: &str) -> Result<u32, QueueError> {
-    match reply.optional()? {
-        None => Ok(0),
-        Some(text) => text.parse().map_err(|_| QueueError::Protocol(format!("{what} is {text:?}"))),
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::ids::TenantId;
+
+    fn envelope() -> Envelope {
+        let tenant = TenantId::new("acme").unwrap();
+        Envelope {
+            priority: Priority::HIGHEST,
+            ..Envelope::new("a:b\n c", QueueName::new("q").unwrap(), tenant)
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_again_whatever_it_holds() {
+        let plain = envelope();
+        let full = Envelope {
+            kind: "é 3:".to_owned(),
+            run_at_ms: Some(17),
+            trace: Some(TraceContext {
+                traceparent: "00-a".to_owned(),
+                tracestate: Some("k=v,1:2".to_owned()),
+            }),
+            fast: Some(serde_json::json!({ "text": "line\nline", "n": [1, 2] })),
+            attempts: 3,
+            lost: 12,
+            ..envelope()
+        };
+        for one in [plain, full] {
+            let record = [b"12 9 1700000000000 acme".to_vec(), rest(&one)].concat();
+            assert_eq!(read_record(&record, one.id, &one.queue).unwrap(), one);
+        }
+    }
+
+    #[test]
+    fn a_damaged_record_is_an_error_and_never_a_panic() {
+        let one = envelope();
+        let whole = [b"12 9 1700000000000 acme".to_vec(), rest(&one)].concat();
+        for end in 0..whole.len() {
+            assert!(read_record(&whole[..end], one.id, &one.queue).is_err(), "{end}");
+        }
+        for bad in [
+            "12 many 1 acme\n1:a0:1:50:0:",
+            "12 5 1 acme 3\n1:a0:1:50:0:",
+            "1 5 1 acme\n99999999999999999999:a",
+            "1 5 1 acme\n1:é",
+        ] {
+            assert!(read_record(bad.as_bytes(), one.id, &one.queue).is_err(), "{bad}");
+        }
     }
 }

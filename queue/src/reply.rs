@@ -25,15 +25,6 @@ impl Reply {
         self.values.len()
     }
 
-    /// The next `count` values as a reply of their own, so that a record that can't be read doesn't shift the rest.
-    pub(crate) fn take(&mut self, count: usize) -> Result<Self, QueueError> {
-        let values: Vec<Value> = self.values.by_ref().take(count).collect();
-        if values.len() < count {
-            return Err(QueueError::Protocol(format!("expected {count} values, got {}", values.len())));
-        }
-        Ok(Self { values: values.into_iter() })
-    }
-
     fn next(&mut self, what: &str) -> Result<Value, QueueError> {
         self.values.next().ok_or_else(|| QueueError::Protocol(format!("expected {what}, the answer ended")))
     }
@@ -47,6 +38,13 @@ impl Reply {
         match self.next("text or nil")? {
             Value::Nil => Ok(None),
             value => text(value).map(Some),
+        }
+    }
+
+    pub(crate) fn bytes(&mut self) -> Result<Vec<u8>, QueueError> {
+        match self.next("bytes")? {
+            Value::BulkString(bytes) => Ok(bytes),
+            other => Err(unexpected("bytes", &other)),
         }
     }
 

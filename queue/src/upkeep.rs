@@ -10,7 +10,7 @@ use crate::{
     ids::{JobId, Priority, QueueName},
     partition::partition_key,
     queue::{CHUNK, Queue, lease_place, nonce, optional, text},
-    record::push_record,
+    record::restore_record,
     reply::{self, Reply},
     scripts,
 };
@@ -77,9 +77,7 @@ impl Queue {
                     || vec![self.now(), text(lease_ms), nonce()],
                     |args, lease| {
                         args.extend([text(lease.id), text(lease.token.as_str())]);
-                        push_record(args, &lease.envelope);
-                        let count = |count: u32| optional((count > 0).then_some(count));
-                        args.extend([count(lease.envelope.attempts), count(lease.envelope.lost)]);
+                        restore_record(args, &lease.envelope);
                     },
                 )
                 .await?;

@@ -1,0 +1,79 @@
+#![doc = include_str!("../README.md")]
+
+mod fleet;
+mod payload;
+mod report;
+mod server;
+mod sides;
+mod worker;
+mod workloads;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::{
+    report::Report,
+    workloads::{Plan, Workload},
+};
+
+/// Measures the queue beside apalis-redis and beside two minimal scripts, on one private Redis
+#[derive(Debug, Parser)]
+#[command(name = "flotilla-bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Run the workloads and print their figures
+    Queue(Args),
+    /// Be a worker process of one side
+    #[command(hide = true)]
+    Work(worker::Args),
+}
+
+#[derive(Debug, clap::Args)]
+struct Args {
+    /// Print JSON (there is no other form; `flotilla bench queue` makes a table of it)
+    #[arg(long)]
+    json: bool,
+    /// Tiny sizes: shows that everything works, measures nothing
+    #[arg(long)]
+    quick: bool,
+    /// Only these workloads
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Workload>,
+    /// Rounds, instead of the plan's
+    #[arg(long)]
+    rounds: Option<usize>,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Work(args) => worker::run(args),
+        Command::Queue(args) => queue(args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("flotilla-bench: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn queue(args: Args) -> anyhow::Result<()> {
+    let mut plan = if args.quick { Plan::QUICK } else { Plan::FULL };
+    plan.rounds = args.rounds.unwrap_or(plan.rounds).max(1);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let results = runtime.block_on(async {
+        tokio::select! {
+            results = workloads::run(plan, &args.only) => results,
+            _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
+        }
+    })?;
+    println!("{}", serde_json::to_string(&Report { bench: "queue", results })?);
+    Ok(())
+}

@@ -1,0 +1,63 @@
+//! The one Redis that all sides share.
+
+use devstack::{RedisOptions, testing::TestServices};
+use redis::aio::MultiplexedConnection;
+
+use crate::sides::connect;
+
+/// Room for a million waiting jobs of any side.
+const MAX_MEMORY_MB: u32 = 6144;
+
+/// A private Redis with the configuration of production: append-only file, synced each second.
+pub struct Server {
+    services: TestServices,
+    connection: MultiplexedConnection,
+}
+
+impl Server {
+    pub async fn start() -> anyhow::Result<Self> {
+        let options = RedisOptions { max_memory_mb: MAX_MEMORY_MB, ..RedisOptions::queue() };
+        let services = TestServices::builder().redis_queue_with(options).start().await?;
+        let mut connection = connect(services.redis_queue().url()).await?;
+        // A rewrite of the append-only file that one side's run causes must not fall into another's.
+        redis::cmd("CONFIG")
+            .arg("SET")
+            .arg("auto-aof-rewrite-percentage")
+            .arg(0)
+            .query_async::<()>(&mut connection)
+            .await?;
+        Ok(Self { services, connection })
+    }
+
+    pub fn url(&self) -> &str {
+        self.services.redis_queue().url()
+    }
+
+    /// Removes everything, at once and not in the background.
+    pub async fn clear(&self) -> anyhow::Result<()> {
+        redis::cmd("FLUSHALL").arg("SYNC").query_async::<()>(&mut self.connection.clone()).await?;
+        redis::cmd("CONFIG").arg("RESETSTAT").query_async::<()>(&mut self.connection.clone()).await?;
+        Ok(())
+    }
+
+    /// What Redis says about one thing.
+    pub async fn info(&self, section: &str) -> anyhow::Result<String> {
+        Ok(redis::cmd("INFO").arg(section).query_async(&mut self.connection.clone()).await?)
+    }
+
+    /// Memory of the whole instance in bytes.
+    pub async fn memory(&self) -> anyhow::Result<f64> {
+        Ok(field(&self.info("memory").await?, "used_memory"))
+    }
+
+    /// CPU time that the server has used, in seconds.
+    pub async fn cpu(&self) -> anyhow::Result<f64> {
+        let info = self.info("cpu").await?;
+        Ok(field(&info, "used_cpu_user") + field(&info, "used_cpu_sys"))
+    }
+}
+
+fn field(info: &str, name: &str) -> f64 {
+    let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    value.and_then(|value| value.trim().parse().ok()).unwrap_or(0.0)
+}

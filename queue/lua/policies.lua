@@ -1,0 +1,45 @@
+-- What scripts share that end leases or change policies. Not a script of its own (see src/scripts.rs); it needs `part`.
+--
+-- Keys besides those of partition.lua, which a partition without policies doesn't have:
+--   T                      two more fields: pol (1 the queue has a policy, 2 tenants have, 3 both), syn (this life of the
+--                          data has been given its policies), i (why a claim found nothing although jobs wait: 1 every
+--                          tenant that waits is parked, 2 the queue's concurrency is used up)
+--   T:p                    hash   the queue's policy: rev, pause, drain, weights ("w0,…,w9"; absent: strict), conc, cv
+--                                 (version of a lent conc), rate (per second), burst, depth; tok and at (tokens left, and
+--                                 when), pass (how far each priority is ahead, weighted), turn (what is left of the turn of
+--                                 the tenant at the head of each ring)
+--   T:p:<tenant>           hash   a tenant's policy: rev, pause, w (weight), conc, cv, rate, burst, depth; tok and at; n (its
+--                                 leases that count); b (the priorities whose ring it left), y (why: p pause, c concurrency,
+--                                 r rate)
+--   T:b                    zset   parked tenants by the time when they may go on, ms; NEVER if something else must happen
+--   T:x                    names the tenant, if the lease counts towards its concurrency
+--
+-- A tenant that waits is, for each priority, either in the ring or in its own `b`, never in both. So a claim meets a
+-- blocked tenant once per priority, and not again before it has come back.
+local PARKED = part .. ':b'
+local NEVER = 9007199254740991
+
+local function policy_key(tenant) return part .. ':p:' .. tenant end
+
+-- Puts a parked tenant back into the rings that it left. Returns whether there were any.
+local function unpark(tenant, priorities)
+  redis.call('ZREM', PARKED, tenant)
+  redis.call('HDEL', policy_key(tenant), 'b', 'y')
+  for priority in string.gmatch(priorities or '', '%d') do
+    redis.call('RPUSH', part .. ':r:' .. priority, tenant)
+  end
+  return (priorities or '') ~= ''
+end
+
+-- Leases that counted have ended: `counts` has how many by tenant. Returns whether a tenant came back.
+local function ended(counts)
+  local back = false
+  for tenant, by in pairs(counts) do
+    local key = policy_key(tenant)
+    local left = redis.call('HINCRBY', key, 'n', -by)
+    if left <= 0 then redis.call('HDEL', key, 'n') end
+    local policy = redis.call('HMGET', key, 'y', 'b', 'conc')
+    if policy[1] == 'c' and left < (tonumber(policy[3]) or NEVER) then back = unpark(tenant, policy[2]) or back end
+  end
+  return back
+end
