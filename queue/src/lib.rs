@@ -12,6 +12,7 @@ pub mod heartbeat;
 pub mod ids;
 mod inspect;
 pub mod lease;
+pub mod lender;
 mod link;
 mod outage;
 mod partition;
@@ -42,6 +43,7 @@ pub use ids::{
     TenantId, WorkerId,
 };
 pub use lease::{Lease, LeaseLost};
+pub use lender::Lender;
 pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use reaper::Reaper;
