@@ -61,7 +61,8 @@ impl Admission {
             return Err(EnqueueError::Draining { queue: queue.clone() });
         }
         let retry_after = settings.full_retry_after;
-        let of_tenant = policies.tenant(tenant, queue).and_then(|found| found.0.max_depth).unwrap_or(of_tenant);
+        let of_tenant =
+            policies.tenant(tenant, queue).and_then(|found| found.0.max_depth).unwrap_or(of_tenant);
         let (whole, own) = ((None, queue.clone()), (Some(tenant.clone()), queue.clone()));
         if let Some(limit) = policy.max_depth
             && self.full(dispatch, &whole, limit).await

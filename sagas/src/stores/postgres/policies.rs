@@ -84,14 +84,12 @@ impl Postgres {
     ) -> Result<QueueRow, StoreError> {
         let mut tx = self.pool.begin().await?;
         lock(&mut tx).await?;
-        let row = sqlx::query(sqlx::AssertSqlSafe(format!(
-            "SELECT {QUEUE} FROM queue_policies WHERE queue = $1"
-        )))
-        .bind(queue.as_str())
-        .fetch_optional(&mut *tx)
-        .await?;
-        let mut policy =
-            row.as_ref().map(queue_row).transpose()?.map(|row| row.policy).unwrap_or_default();
+        let row =
+            sqlx::query(sqlx::AssertSqlSafe(format!("SELECT {QUEUE} FROM queue_policies WHERE queue = $1")))
+                .bind(queue.as_str())
+                .fetch_optional(&mut *tx)
+                .await?;
+        let mut policy = row.as_ref().map(queue_row).transpose()?.map(|row| row.policy).unwrap_or_default();
         edit(&mut policy);
         policy.check().map_err(|error| data(&error))?;
         let weights = match policy.mode {
@@ -222,7 +220,11 @@ fn data(error: &dyn std::fmt::Display) -> StoreError {
 
 fn odd(what: &str, error: &dyn std::fmt::Display) -> StoreError {
     // The columns' checks allow nothing that these types refuse.
-    StoreError::new(Dependency::Postgres, Class::Permanent, format!("a policy's {what} can't be read: {error}"))
+    StoreError::new(
+        Dependency::Postgres,
+        Class::Permanent,
+        format!("a policy's {what} can't be read: {error}"),
+    )
 }
 
 fn set(row: &PgRow, column: &str) -> Result<bool, sqlx::Error> {
