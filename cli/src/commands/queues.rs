@@ -96,7 +96,10 @@ pub struct Limits {
 impl Limits {
     /// Whether nothing is named.
     pub fn is_empty(&self) -> bool {
-        self.max_concurrency.is_none() && self.rate.is_none() && self.burst.is_none() && self.max_waiting.is_none()
+        self.max_concurrency.is_none()
+            && self.rate.is_none()
+            && self.burst.is_none()
+            && self.max_waiting.is_none()
     }
 
     /// Changes the limits that are named.
@@ -127,7 +130,8 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
         Command::List => {
             let rows = postgres.policies_since(0).await?.queues;
             context.out.data(&rows, || {
-                let mut table = output::table(&["QUEUE", "STATE", "MODE", "RUNNING", "PER SECOND", "WAITING"]);
+                let mut table =
+                    output::table(&["QUEUE", "STATE", "MODE", "RUNNING", "PER SECOND", "WAITING"]);
                 for row in &rows {
                     table.add_row(cells(row));
                 }
@@ -145,11 +149,9 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             return show(context, &row);
         }
         Command::Pause { queue } => (queue, "queues.pause", Box::new(|policy| policy.paused = true)),
-        Command::Resume { queue } => (
-            queue,
-            "queues.resume",
-            Box::new(|policy| (policy.paused, policy.draining) = (false, false)),
-        ),
+        Command::Resume { queue } => {
+            (queue, "queues.resume", Box::new(|policy| (policy.paused, policy.draining) = (false, false)))
+        }
         Command::Drain { queue } => (queue, "queues.drain", Box::new(|policy| policy.draining = true)),
         Command::Limit { queue, limits } => {
             if limits.is_empty() {
@@ -180,17 +182,20 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
 }
 
 fn show(context: &Context, row: &QueueRow) -> Outcome {
-    context.out.data(&json!({ "queue": row.queue, "policy": row.policy, "revision": row.revision }), || {
-        let [queue, state, mode, running, rate, waiting] = cells(row);
-        output::fields(&[
-            ("queue", Some(queue)),
-            ("state", Some(state)),
-            ("priorities", Some(mode)),
-            ("running at most", Some(running)),
-            ("per second at most", Some(rate)),
-            ("waiting at most", Some(waiting)),
-        ])
-    })?;
+    context.out.data(
+        &json!({ "queue": row.queue, "policy": row.policy, "revision": row.revision }),
+        || {
+            let [queue, state, mode, running, rate, waiting] = cells(row);
+            output::fields(&[
+                ("queue", Some(queue)),
+                ("state", Some(state)),
+                ("priorities", Some(mode)),
+                ("running at most", Some(running)),
+                ("per second at most", Some(rate)),
+                ("waiting at most", Some(waiting)),
+            ])
+        },
+    )?;
     Ok(Ending::Fine)
 }
 
