@@ -13,6 +13,7 @@ pub mod ids;
 mod inspect;
 pub mod lease;
 pub mod ledger;
+pub mod lender;
 mod link;
 mod outage;
 mod partition;
@@ -45,6 +46,7 @@ pub use ids::{
 };
 pub use lease::{Lease, LeaseLost};
 pub use ledger::{Ledger, NoLedger};
+pub use lender::Lender;
 pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use reaper::Reaper;

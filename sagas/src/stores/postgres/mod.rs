@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod janitor;
 pub mod ledger;
 pub mod plain;
+pub mod policies;
 #[cfg(feature = "faults")]
 mod probe;
 pub mod publish;
