@@ -73,7 +73,7 @@ impl Claimer {
         let slots = Arc::new(Semaphore::new(total));
         let places = Arc::new(Places::new(&config.queues, queue.config().partitions));
         let listener = shutdown.child_token();
-        tokio::spawn(wakeups::listen(queue.config().clone(), Arc::clone(&places), listener.clone()));
+        tokio::spawn(wakeups::listen(queue.clone(), Arc::clone(&places), listener.clone()));
         let claiming = Claiming {
             queue,
             heartbeat,

@@ -2,9 +2,11 @@
 
 pub mod ack_layer;
 pub mod acker;
+pub mod address;
 pub mod backend;
 pub mod claimer;
 pub mod config;
+pub mod dial;
 pub mod envelope;
 pub mod error;
 pub mod gates;
@@ -21,6 +23,8 @@ mod record;
 mod reply;
 pub mod scheduler;
 mod scripts;
+mod slots;
+mod tls;
 mod upkeep;
 mod wakeups;
 
@@ -28,7 +32,9 @@ pub use ack_layer::AckLayer;
 pub use acker::{Acker, Done};
 pub use backend::QueueBackend;
 pub use claimer::{Claimer, ClaimerConfig, Job};
+pub use address::Access;
 pub use config::QueueConfig;
+pub use dial::Dialer;
 pub use envelope::{
     Beat, Claim, Envelope, Epoch, LeaseRef, Place, PriorityStats, Pushed, QueueStats, TraceContext,
 };
