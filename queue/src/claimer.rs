@@ -19,6 +19,7 @@ use crate::{
     lease::Lease,
     outage::Outage,
     queue::{Claimed, Queue},
+    rests::Rests,
     wakeups::{self, Places},
 };
 
@@ -87,6 +88,7 @@ impl Claimer {
             turn: 0,
             poll_turn: 0,
             pending: VecDeque::new(),
+            rests: Rests::default(),
         };
         let stop = shutdown.clone();
         let task = tokio::spawn(async move {
@@ -133,6 +135,8 @@ struct Claiming {
     turn: usize,
     poll_turn: usize,
     pending: VecDeque<Job>,
+    /// In a cluster: places whose node didn't answer.
+    rests: Rests,
 }
 
 impl Claiming {
@@ -184,6 +188,7 @@ impl Claiming {
                     let queue = self.queue.clone();
                     trip = Some(Box::pin(async move { Outcome::Probed(queue.ping().await) }));
                 }
+                () = at(self.rests.next_end()), if trip.is_none() => {}
                 () = self.places.changed() => {}
                 _ = ticks.tick() => self.poll(),
                 changed = closed.changed() => if changed.is_err() { break },
@@ -197,7 +202,11 @@ impl Claiming {
         let count = self.places.spots.len();
         (0..count)
             .map(|step| (self.turn + step) % count)
-            .find(|&index| self.places.is_hot(index) && self.gates.is_open(&self.places.spots[index].0))
+            .find(|&index| {
+                self.places.is_hot(index)
+                    && self.gates.is_open(&self.places.spots[index].0)
+                    && !self.rests.is_resting(index)
+            })
     }
 
     /// The safety poll: one partition of each queue, in turn.
@@ -232,6 +241,7 @@ impl Claiming {
         let error = match outcome {
             Outcome::Claimed { place, mut slots, result: Ok(claimed) } => {
                 outage.over();
+                self.rests.over(place);
                 if claimed.more {
                     self.places.heat(place);
                 }
@@ -253,6 +263,10 @@ impl Claiming {
             }
             Outcome::Claimed { place, result: Err(error), .. } => {
                 self.places.heat(place);
+                if self.queue.is_cluster() {
+                    self.rests.begin(place, &error);
+                    return None;
+                }
                 error
             }
             Outcome::Probed(Err(error)) => error,

@@ -15,8 +15,9 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 use tokio_util::task::AbortOnDropHandle;
 
+pub use crate::address::Topology;
 use crate::{
-    address::{Access, Address, Host, Topology},
+    address::{Access, Address, Host},
     error::QueueError,
 };
 

@@ -21,6 +21,7 @@ pub mod queue;
 pub mod reaper;
 mod record;
 mod reply;
+mod rests;
 pub mod scheduler;
 mod scripts;
 mod slots;
