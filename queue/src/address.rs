@@ -21,7 +21,8 @@ use crate::error::QueueError;
 const SERVER_PORT: u16 = 6379;
 /// Port of a Sentinel that names none.
 const SENTINEL_PORT: u16 = 26379;
-const SCHEMES: &str = "allowed are redis://, redis-sentinel:// and redis-cluster://, each with rediss for TLS, and unix://";
+const SCHEMES: &str =
+    "allowed are redis://, redis-sentinel:// and redis-cluster://, each with rediss for TLS, and unix://";
 
 /// What is needed besides the URL; the same for the queue's and the cache's Redis. `Debug` shows no password.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -168,7 +169,9 @@ fn read(url: &str) -> Result<Address, &'static str> {
         },
     };
     if rest.contains('#') {
-        return Err("nothing may follow a #: certificates are always checked (a # in a password is written %23)");
+        return Err(
+            "nothing may follow a #: certificates are always checked (a # in a password is written %23)",
+        );
     }
     let (authority, tail) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
     if tail.contains('@') {
@@ -200,7 +203,9 @@ fn read(url: &str) -> Result<Address, &'static str> {
         "-sentinel" => {
             let master = decoded(path)?;
             if master.is_empty() || master.contains('/') {
-                return Err("the name of the master must follow the hosts: redis-sentinel://host:26379/NAME?db=0");
+                return Err(
+                    "the name of the master must follow the hosts: redis-sentinel://host:26379/NAME?db=0",
+                );
             }
             Topology::Sentinel { sentinels: list(hosts, SENTINEL_PORT)?, master }
         }

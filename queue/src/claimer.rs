@@ -200,13 +200,11 @@ impl Claiming {
     /// The next place that may hold something and whose gate is open.
     fn next_place(&self) -> Option<usize> {
         let count = self.places.spots.len();
-        (0..count)
-            .map(|step| (self.turn + step) % count)
-            .find(|&index| {
-                self.places.is_hot(index)
-                    && self.gates.is_open(&self.places.spots[index].0)
-                    && !self.rests.is_resting(index)
-            })
+        (0..count).map(|step| (self.turn + step) % count).find(|&index| {
+            self.places.is_hot(index)
+                && self.gates.is_open(&self.places.spots[index].0)
+                && !self.rests.is_resting(index)
+        })
     }
 
     /// The safety poll: one partition of each queue, in turn.

@@ -133,8 +133,9 @@ impl Dialer {
 
     /// As one Sentinel sees it; `None` if it knows no such name.
     async fn master_by(&self, sentinel: &Host, name: &str) -> Result<Option<(Host, Wire)>, QueueError> {
-        let mut asked =
-            Self::wire(self.stream(sentinel).await?, &self.sentinel).await.map_err(|error| at(sentinel, error))?;
+        let mut asked = Self::wire(self.stream(sentinel).await?, &self.sentinel)
+            .await
+            .map_err(|error| at(sentinel, error))?;
         let answer: Option<(String, u16)> = redis::cmd("SENTINEL")
             .arg("get-master-addr-by-name")
             .arg(name)
@@ -150,7 +151,9 @@ impl Dialer {
             Some("master") => Ok(Some((host, wire))),
             role => {
                 let role = role.unwrap_or("unknown");
-                Err(QueueError::Unavailable(format!("{sentinel} calls {host} the master, whose role is {role}")))
+                Err(QueueError::Unavailable(format!(
+                    "{sentinel} calls {host} the master, whose role is {role}"
+                )))
             }
         }
     }

@@ -31,9 +31,9 @@ mod wakeups;
 
 pub use ack_layer::AckLayer;
 pub use acker::{Acker, Done};
+pub use address::Access;
 pub use backend::QueueBackend;
 pub use claimer::{Claimer, ClaimerConfig, Job};
-pub use address::Access;
 pub use config::QueueConfig;
 pub use dial::Dialer;
 pub use envelope::{

@@ -20,7 +20,8 @@ pub(crate) fn client_config(access: &Access) -> Result<Arc<ClientConfig>, QueueE
         }
         None => {
             // Some of a system's certificates may be unreadable or odd; the rest still counts.
-            let (added, ignored) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            let (added, ignored) =
+                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
             tracing::debug!(added, ignored, "certificate authorities of the system");
             if added == 0 {
                 return Err(QueueError::Config {

@@ -16,9 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    error::QueueError, ids::QueueName, outage::Outage, partition::wake_channel, queue::Queue,
-};
+use crate::{error::QueueError, ids::QueueName, outage::Outage, partition::wake_channel, queue::Queue};
 
 /// How often an idle subscription is checked; a peer that vanished silently would never say anything again. The
 /// worker's safety poll covers the time between.

@@ -65,7 +65,8 @@ async fn rule_16_the_same_client_goes_on_after_sentinels_replaced_the_master() {
     }
     for sentinel in &sentinels {
         let mut raw =
-            support::servers::raw_at(&format!("redis://:watch@127.0.0.1:{}", sentinel.port()), sentinel).await;
+            support::servers::raw_at(&format!("redis://:watch@127.0.0.1:{}", sentinel.port()), sentinel)
+                .await;
         eventually(
             PATIENCE,
             async || {
@@ -103,10 +104,14 @@ async fn rule_16_the_same_client_goes_on_after_sentinels_replaced_the_master() {
     assert_eq!(queue.claim(&name(), &worker(), 50).await.unwrap().len(), 15, "what was replicated is there");
     // The old one comes back and is told to be a replica; nobody is led to it.
     master.restart(&[]).await.unwrap();
-    let mut raw = raw(master).await;
     eventually(
         PATIENCE,
-        async || text(&mut raw, "INFO replication").await.contains("role:slave").then_some(()),
+        // Sentinels close the connections of a server whose role they change.
+        async || {
+            let info = ask(&mut raw(master).await, "INFO replication").await.ok()?;
+            let info: String = redis::from_redis_value(info).ok()?;
+            info.contains("role:slave").then_some(())
+        },
         async || sentinels[0].log(),
     )
     .await;

@@ -108,7 +108,8 @@ impl Cluster {
             .collect()
             .await;
         let reached = results.iter().any(Result::is_ok);
-        let error = results.into_iter().filter_map(Result::err).find(|error| !(reached && error.is_unavailable()));
+        let error =
+            results.into_iter().filter_map(Result::err).find(|error| !(reached && error.is_unavailable()));
         error.map_or(Ok(()), Err)
     }
 
@@ -326,7 +327,10 @@ impl Cluster {
                 Err(fault) => problems.push(format!("{host}: {fault:?}")),
             }
         }
-        Err(QueueError::Unavailable(format!("no node of the cluster knows its slots: {}", problems.join("; "))))
+        Err(QueueError::Unavailable(format!(
+            "no node of the cluster knows its slots: {}",
+            problems.join("; ")
+        )))
     }
 
     fn adopt(&self, map: Map) {

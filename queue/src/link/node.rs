@@ -119,9 +119,8 @@ impl Node {
         pipeline.cmd("ASKING").ignore().add_command(command).ignore_errors();
         let answers: Result<Result<Vec<Result<Value, RedisError>>, _>, _> =
             self.bounded(pipeline.query_async(&mut live.wire.redis)).await;
-        let answer = answers.map(|answers| {
-            answers.and_then(|mut answers| answers.pop().unwrap_or(Ok(Value::Nil)))
-        });
+        let answer =
+            answers.map(|answers| answers.and_then(|mut answers| answers.pop().unwrap_or(Ok(Value::Nil))));
         let value = self.keep_or_drop(live.number, answer).await?;
         Ok(Answer { value, run_id: live.run_id })
     }

@@ -11,7 +11,8 @@ use super::eventually;
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// What every server of these tests is told.
-pub const OPTIONS: &str = "protected-mode no\nsave \"\"\nappendonly yes\nappendfsync everysec\nmaxmemory-policy noeviction";
+pub const OPTIONS: &str =
+    "protected-mode no\nsave \"\"\nappendonly yes\nappendfsync everysec\nmaxmemory-policy noeviction";
 
 /// A connection of the test's own to a server, once it answers.
 pub async fn raw(server: &RedisProcess) -> MultiplexedConnection {
