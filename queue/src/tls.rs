@@ -12,24 +12,21 @@ use crate::{address::Access, error::QueueError};
 /// Reads the files once. The process' own default provider is not asked, so that nobody need install one first.
 pub(crate) fn client_config(access: &Access) -> Result<Arc<ClientConfig>, QueueError> {
     let mut roots = RootCertStore::empty();
-    match &access.ca {
-        Some(path) => {
-            for certificate in certificates("FLOTILLA_REDIS_CA", path)? {
-                roots.add(certificate).map_err(|error| refused("FLOTILLA_REDIS_CA", path, error))?;
-            }
+    if let Some(path) = &access.ca {
+        for certificate in certificates("FLOTILLA_REDIS_CA", path)? {
+            roots.add(certificate).map_err(|error| refused("FLOTILLA_REDIS_CA", path, error))?;
         }
-        None => {
-            // Some of a system's certificates may be unreadable or odd; the rest still counts.
-            let (added, ignored) =
-                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            tracing::debug!(added, ignored, "certificate authorities of the system");
-            if added == 0 {
-                return Err(QueueError::Config {
-                    setting: "FLOTILLA_REDIS_CA",
-                    value: String::new(),
-                    allowed: "this machine has no certificate authorities of its own: name a PEM file",
-                });
-            }
+    } else {
+        // Some of a system's certificates may be unreadable or odd; the rest still counts.
+        let (added, ignored) =
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        tracing::debug!(added, ignored, "certificate authorities of the system");
+        if added == 0 {
+            return Err(QueueError::Config {
+                setting: "FLOTILLA_REDIS_CA",
+                value: String::new(),
+                allowed: "this machine has no certificate authorities of its own: name a PEM file",
+            });
         }
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
