@@ -14,6 +14,7 @@ pub mod heartbeat;
 pub mod ids;
 mod inspect;
 pub mod lease;
+pub mod ledger;
 mod link;
 mod outage;
 mod partition;
@@ -22,6 +23,7 @@ pub mod reaper;
 mod record;
 mod reply;
 mod rests;
+pub mod retries;
 pub mod scheduler;
 mod scripts;
 mod slots;
@@ -29,7 +31,7 @@ mod tls;
 mod upkeep;
 mod wakeups;
 
-pub use ack_layer::AckLayer;
+pub use ack_layer::{AckLayer, NotRun};
 pub use acker::{Acker, Done};
 pub use address::Access;
 pub use backend::QueueBackend;
@@ -47,8 +49,10 @@ pub use ids::{
     TenantId, WorkerId,
 };
 pub use lease::{Lease, LeaseLost};
+pub use ledger::{Ledger, NoLedger};
 pub use queue::Queue;
 pub use reaper::Reaper;
+pub use retries::Retries;
 pub use scheduler::Scheduler;
 
 /// At how many tenants per priority [`PriorityStats::oldest_ms`] looks.

@@ -12,7 +12,7 @@ use devstack::{RedisProcess, testing::TestServices};
 use queue::{Queue, QueueConfig, QueueError};
 use support::{
     eventually, jobs, name,
-    servers::{OPTIONS, PATIENCE, ask, raw, text},
+    servers::{OPTIONS, PATIENCE, ask, patient, raw, text},
     worker,
 };
 use tokio::{
@@ -79,7 +79,7 @@ async fn rule_16_the_same_client_goes_on_after_sentinels_replaced_the_master() {
     }
     let hosts: Vec<_> = sentinels.iter().map(|sentinel| format!("127.0.0.1:{}", sentinel.port())).collect();
     let url = format!("redis-sentinel://{}/main?db=1", hosts.join(","));
-    let mut config = QueueConfig { url, ..QueueConfig::default() };
+    let mut config = QueueConfig { url, ..patient() };
     let error = Queue::connect(config.clone()).await.unwrap_err().to_string();
     assert!(error.contains("127.0.0.1"), "without the Sentinels' password: {error}");
     config.access.sentinel_password = Some("watch".to_owned());
@@ -153,7 +153,7 @@ async fn rule_16_a_master_that_became_a_replica_is_left_and_a_replica_is_never_t
         "redis-sentinel://127.0.0.1:{},127.0.0.1:{sentinel}/main",
         silent.local_addr().unwrap().port()
     );
-    let queue = Queue::connect(QueueConfig { url: url.clone(), ..QueueConfig::default() }).await.unwrap();
+    let queue = Queue::connect(QueueConfig { url: url.clone(), ..patient() }).await.unwrap();
     queue.push(&jobs(3)).await.unwrap();
     // The roles change without a connection being closed.
     ask(&mut raw(b).await, "REPLICAOF NO ONE").await.unwrap();
@@ -164,7 +164,7 @@ async fn rule_16_a_master_that_became_a_replica_is_left_and_a_replica_is_never_t
     queue.push(&jobs(1)).await.unwrap();
     // A Sentinel that has not heard of it yet.
     named.store(a.port(), Ordering::Relaxed);
-    let config = QueueConfig { url, ..QueueConfig::default() };
+    let config = QueueConfig { url, ..patient() };
     let error = Queue::connect(config.clone()).await.unwrap_err();
     assert!(error.is_unavailable(), "{error}");
     named.store(b.port(), Ordering::Relaxed);

@@ -13,7 +13,7 @@ use queue::{
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use support::{
     Stage, eventually, job, jobs, name,
-    servers::{OPTIONS, PATIENCE},
+    servers::{OPTIONS, PATIENCE, patient},
     worker,
 };
 use tokio_util::sync::CancellationToken;
@@ -100,7 +100,7 @@ async fn tls_trusts_the_named_authority_and_nobody_else() {
     let config = QueueConfig {
         url: format!("rediss://:secret@127.0.0.1:{}", server.port()),
         access: ours.access(),
-        ..QueueConfig::default()
+        ..patient()
     };
     let queue = connected(&config, &server).await;
     queue.push(&jobs(5)).await.unwrap();
@@ -159,7 +159,7 @@ async fn a_cluster_speaks_tls_too() {
     let plain = QueueConfig {
         url: format!("rediss://:secret@127.0.0.1:{}", server.port()),
         access: ours.access(),
-        ..QueueConfig::default()
+        ..patient()
     };
     connected(&plain, &server).await;
     let dialer = queue::Dialer::new("TEST", &plain.url, &plain.access).unwrap();

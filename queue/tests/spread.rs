@@ -15,7 +15,7 @@ use queue::{
 };
 use support::{
     eventually, ids, job, jobs, name,
-    servers::{Cluster, PATIENCE, ask, raw},
+    servers::{Cluster, PATIENCE, ask, patient, raw},
     worker,
 };
 use tokio_util::sync::CancellationToken;
@@ -24,7 +24,7 @@ use uuid::Uuid;
 const PARTITIONS: u16 = 8;
 
 fn config(cluster: &Cluster) -> QueueConfig {
-    QueueConfig { url: cluster.url(), partitions: PARTITIONS, ..QueueConfig::default() }
+    QueueConfig { url: cluster.url(), partitions: PARTITIONS, ..patient() }
 }
 
 fn partition(number: u16) -> String {
@@ -160,13 +160,7 @@ async fn rule_24_a_wake_up_from_any_node_reaches_an_idle_worker() {
 #[tokio::test]
 async fn rule_21_a_worker_drains_partitions_on_three_nodes_of_which_one_is_killed_and_comes_back() {
     let cluster = Cluster::start().await;
-    let queue = Queue::connect(QueueConfig {
-        connect_timeout: Duration::from_secs(5),
-        response_timeout: Duration::from_secs(5),
-        ..config(&cluster)
-    })
-    .await
-    .unwrap();
+    let queue = Queue::connect(config(&cluster)).await.unwrap();
     let mut all = jobs(1500);
     all.extend((0..500).map(|n| job(&format!("t{}", n % 7), (n % 10) as u8)));
     queue.push(&all).await.unwrap();
@@ -260,8 +254,7 @@ async fn rule_21_a_slot_that_moves_is_followed() {
 async fn one_nodes_url_without_cluster_says_what_to_write() {
     let cluster = Cluster::start().await;
     let url = cluster.url().replace("redis-cluster", "redis");
-    let queue =
-        Queue::connect(QueueConfig { url, partitions: PARTITIONS, ..QueueConfig::default() }).await.unwrap();
+    let queue = Queue::connect(QueueConfig { url, partitions: PARTITIONS, ..patient() }).await.unwrap();
     let error = queue.stats(&name()).await.unwrap_err().to_string();
     assert!(error.contains("redis-cluster://"), "{error}");
 }

@@ -7,6 +7,15 @@ use redis::{Value, aio::MultiplexedConnection};
 
 use super::eventually;
 
+/// Deadlines far beyond what a busy machine needs.
+pub fn patient() -> queue::QueueConfig {
+    queue::QueueConfig {
+        connect_timeout: Duration::from_secs(10),
+        response_timeout: Duration::from_secs(10),
+        ..queue::QueueConfig::default()
+    }
+}
+
 /// Generous: these tests run beside others on slow machines.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
