@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, anyhow};
 use embedding::EmbedderConfig;
-use queue::{Queue, QueueConfig};
+use queue::{Access, Queue, QueueConfig};
 use sagas::{
     kinds::{DocumentSettings, Stores},
     stores::{
@@ -114,6 +114,7 @@ impl Context {
         })?;
         let cache = Cache::lazy(&CacheConfig {
             url: self.settings.require("REDIS_CACHE_URL")?,
+            access: Access::from_lookup(|name| self.settings.get(name)),
             prefix: self.settings.get("FLOTILLA_PREFIX").unwrap_or_else(|| "flotilla".to_owned()),
             call_timeout,
         })?;

@@ -51,9 +51,12 @@ fn stores(postgres: Postgres) -> Stores {
     let vectors =
         Vectors::lazy(&VectorsConfig { url: "http://127.0.0.1:1".into(), api_key: None, call_timeout })
             .unwrap();
-    let cache =
-        Cache::lazy(&CacheConfig { url: "redis://127.0.0.1:1".into(), prefix: "t".into(), call_timeout })
-            .unwrap();
+    let cache = Cache::lazy(&CacheConfig {
+        url: "redis://127.0.0.1:1".into(),
+        call_timeout,
+        ..CacheConfig::default()
+    })
+    .unwrap();
     let embedder = Arc::new(embedding::hashing::HashingEmbedder::new());
     Stores::new(postgres, vectors, cache, embedder, vec![], DocumentSettings::default())
 }

@@ -42,8 +42,8 @@ fn stores(postgres: Postgres, services: &TestServices) -> Stores {
     .unwrap();
     let cache = Cache::lazy(&CacheConfig {
         url: services.redis_cache().url().to_owned(),
-        prefix: "flotilla".into(),
         call_timeout,
+        ..CacheConfig::default()
     })
     .unwrap();
     let embedder = Arc::new(embedding::hashing::HashingEmbedder::new());

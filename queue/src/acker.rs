@@ -1,7 +1,8 @@
 //! Tells Redis which jobs are finished or given back.
 
-use std::{borrow::Borrow, time::Duration};
+use std::{borrow::Borrow, collections::HashMap, time::Duration};
 
+use futures::future::join_all;
 use tokio::{
     sync::{mpsc, oneshot},
     time::sleep,
@@ -11,6 +12,7 @@ use crate::{
     envelope::LeaseRef,
     error::QueueError,
     heartbeat::Heartbeat,
+    ids::QueueName,
     lease::Lease,
     outage::Outage,
     queue::{CHUNK, Queue},
@@ -50,7 +52,11 @@ impl Acker {
     /// Starts the task on the present runtime.
     pub fn spawn(queue: Queue, heartbeat: Heartbeat) -> Self {
         let (messages, inbox) = mpsc::channel(WAITING);
-        tokio::spawn(run(queue, inbox));
+        if queue.is_cluster() {
+            tokio::spawn(share_out(queue, inbox));
+        } else {
+            tokio::spawn(run(queue, inbox));
+        }
         Self { messages, heartbeat }
     }
 
@@ -73,6 +79,40 @@ impl Acker {
         // Both fail only when the task is gone, and then there is nothing to wait for.
         if self.messages.send(Message::Flush(flushed)).await.is_ok() && wait.await.is_err() {
             tracing::debug!("the acker ended before a flush");
+        }
+    }
+}
+
+/// One task for each partition, so that what waits for a node of the cluster that is away holds up no other.
+async fn share_out(queue: Queue, mut inbox: mpsc::Receiver<Message>) {
+    let mut places: HashMap<(QueueName, u16), mpsc::Sender<Message>> = HashMap::new();
+    while let Some(message) = inbox.recv().await {
+        match message {
+            Message::Done(lease, done) => {
+                let of = lease.lease_ref();
+                let place = places.entry((of.queue, of.partition)).or_insert_with(|| {
+                    let (messages, inbox) = mpsc::channel(WAITING);
+                    tokio::spawn(run(queue.clone(), inbox));
+                    messages
+                });
+                if place.send(Message::Done(lease, done)).await.is_err() {
+                    tracing::error!(id = %of.id, "an acker's task is gone; the lease will run out");
+                }
+            }
+            Message::Flush(flushed) => {
+                let mut waits = Vec::new();
+                for place in places.values() {
+                    let (sender, wait) = oneshot::channel();
+                    if place.send(Message::Flush(sender)).await.is_ok() {
+                        waits.push(wait);
+                    }
+                }
+                tokio::spawn(async move {
+                    join_all(waits).await;
+                    // Whoever asked may have stopped waiting.
+                    flushed.send(()).ok();
+                });
+            }
         }
     }
 }

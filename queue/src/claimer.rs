@@ -22,6 +22,7 @@ use crate::{
     ledger::Grant,
     outage::Outage,
     queue::{Claimed, Queue},
+    rests::Rests,
     wakeups::{self, Places},
 };
 
@@ -87,7 +88,7 @@ impl Claimer {
         let places = Arc::new(Places::new(&config.queues, queue.config().partitions));
         let waits = places.spots.len();
         let listener = shutdown.child_token();
-        tokio::spawn(wakeups::listen(queue.config().clone(), Arc::clone(&places), listener.clone()));
+        tokio::spawn(wakeups::listen(queue.clone(), Arc::clone(&places), listener.clone()));
         let claiming = Claiming {
             queue,
             heartbeat,
@@ -102,6 +103,7 @@ impl Claimer {
             poll_turn: 0,
             pending: VecDeque::new(),
             waits: vec![None; waits],
+            rests: Rests::default(),
         };
         let stop = shutdown.clone();
         let task = tokio::spawn(async move {
@@ -150,6 +152,8 @@ struct Claiming {
     pending: VecDeque<Job>,
     /// When a limit lets a place be claimed from again.
     waits: Vec<Option<Instant>>,
+    /// In a cluster: places whose node didn't answer.
+    rests: Rests,
 }
 
 impl Claiming {
@@ -202,6 +206,7 @@ impl Claiming {
                     trip = Some(Box::pin(async move { Outcome::Probed(queue.ping().await) }));
                 }
                 () = at(self.waits.iter().flatten().min().copied()) => self.over(),
+                () = at(self.rests.next_end()), if trip.is_none() => {}
                 () = self.places.changed() => {}
                 _ = ticks.tick() => self.poll(),
                 changed = closed.changed() => if changed.is_err() { break },
@@ -213,9 +218,11 @@ impl Claiming {
     /// The next place that may hold something and whose gate is open.
     fn next_place(&self) -> Option<usize> {
         let count = self.places.spots.len();
-        (0..count)
-            .map(|step| (self.turn + step) % count)
-            .find(|&index| self.places.is_hot(index) && self.gates.is_open(&self.places.spots[index].0))
+        (0..count).map(|step| (self.turn + step) % count).find(|&index| {
+            self.places.is_hot(index)
+                && self.gates.is_open(&self.places.spots[index].0)
+                && !self.rests.is_resting(index)
+        })
     }
 
     /// The safety poll: one partition of each queue, in turn.
@@ -262,6 +269,7 @@ impl Claiming {
         let error = match outcome {
             Outcome::Claimed { place, mut slots, result: Ok(claimed) } => {
                 outage.over();
+                self.rests.over(place);
                 if claimed.more {
                     self.places.heat(place);
                 }
@@ -285,6 +293,10 @@ impl Claiming {
             }
             Outcome::Claimed { place, result: Err(error), .. } => {
                 self.places.heat(place);
+                if self.queue.is_cluster() {
+                    self.rests.begin(place, &error);
+                    return None;
+                }
                 error
             }
             Outcome::Probed(Err(error)) => error,

@@ -2,15 +2,21 @@
 
 use std::time::Duration;
 
-use crate::{error::QueueError, ids::is_name};
+use crate::{
+    address::{Access, Address, redacted},
+    error::QueueError,
+    ids::is_name,
+};
 
 /// How to reach the queue's Redis, and the limits of the queue. Every process of one deployment must use the same
 /// `prefix` and `partitions`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct QueueConfig {
-    /// `REDIS_QUEUE_URL`, e.g. `redis://:password@host:6379/0` (default `redis://127.0.0.1:6379`). The server must
-    /// have `maxmemory-policy noeviction`.
+    /// `REDIS_QUEUE_URL`, e.g. `redis://:password@host:6379/0` (default `redis://127.0.0.1:6379`); Sentinels, clusters
+    /// and TLS have [forms of their own](crate::address). Each server must have `maxmemory-policy noeviction`.
     pub url: String,
+    /// What is needed besides the URL: certificates, the Sentinels' password.
+    pub access: Access,
     /// `FLOTILLA_PREFIX`: what every key starts with (default `flotilla`).
     pub prefix: String,
     /// `FLOTILLA_QUEUE_PARTITIONS`: in how many parts each queue is split (default 1). Priority, fairness and ageing
@@ -32,10 +38,41 @@ pub struct QueueConfig {
     pub safety_poll: Duration,
 }
 
+impl std::fmt::Debug for QueueConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Taken apart, so that a new field can't be forgotten here. The URL may hold a password.
+        let Self {
+            url,
+            access,
+            prefix,
+            partitions,
+            lease,
+            aging,
+            window,
+            connect_timeout,
+            response_timeout,
+            safety_poll,
+        } = self;
+        f.debug_struct("QueueConfig")
+            .field("url", &redacted(url))
+            .field("access", access)
+            .field("prefix", prefix)
+            .field("partitions", partitions)
+            .field("lease", lease)
+            .field("aging", aging)
+            .field("window", window)
+            .field("connect_timeout", connect_timeout)
+            .field("response_timeout", response_timeout)
+            .field("safety_poll", safety_poll)
+            .finish()
+    }
+}
+
 impl Default for QueueConfig {
     fn default() -> Self {
         Self {
             url: "redis://127.0.0.1:6379".to_owned(),
+            access: Access::default(),
             prefix: "flotilla".to_owned(),
             partitions: 1,
             lease: Duration::from_secs(30),
@@ -73,6 +110,7 @@ impl QueueConfig {
         let partitions = number("FLOTILLA_QUEUE_PARTITIONS", u64::from(base.partitions))?;
         let config = Self {
             url: get("REDIS_QUEUE_URL").unwrap_or(base.url),
+            access: Access::from_lookup(&get),
             prefix: get("FLOTILLA_PREFIX").unwrap_or(base.prefix),
             partitions: u16::try_from(partitions).unwrap_or(u16::MAX),
             lease: millis("FLOTILLA_LEASE_MS", base.lease)?,
@@ -89,6 +127,7 @@ impl QueueConfig {
     /// Whether these settings can work; [`Queue::connect`](crate::Queue::connect) checks them too.
     pub fn check(&self) -> Result<(), QueueError> {
         let refuse = |setting, value: String, allowed| Err(QueueError::Config { setting, value, allowed });
+        Address::parse("REDIS_QUEUE_URL", &self.url)?;
         if !is_name(&self.prefix) {
             return refuse(
                 "FLOTILLA_PREFIX",
@@ -151,5 +190,10 @@ mod tests {
         assert_eq!(error, "FLOTILLA_LEASE_MS is \"soon\": a whole number is allowed");
         let error = QueueConfig { prefix: "a}b".to_owned(), ..QueueConfig::default() }.check().unwrap_err();
         assert!(error.to_string().contains("FLOTILLA_PREFIX is \"a}b\""), "{error}");
+        let url = "redis://:hidden@a,b".to_owned();
+        let config = QueueConfig { url, ..QueueConfig::default() };
+        let error = config.check().unwrap_err().to_string();
+        assert!(error.contains("REDIS_QUEUE_URL") && !error.contains("hidden"), "{error}");
+        assert!(!format!("{config:?}").contains("hidden"), "{config:?}");
     }
 }

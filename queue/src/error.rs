@@ -83,7 +83,10 @@ impl From<RedisError> for QueueError {
         if code == "OOM" {
             return Self::Full;
         }
+        // A script that meets a slot on the move; see docs/guides/redis.md on moving slots.
+        let moving = text.contains("access a non local key");
         if unavailable
+            || moving
             || matches!(
                 code,
                 "LOADING"
@@ -97,6 +100,11 @@ impl From<RedisError> for QueueError {
             )
         {
             Self::Unavailable(text)
+        } else if error.kind() == ErrorKind::AuthenticationFailed
+            || matches!(code, "NOAUTH" | "WRONGPASS" | "NOPERM")
+            || text.contains("NOPERM")
+        {
+            Self::Protocol(format!("{text} (docs/guides/redis.md says what the user must be allowed)"))
         } else {
             Self::Protocol(text)
         }

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::future::join_all;
 use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -17,7 +18,7 @@ use crate::{
     config::QueueConfig,
     envelope::{Beat, Claim, LeaseRef},
     error::QueueError,
-    ids::{JobId, LeaseToken},
+    ids::{JobId, LeaseToken, QueueName},
     lease::{Lease, LeaseState},
     outage::Outage,
     queue::Queue,
@@ -153,14 +154,28 @@ impl Registry {
             leases.retain(|_, state| state.strong_count() > 0);
             leases.values().filter_map(Weak::upgrade).collect()
         };
-        if states.is_empty() {
-            return Ok(());
+        // By server: in a cluster one that is away must not cost the leases on the others.
+        let mut places: HashMap<(QueueName, u16), Vec<Arc<LeaseState>>> = HashMap::new();
+        for state in states {
+            let place = state.with_ref(|lease| (lease.queue.clone(), lease.partition));
+            places.entry(place).or_default().push(state);
         }
+        let mut servers: HashMap<Arc<str>, Vec<Arc<LeaseState>>> = HashMap::new();
+        for ((name, partition), states) in places {
+            servers.entry(queue.server(&name, partition).await?).or_default().extend(states);
+        }
+        let beats = servers.into_values().map(|states| self.beat_server(queue, states));
+        join_all(beats).await.into_iter().collect()
+    }
+
+    /// One heartbeat for the leases on one server.
+    async fn beat_server(&self, queue: &Queue, states: Vec<Arc<LeaseState>>) -> Result<(), QueueError> {
         let refs: Vec<LeaseRef> = states.iter().map(|state| state.with_ref(|lease| lease.clone())).collect();
         // Before sending: Redis extends the lease later than this, never earlier.
         let sent_at = Instant::now();
         let beats = queue.heartbeat(&refs).await?;
-        let run_id = queue.run_id().await?;
+        let Some(first) = refs.first() else { return Ok(()) };
+        let run_id = queue.server_run_id(&first.queue, first.partition).await?;
         let mut moved = HashSet::new();
         for ((state, lease), beat) in states.iter().zip(&refs).zip(beats) {
             match beat {
@@ -168,7 +183,7 @@ impl Registry {
                     state.confirm(sent_at);
                     if *lease.epoch.run != *run_id {
                         let mut epoch = lease.epoch.clone();
-                        epoch.run = run_id.as_str().into();
+                        epoch.run = Arc::clone(&run_id);
                         state.moved_to(epoch);
                     }
                 }

@@ -2,9 +2,11 @@
 
 pub mod ack_layer;
 pub mod acker;
+pub mod address;
 pub mod backend;
 pub mod claimer;
 pub mod config;
+pub mod dial;
 pub mod envelope;
 pub mod error;
 pub mod gates;
@@ -23,17 +25,22 @@ pub mod queue;
 pub mod reaper;
 mod record;
 mod reply;
+mod rests;
 pub mod retries;
 pub mod scheduler;
 mod scripts;
+mod slots;
+mod tls;
 mod upkeep;
 mod wakeups;
 
 pub use ack_layer::{AckLayer, NotRun};
 pub use acker::{Acker, Done};
+pub use address::Access;
 pub use backend::QueueBackend;
 pub use claimer::{Claimer, ClaimerConfig, Job};
 pub use config::QueueConfig;
+pub use dial::Dialer;
 pub use envelope::{
     Beat, Claim, Envelope, Epoch, LeaseRef, Place, PriorityStats, Pushed, QueueStats, TraceContext,
 };

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
 use redis::Value;
 use uuid::Uuid;
 
@@ -90,7 +90,7 @@ impl Queue {
     /// Connects, and refuses a server that may evict jobs or is older than Redis 7.
     pub async fn connect(config: QueueConfig) -> Result<Self, QueueError> {
         let queue = Self::lazy(config)?;
-        queue.run_id().await?;
+        queue.shared.link.check().await?;
         Ok(queue)
     }
 
@@ -205,11 +205,13 @@ impl Queue {
     ) -> Result<Vec<Claim>, QueueError> {
         let partitions = self.config().partitions;
         let start = self.shared.rotation.fetch_add(1, Ordering::Relaxed);
-        let mut claims = Vec::new();
+        let (mut claims, mut problem) = (Vec::new(), None);
         for step in 0..usize::from(partitions) {
             let partition = (start.wrapping_add(step) % usize::from(partitions)) as u16;
             match self.claim_partition(queue, partition, worker, max - claims.len()).await {
                 Ok(found) => claims.extend(found.claims),
+                // Of a cluster's nodes one may be away while the others serve.
+                Err(error) if self.is_cluster() => problem = Some(error),
                 // What was claimed already must not be forgotten.
                 Err(error) if claims.is_empty() => return Err(error),
                 Err(_) => break,
@@ -218,7 +220,10 @@ impl Queue {
                 break;
             }
         }
-        Ok(claims)
+        match problem {
+            Some(error) if claims.is_empty() => Err(error),
+            _ => Ok(claims),
+        }
     }
 
     pub(crate) async fn claim_partition(
@@ -234,7 +239,7 @@ impl Queue {
         let required = match self.shared.copies.required() {
             false => None,
             true => {
-                let run = self.shared.link.run_id().await?;
+                let run = self.server_run_id(queue, partition).await?;
                 if !self.shared.copies.has(queue, partition, &run) {
                     self.shared.copies.want(queue);
                     return Ok(Claimed::without_policies());
@@ -359,10 +364,34 @@ impl Queue {
         self.shared.probe.command(&redis::cmd("PING")).await.map(drop)
     }
 
-    /// The `run_id` of the server that the present connection leads to; a new one means that the server restarted.
-    /// Costs no round trip while the connection stands: a restart always ends it.
+    /// The `run_id` of the server that the present connection leads to (in a cluster: of the one that holds the stamp);
+    /// a new one means that the server restarted. Costs no round trip while the connection stands: a restart always
+    /// ends it.
     pub async fn run_id(&self) -> Result<String, QueueError> {
-        Ok(self.shared.link.run_id().await?.as_ref().to_owned())
+        Ok(self.shared.link.run_id(&self.stamp_key()).await?.as_ref().to_owned())
+    }
+
+    /// A connection of its own for wake-ups.
+    pub(crate) async fn subscribe(&self) -> Result<redis::aio::PubSub, QueueError> {
+        self.shared.link.subscribe().await
+    }
+
+    /// Whether the partitions are spread over the nodes of a cluster.
+    pub(crate) fn is_cluster(&self) -> bool {
+        self.shared.link.is_cluster()
+    }
+
+    /// A name for the server that holds a partition; the same for all unless they are spread over a cluster.
+    pub(crate) async fn server(&self, queue: &QueueName, partition: u16) -> Result<Arc<str>, QueueError> {
+        self.shared.link.server(&partition_key(self.config(), queue, partition)).await
+    }
+
+    pub(crate) async fn server_run_id(
+        &self,
+        queue: &QueueName,
+        partition: u16,
+    ) -> Result<Arc<str>, QueueError> {
+        self.shared.link.run_id(&partition_key(self.config(), queue, partition)).await
     }
 
     pub(crate) fn partition_of(&self, id: JobId) -> u16 {
@@ -414,14 +443,21 @@ impl Queue {
                 calls.push(numbers(Arc::clone(&self.shared), script, key, args, indices));
             }
         }
-        let mut answers = vec![0; items.len()];
+        let (mut answers, mut problem) = (vec![0; items.len()], None);
         let mut results = stream::iter(calls).buffered(CALLS_AT_ONCE);
-        while let Some((indices, mut reply)) = results.try_next().await? {
-            for index in indices {
-                answers[index] = reply.integer()?;
+        while let Some(result) = results.next().await {
+            match result {
+                Ok((indices, mut reply)) => {
+                    for index in indices {
+                        answers[index] = reply.integer()?;
+                    }
+                }
+                // The calls to a cluster's other nodes still count, now or when the caller repeats the whole.
+                Err(error) if self.is_cluster() => problem = problem.or(Some(error)),
+                Err(error) => return Err(error),
             }
         }
-        Ok(answers)
+        problem.map_or(Ok(answers), Err)
     }
 }
 

@@ -21,10 +21,18 @@ use crate::{
 pub struct Reaper {
     queue: Queue,
     queues: Vec<QueueName>,
-    guard: ReapGuard,
-    run_id: Option<Arc<str>>,
+    /// What is known of each server; there is one unless the partitions are spread over a cluster.
+    servers: HashMap<Arc<str>, Server>,
+    /// A longer silence than this, in ms, was an outage.
+    outage: i64,
     epochs: HashMap<(QueueName, u16), Option<Epoch>>,
     turn: u16,
+}
+
+/// One server, as the reaper saw it last.
+struct Server {
+    guard: ReapGuard,
+    run_id: Option<Arc<str>>,
 }
 
 impl Reaper {
@@ -32,8 +40,13 @@ impl Reaper {
     pub fn spawn(queue: Queue, queues: Vec<QueueName>, shutdown: CancellationToken) -> JoinHandle<()> {
         let lease = queue.config().lease;
         let tick = (lease / 4).min(queue.config().safety_poll);
-        let guard = ReapGuard { last: 0, outage: (lease / 2).as_millis() as i64, not_before: i64::MAX };
-        let reaper = Self { queue, queues, guard, run_id: None, epochs: HashMap::new(), turn: 0 };
+        let mut outage = lease / 2;
+        if queue.is_cluster() {
+            // The turns of a server may be this far apart.
+            outage += tick * u32::from(queue.config().partitions);
+        }
+        let outage = outage.as_millis() as i64;
+        let reaper = Self { queue, queues, servers: HashMap::new(), outage, epochs: HashMap::new(), turn: 0 };
         tokio::spawn(reaper.run(tick, shutdown))
     }
 
@@ -60,11 +73,16 @@ impl Reaper {
     }
 
     async fn look(&mut self, name: &QueueName) -> Result<(), QueueError> {
-        let found = self.queue.reap_partition(name, self.turn, Some(self.guard)).await?;
-        self.guard.last = found.now_ms;
+        let server = self.queue.server(name, self.turn).await?;
+        let server = self.servers.entry(server).or_insert_with(|| Server {
+            guard: ReapGuard { last: 0, outage: self.outage, not_before: i64::MAX },
+            run_id: None,
+        });
+        let found = self.queue.reap_partition(name, self.turn, Some(server.guard)).await?;
+        server.guard.last = found.now_ms;
         let mut wait = found.outage;
         if let Some(epoch) = &found.epoch {
-            wait |= self.run_id.replace(Arc::clone(&epoch.run)).is_some_and(|before| before != epoch.run);
+            wait |= server.run_id.replace(Arc::clone(&epoch.run)).is_some_and(|before| before != epoch.run);
         }
         let place = (name.clone(), self.turn);
         let before = self.epochs.insert(place, found.epoch.clone());
@@ -72,7 +90,7 @@ impl Reaper {
             before.flatten().is_some_and(|before| Some(before.data) != found.epoch.map(|epoch| epoch.data));
         if wait {
             let lease = self.queue.config().lease;
-            self.guard.not_before = found.now_ms.saturating_add(lease.as_millis() as i64);
+            server.guard.not_before = found.now_ms.saturating_add(lease.as_millis() as i64);
             tracing::info!(queue = %name, ?lease, "no lease is reaped for the time of one lease, so that workers can renew theirs");
         }
         for id in &found.jobs {

@@ -1,6 +1,9 @@
 //! What keeps a queue in order while jobs run: heartbeats, expired leases, due jobs, cancelled and moved jobs.
 
-use std::time::Duration;
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    time::Duration,
+};
 
 use redis::Value;
 
@@ -46,7 +49,13 @@ impl Queue {
     /// Extends leases by the full lease time. Leases that vanished with Redis' data are registered again with the
     /// token that the caller holds.
     pub async fn heartbeat(&self, leases: &[LeaseRef]) -> Result<Vec<Beat>, QueueError> {
-        let run_id = self.shared.link.run_id().await?;
+        let mut run_ids = HashMap::new();
+        for lease in leases {
+            if let Entry::Vacant(entry) = run_ids.entry(lease_place(lease)) {
+                let key = partition_key(self.config(), &lease.queue, lease.partition);
+                entry.insert(self.shared.link.run_id(&key).await?);
+            }
+        }
         let lease_ms = self.config().lease.as_millis();
         let answers = self
             .each(
@@ -55,7 +64,7 @@ impl Queue {
                 lease_place,
                 || vec![self.now(), text(lease_ms)],
                 |args, lease| {
-                    let restarted = u8::from(lease.epoch.run != run_id);
+                    let restarted = u8::from(run_ids.get(&lease_place(lease)) != Some(&lease.epoch.run));
                     args.extend([
                         text(lease.id),
                         text(lease.token.as_str()),

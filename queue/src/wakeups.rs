@@ -16,9 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    config::QueueConfig, error::QueueError, ids::QueueName, link, outage::Outage, partition::wake_channel,
-};
+use crate::{error::QueueError, ids::QueueName, outage::Outage, partition::wake_channel, queue::Queue};
 
 /// How often an idle subscription is checked; a peer that vanished silently would never say anything again. The
 /// worker's safety poll covers the time between.
@@ -69,12 +67,12 @@ impl Places {
 }
 
 /// Listens, on one connection for all places, until stopped; connects again by itself.
-pub(crate) async fn listen(config: QueueConfig, places: Arc<Places>, stop: CancellationToken) {
+pub(crate) async fn listen(queue: Queue, places: Arc<Places>, stop: CancellationToken) {
     let mut outage = Outage::new("wake-ups");
     loop {
         let heard = tokio::select! {
             () = stop.cancelled() => return,
-            heard = subscription(&config, &places, &mut outage) => heard,
+            heard = subscription(&queue, &places, &mut outage) => heard,
         };
         let Err(error) = heard;
         let pause = outage.wait(&error);
@@ -87,10 +85,11 @@ pub(crate) async fn listen(config: QueueConfig, places: Arc<Places>, stop: Cance
 
 /// One subscription, until it breaks.
 async fn subscription(
-    config: &QueueConfig,
+    queue: &Queue,
     places: &Places,
     outage: &mut Outage,
 ) -> Result<std::convert::Infallible, QueueError> {
+    let config = queue.config();
     let channels: HashMap<String, usize> = places
         .spots
         .iter()
@@ -98,9 +97,7 @@ async fn subscription(
         .map(|(index, (queue, partition))| (wake_channel(config, queue, *partition), index))
         .collect();
     let late = |_| QueueError::Unavailable("no subscription in time".to_owned());
-    let client = link::client(config)?;
-    let pubsub = timeout(config.connect_timeout, client.get_async_pubsub()).await.map_err(late)??;
-    let (mut sink, mut messages) = pubsub.split();
+    let (mut sink, mut messages) = queue.subscribe().await?.split();
     let names: Vec<&String> = channels.keys().collect();
     timeout(config.response_timeout, sink.subscribe(&names)).await.map_err(late)??;
     // What was pushed before the subscription began made no sound here.

@@ -76,8 +76,8 @@ impl Fleet {
             VectorsConfig { url: env["QDRANT_URL"].clone(), api_key: None, call_timeout: CALL_TIMEOUT };
         let cache = CacheConfig {
             url: env["REDIS_CACHE_URL"].clone(),
-            prefix: "flotilla".to_owned(),
             call_timeout: CALL_TIMEOUT,
+            ..CacheConfig::default()
         };
         let stores = Stores::new(
             postgres.clone(),

@@ -47,8 +47,8 @@ impl Fleet {
         .unwrap();
         let cache = Cache::lazy(&CacheConfig {
             url: services.redis_cache().url().to_owned(),
-            prefix: "flotilla".into(),
             call_timeout: CALL,
+            ..CacheConfig::default()
         })
         .unwrap();
         let embedder = embedding::open(&embedding::EmbedderConfig::Hashing).unwrap();

@@ -1,6 +1,8 @@
 //! What the tests of this crate share: a private Redis and a queue on it.
 #![allow(dead_code)] // each test program uses a part
 
+pub mod servers;
+
 use std::time::{Duration, Instant};
 
 use devstack::{Redis, RedisOptions, testing::TestServices};

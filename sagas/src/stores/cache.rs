@@ -4,24 +4,52 @@
 use std::time::Duration;
 
 use metrics::counter;
-use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use queue::{Access, address::redacted};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::error::{Class, Dependency, StoreError};
+use crate::{
+    error::{Class, Dependency, StoreError},
+    stores::cache_line::CacheLine,
+};
 
 /// Longest time a lost entry can stand (PROTOCOL.md 9). Entries that are read stay worth their memory far shorter.
 const TTL: Duration = Duration::from_secs(24 * 3600);
 
 /// How to connect.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct CacheConfig {
-    /// `redis://…`, from `REDIS_CACHE_URL`.
+    /// `redis://…`, from `REDIS_CACHE_URL`; the [forms of the queue](queue::address), but for a cluster.
     pub url: String,
+    /// What is needed besides the URL: certificates, the Sentinels' password.
+    pub access: Access,
     /// Prefix of all keys.
     pub prefix: String,
     /// No reply within this time is an outage.
     pub call_timeout: Duration,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            url: "redis://127.0.0.1:6379".to_owned(),
+            access: Access::default(),
+            prefix: "flotilla".to_owned(),
+            call_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl std::fmt::Debug for CacheConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The URL may hold a password.
+        f.debug_struct("CacheConfig")
+            .field("url", &redacted(&self.url))
+            .field("access", &self.access)
+            .field("prefix", &self.prefix)
+            .field("call_timeout", &self.call_timeout)
+            .finish()
+    }
 }
 
 /// The cached body of a version.
@@ -38,38 +66,24 @@ pub struct Entry {
 /// The handle; clones share one connection, over which concurrent calls are pipelined.
 #[derive(Clone)]
 pub struct Cache {
-    connection: ConnectionManager,
-    client: redis::Client,
+    line: CacheLine,
     prefix: String,
 }
 
 impl Cache {
-    /// Makes the handle; connects in the background.
+    /// Makes the handle; connects when needed.
     pub fn lazy(config: &CacheConfig) -> Result<Self, StoreError> {
-        let client = redis::Client::open(config.url.as_str()).map_err(|e| {
-            StoreError::new(
-                Dependency::Cache,
-                Class::Permanent,
-                format!("REDIS_CACHE_URL can't be read: {e}"),
-            )
-        })?;
-        let settings = ConnectionManagerConfig::new()
-            .set_connection_timeout(Some(config.call_timeout))
-            .set_response_timeout(Some(config.call_timeout))
-            .set_number_of_retries(1)
-            .set_max_delay(Duration::from_millis(500));
-        let connection = ConnectionManager::new_lazy_with_config(client.clone(), settings)?;
-        Ok(Self { connection, client, prefix: config.prefix.clone() })
+        Ok(Self { line: CacheLine::new(config)?, prefix: config.prefix.clone() })
     }
 
     /// Whether the server answers within a second, on a connection of its own.
     pub async fn probe(&self) -> Result<(), StoreError> {
         let work = async {
-            let mut connection = self.client.get_multiplexed_async_connection().await?;
-            redis::cmd("PING").exec_async(&mut connection).await
+            let mut wire = self.line.open().await?;
+            Ok(redis::cmd("PING").exec_async(&mut wire.redis).await?)
         };
         match tokio::time::timeout(Duration::from_secs(1), work).await {
-            Ok(result) => Ok(result?),
+            Ok(result) => result,
             Err(_) => Err(StoreError::new(Dependency::Cache, Class::Unavailable, "no answer within 1 s")),
         }
     }
@@ -85,15 +99,9 @@ impl Cache {
             .map_err(|e| StoreError::new(Dependency::Cache, Class::Permanent, e.to_string()))?;
         // A tenth of spread, so that what was written together does not expire together.
         let ttl = TTL.as_secs() - rand::random_range(0..TTL.as_secs() / 10);
-        let mut connection = self.connection.clone();
-        redis::cmd("SET")
-            .arg(self.key(version))
-            .arg(json)
-            .arg("EX")
-            .arg(ttl)
-            .exec_async(&mut connection)
-            .await?;
-        Ok(())
+        let mut set = redis::cmd("SET");
+        set.arg(self.key(version)).arg(json).arg("EX").arg(ttl);
+        self.line.command(&set).await
     }
 
     /// Reads a version's entry and counts the hit or miss.
@@ -106,9 +114,9 @@ impl Cache {
 
     /// Reads without counting; an entry that can't be read as one counts as wrong content, not as absent.
     pub async fn peek(&self, version: Uuid) -> Result<Option<Entry>, StoreError> {
-        let mut connection = self.connection.clone();
-        let text: Option<String> =
-            redis::cmd("GET").arg(self.key(version)).query_async(&mut connection).await?;
+        let mut get = redis::cmd("GET");
+        get.arg(self.key(version));
+        let text: Option<String> = self.line.command(&get).await?;
         Ok(text.map(|text| {
             serde_json::from_str(&text).unwrap_or(Entry {
                 body: text,
@@ -127,8 +135,7 @@ impl Cache {
         for version in versions {
             pipe.cmd("UNLINK").arg(self.key(*version)).ignore();
         }
-        let mut connection = self.connection.clone();
-        pipe.exec_async(&mut connection).await?;
+        let () = self.line.pipeline(&pipe).await?;
         counter!("redis_cache_invalidations_total", "event" => event).increment(versions.len() as u64);
         Ok(())
     }
@@ -136,16 +143,10 @@ impl Cache {
     /// A page of all versions that have an entry, for the auditor: the versions and the next cursor (0: the end). Keys that
     /// name no version come back as text.
     pub async fn scan(&self, cursor: u64) -> Result<(Vec<Result<Uuid, String>>, u64), StoreError> {
-        let mut connection = self.connection.clone();
         let prefix = format!("{}:doc:", self.prefix);
-        let (next, keys): (u64, Vec<String>) = redis::cmd("SCAN")
-            .arg(cursor)
-            .arg("MATCH")
-            .arg(format!("{prefix}*"))
-            .arg("COUNT")
-            .arg(1000)
-            .query_async(&mut connection)
-            .await?;
+        let mut scan = redis::cmd("SCAN");
+        scan.arg(cursor).arg("MATCH").arg(format!("{prefix}*")).arg("COUNT").arg(1000);
+        let (next, keys): (u64, Vec<String>) = self.line.command(&scan).await?;
         let versions = keys
             .into_iter()
             .map(|key| key.strip_prefix(&prefix).and_then(|v| v.parse().ok()).ok_or(key))

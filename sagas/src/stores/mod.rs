@@ -2,6 +2,7 @@
 //! Redis in `cache`.
 
 pub mod cache;
+mod cache_line;
 pub mod postgres;
 pub mod vectors;
 

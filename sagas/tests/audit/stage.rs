@@ -86,7 +86,7 @@ impl Stage {
         })
         .unwrap();
         let url = services.redis_cache().url().to_owned();
-        let cache = Cache::lazy(&CacheConfig { url, prefix: "flotilla".to_owned(), call_timeout }).unwrap();
+        let cache = Cache::lazy(&CacheConfig { url, call_timeout, ..CacheConfig::default() }).unwrap();
         let chunking = Chunking { max_chars: 60, overlap_chars: 0, max_chunks: 64 };
         let mut settings = DocumentSettings { chunking, ..DocumentSettings::default() };
         change(&mut settings);

@@ -61,8 +61,8 @@ async fn protocol_09_what_a_zombie_writes_after_a_delete_is_swept_within_the_bou
         Ledger::over(TestServices::builder().postgres().redis_cache().vectors().start().await.unwrap()).await;
     let cache = CacheConfig {
         url: ledger.services.redis_cache().url().to_owned(),
-        prefix: "flotilla".to_owned(),
         call_timeout: CALL,
+        ..CacheConfig::default()
     };
     let bound = Duration::from_millis(200);
     let stores = Stores::new(

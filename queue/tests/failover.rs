@@ -1,0 +1,172 @@
+//! The master that Sentinels name, before and after it changes.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU16, Ordering},
+};
+
+use devstack::{RedisProcess, testing::TestServices};
+use queue::{Queue, QueueConfig, QueueError};
+use support::{
+    eventually, jobs, name,
+    servers::{OPTIONS, PATIENCE, ask, patient, raw, text},
+    worker,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+};
+
+/// A master and its replica, with a password.
+struct Pair {
+    servers: [RedisProcess; 2],
+    dir: TestServices,
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let dir = TestServices::builder().start().await.unwrap();
+        let servers = ["a", "b"].map(|name| RedisProcess::reserve(&dir.dir().join(name)).unwrap());
+        let options = |port| format!("port {port}\nrepl-diskless-sync-delay 0\n{OPTIONS}");
+        servers[0].start(&options(servers[0].port()), &[]).await.unwrap();
+        let replica = format!("{}\nreplicaof 127.0.0.1 {}", options(servers[1].port()), servers[0].port());
+        servers[1].start(&replica, &[]).await.unwrap();
+        let mut raw = raw(&servers[1]).await;
+        eventually(
+            PATIENCE,
+            async || text(&mut raw, "INFO replication").await.contains("master_link_status:up").then_some(()),
+            async || servers[1].log(),
+        )
+        .await;
+        Self { servers, dir }
+    }
+}
+
+#[tokio::test]
+async fn rule_16_the_same_client_goes_on_after_sentinels_replaced_the_master() {
+    let pair = Pair::start().await;
+    let [master, replica] = &pair.servers;
+    let sentinels: Vec<_> = (0..3)
+        .map(|number| RedisProcess::reserve(&pair.dir.dir().join(format!("sentinel{number}"))).unwrap())
+        .collect();
+    for sentinel in &sentinels {
+        // With a password of their own.
+        let options = format!(
+            "port {}\nrequirepass watch\nsentinel sentinel-pass watch\nsentinel monitor main 127.0.0.1 {} 2\n\
+             sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 4000\n\
+             sentinel parallel-syncs main 1",
+            sentinel.port(),
+            master.port()
+        );
+        sentinel.start(&options, &["--sentinel"]).await.unwrap();
+    }
+    for sentinel in &sentinels {
+        let mut raw =
+            support::servers::raw_at(&format!("redis://:watch@127.0.0.1:{}", sentinel.port()), sentinel)
+                .await;
+        eventually(
+            PATIENCE,
+            async || {
+                let info = text(&mut raw, "INFO sentinel").await;
+                info.contains("slaves=1,sentinels=3").then_some(())
+            },
+            async || sentinel.log(),
+        )
+        .await;
+    }
+    let hosts: Vec<_> = sentinels.iter().map(|sentinel| format!("127.0.0.1:{}", sentinel.port())).collect();
+    let url = format!("redis-sentinel://{}/main?db=1", hosts.join(","));
+    let mut config = QueueConfig { url, ..patient() };
+    let error = Queue::connect(config.clone()).await.unwrap_err().to_string();
+    assert!(error.contains("127.0.0.1"), "without the Sentinels' password: {error}");
+    config.access.sentinel_password = Some("watch".to_owned());
+    let unknown = QueueConfig { url: config.url.replace("/main", "/other"), ..config.clone() };
+    let error = Queue::connect(unknown).await.unwrap_err().to_string();
+    assert!(error.contains("REDIS_QUEUE_URL is \"other\""), "{error}");
+
+    let queue = Queue::connect(config).await.unwrap();
+    queue.push(&jobs(10)).await.unwrap();
+    let before = queue.run_id().await.unwrap();
+    ask(&mut raw(master).await, "WAIT 1 20000").await.unwrap();
+    master.kill9().await.unwrap();
+    eventually(
+        PATIENCE,
+        async || queue.push(&jobs(5)).await.ok(),
+        async || format!("{:?}; {}", queue.push(&jobs(1)).await, sentinels[0].log()),
+    )
+    .await;
+    assert_ne!(queue.run_id().await.unwrap(), before);
+    let role = text(&mut raw(replica).await, "INFO replication").await;
+    assert!(role.contains("role:master"), "{role}");
+    assert_eq!(queue.claim(&name(), &worker(), 50).await.unwrap().len(), 15, "what was replicated is there");
+    // The old one comes back and is told to be a replica; nobody is led to it.
+    master.restart(&[]).await.unwrap();
+    eventually(
+        PATIENCE,
+        // Sentinels close the connections of a server whose role they change.
+        async || {
+            let info = ask(&mut raw(master).await, "INFO replication").await.ok()?;
+            let info: String = redis::from_redis_value(info).ok()?;
+            info.contains("role:slave").then_some(())
+        },
+        async || sentinels[0].log(),
+    )
+    .await;
+    queue.push(&jobs(1)).await.unwrap();
+    queue.ping().await.unwrap();
+}
+
+/// Answers like a Sentinel, with whatever port it is told.
+async fn fake_sentinel(port: Arc<AtomicU16>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let own = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let port = Arc::clone(&port);
+            tokio::spawn(async move {
+                let mut buffer = [0; 1024];
+                while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {
+                    let port = port.load(Ordering::Relaxed).to_string();
+                    let answer = format!("*2\r\n$9\r\n127.0.0.1\r\n${}\r\n{port}\r\n", port.len());
+                    if stream.write_all(answer.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    own
+}
+
+#[tokio::test]
+async fn rule_16_a_master_that_became_a_replica_is_left_and_a_replica_is_never_taken_for_the_master() {
+    let pair = Pair::start().await;
+    let [a, b] = &pair.servers;
+    let named = Arc::new(AtomicU16::new(a.port()));
+    let sentinel = fake_sentinel(Arc::clone(&named)).await;
+    // One of the Sentinels hangs: it accepts connections and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!(
+        "redis-sentinel://127.0.0.1:{},127.0.0.1:{sentinel}/main",
+        silent.local_addr().unwrap().port()
+    );
+    let queue = Queue::connect(QueueConfig { url: url.clone(), ..patient() }).await.unwrap();
+    queue.push(&jobs(3)).await.unwrap();
+    // The roles change without a connection being closed.
+    ask(&mut raw(b).await, "REPLICAOF NO ONE").await.unwrap();
+    ask(&mut raw(a).await, &format!("REPLICAOF 127.0.0.1 {}", b.port())).await.unwrap();
+    named.store(b.port(), Ordering::Relaxed);
+    let error = queue.push(&jobs(1)).await.unwrap_err();
+    assert!(matches!(error, QueueError::Unavailable(_)), "{error}");
+    queue.push(&jobs(1)).await.unwrap();
+    // A Sentinel that has not heard of it yet.
+    named.store(a.port(), Ordering::Relaxed);
+    let config = QueueConfig { url, ..patient() };
+    let error = Queue::connect(config.clone()).await.unwrap_err();
+    assert!(error.is_unavailable(), "{error}");
+    named.store(b.port(), Ordering::Relaxed);
+    Queue::connect(config).await.unwrap();
+}
