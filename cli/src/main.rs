@@ -14,8 +14,8 @@ use telemetry::{Telemetry, TelemetryConfig};
 
 use crate::{
     commands::{
-        audit, bench, dev, dlq, documents, enqueue, import, jobs, keys, migrate, producer, sagas, search,
-        stats, tenants, worker,
+        audit, bench, dev, dlq, documents, enqueue, import, jobs, keys, migrate, producer, sagas, schedules,
+        search, stats, tenants, worker,
     },
     config::{Settings, StoreArgs},
     context::Context,
@@ -64,6 +64,9 @@ enum Command {
     /// List, show and cancel jobs
     #[command(subcommand)]
     Jobs(jobs::Command),
+    /// Make, show, pause and remove recurring jobs
+    #[command(subcommand)]
+    Schedules(schedules::Command),
     /// List, show, replay and discard dead letters
     #[command(subcommand)]
     Dlq(dlq::Command),
@@ -132,6 +135,7 @@ async fn dispatch(command: Command, context: Context, telemetry: &Telemetry) -> 
         Command::Enqueue(args) => Box::pin(enqueue::run(args, &context)).await,
         Command::Import(args) => Box::pin(import::run(args, &context)).await,
         Command::Jobs(command) => jobs::run(command, &context).await,
+        Command::Schedules(command) => Box::pin(schedules::run(command, &context)).await,
         Command::Dlq(command) => Box::pin(dlq::run(command, &context)).await,
         Command::Sagas(command) => sagas::run(command, &context).await,
         Command::Search(args) => Box::pin(search::run(args, &context)).await,

@@ -25,6 +25,7 @@ use crate::{
     dispatch::{Dispatch, envelope},
     error::{EnqueueError, WaitError, refused},
     pacing::{Growing, within},
+    schedules::Schedules,
     settings::ClientSettings,
 };
 
@@ -97,6 +98,11 @@ impl Client {
     /// The queue, if this client has one.
     pub fn queue(&self) -> Option<&Queue> {
         self.shared.acceptor.dispatch.queue()
+    }
+
+    /// Recurring jobs.
+    pub fn schedules(&self) -> Schedules {
+        Schedules::new(self.postgres().clone(), Arc::clone(&self.shared.acceptor.settings))
     }
 
     /// Whether a payload could be enqueued as a job of this kind.

@@ -12,6 +12,7 @@ pub mod keys;
 pub mod migrate;
 pub mod producer;
 pub mod sagas;
+pub mod schedules;
 pub mod search;
 pub mod stats;
 pub mod tenants;

@@ -130,13 +130,7 @@ pub(super) async fn enqueue_many(
 
 fn read(api: &Api, tenant: &TenantId, headers: &HeaderMap, request: JobRequest) -> Result<NewJob, ApiError> {
     let invalid = |message: String| ApiError::unprocessable("invalid_job", message);
-    if request.kind == sagas::kinds::embed::KIND
-        && request.payload.get("every_tenant").is_some_and(|value| *value != serde_json::Value::Bool(false))
-    {
-        return Err(invalid(
-            "payload.every_tenant: is for operators, who use the command line; give all or documents".into(),
-        ));
-    }
+    not_for_every_tenant(&request.kind, &request.payload)?;
     let mut job = match request.queue {
         None => new_job(&request.kind, tenant.clone(), request.payload)?,
         Some(queue) => {
@@ -158,6 +152,19 @@ fn read(api: &Api, tenant: &TenantId, headers: &HeaderMap, request: JobRequest) 
     let (parent, state) = trace_headers(headers);
     job.trace = telemetry::current_trace().or_else(|| telemetry::trace_context(parent, state));
     Ok(job)
+}
+
+/// A tenant's request speaks of that tenant's documents.
+pub(super) fn not_for_every_tenant(kind: &str, payload: &serde_json::Value) -> Result<(), ApiError> {
+    if kind == sagas::kinds::embed::KIND
+        && payload.get("every_tenant").is_some_and(|value| *value != serde_json::Value::Bool(false))
+    {
+        return Err(ApiError::unprocessable(
+            "invalid_job",
+            "payload.every_tenant: is for operators, who use the command line; give all or documents",
+        ));
+    }
+    Ok(())
 }
 
 fn idempotency_key(headers: &HeaderMap, field: Option<String>) -> Result<Option<String>, ApiError> {

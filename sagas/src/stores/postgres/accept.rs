@@ -115,18 +115,9 @@ impl Postgres {
     /// promises to put the jobs into Redis itself; otherwise the relay does.
     pub async fn accept(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
         let mut tx = self.pool.begin().await?;
-        let mut replies: Vec<Option<Accepted>> = vec![None; jobs.len()];
-        refuse_unknown_tenants(&mut tx, jobs, &mut replies).await?;
-        already_there(&mut tx, jobs, &mut replies).await?;
-        reserve_keys(&mut tx, jobs, &mut replies).await?;
-        let fresh: Vec<&NewJob> =
-            jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
-        if !fresh.is_empty() {
-            let places = order(&mut tx, &fresh).await?;
-            insert(&mut tx, &fresh, &places, dispatched).await?;
-        }
+        let replies = accept_in(&mut tx, jobs, dispatched).await?;
         tx.commit().await?;
-        Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
+        Ok(replies)
     }
 
     /// Brings jobs with `durability=fast` into the ledger when a worker is about to take them. Those of unknown tenants
@@ -148,6 +139,25 @@ impl Postgres {
             .await?;
         Ok(())
     }
+}
+
+/// Accepts a batch inside the caller's transaction; see [`Postgres::accept`].
+pub(super) async fn accept_in(
+    connection: &mut PgConnection,
+    jobs: &[NewJob],
+    dispatched: bool,
+) -> Result<Vec<Accepted>, sqlx::Error> {
+    let mut replies: Vec<Option<Accepted>> = vec![None; jobs.len()];
+    refuse_unknown_tenants(connection, jobs, &mut replies).await?;
+    already_there(connection, jobs, &mut replies).await?;
+    reserve_keys(connection, jobs, &mut replies).await?;
+    let fresh: Vec<&NewJob> =
+        jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
+    if !fresh.is_empty() {
+        let places = order(connection, &fresh).await?;
+        insert(connection, &fresh, &places, dispatched).await?;
+    }
+    Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
 }
 
 async fn refuse_unknown_tenants(

@@ -19,6 +19,7 @@ pub mod ledger;
 mod probe;
 pub mod publish;
 pub mod relay;
+pub mod schedules;
 pub mod stage;
 pub mod take;
 pub mod tenants;
