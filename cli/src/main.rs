@@ -61,7 +61,7 @@ enum Command {
     Enqueue(enqueue::Args),
     /// Enqueue an ingest job for each file of a folder, or each line of a JSONL file
     Import(import::Args),
-    /// List, show and cancel jobs
+    /// List, show, cancel, reprioritise and snooze jobs
     #[command(subcommand)]
     Jobs(jobs::Command),
     /// Make, show, pause and remove recurring jobs

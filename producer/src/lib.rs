@@ -23,7 +23,8 @@ pub use error::{EnqueueError, MaintainError, ServeError, WaitError};
 pub use http::{router, serve};
 pub use maintain::maintain;
 pub use sagas::stores::postgres::{
-    accept::{Idempotency, NewJob},
+    accept::{Idempotency, NewJob, Until},
+    control::{Change, Changed, Selection},
     inspect::JobView,
     ledger::Cancel,
     schedules::{CatchUp, Schedule},

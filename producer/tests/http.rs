@@ -632,6 +632,58 @@ async fn a_schedule_that_can_not_be_is_refused_with_the_field_named() {
 }
 
 #[tokio::test]
+async fn a_waiting_job_is_changed_by_its_owner_and_another_one_is_not() {
+    let api = Api::new().await;
+    let id = api.enqueue(&job()).await.body["id"].as_str().unwrap().to_owned();
+    let path = format!("/v1/jobs/{id}");
+    let patch = |key: &'static str, body: Value| {
+        let (api, path) = (&api, &path);
+        async move { api.call(key, Method::PATCH, path, body.to_string()).await }
+    };
+    let changed = patch(KEY, json!({ "priority": 9, "run_at": "2999-01-01T00:00:00Z" })).await;
+    assert_eq!(changed.status, StatusCode::OK, "{}", changed.body);
+    assert_eq!(
+        (&changed.body["priority"], &changed.body["run_at"]),
+        (&json!(9), &json!("2999-01-01T00:00:00Z"))
+    );
+    assert_eq!(patch(OTHER_KEY, json!({ "priority": 1 })).await.status, StatusCode::NOT_FOUND);
+    for (body, names) in [
+        (json!({}), "nothing to change"),
+        (json!({ "priority": 10 }), "priority 10"),
+        (json!({ "prio": 1 }), "prio"),
+        (json!({ "run_at": "tomorrow" }), "run_at"),
+    ] {
+        let refused = patch(KEY, body.clone()).await;
+        assert_eq!(refused.status, StatusCode::UNPROCESSABLE_ENTITY, "{body}: {}", refused.body);
+        assert!(refused.body["error"]["message"].as_str().unwrap().contains(names), "{}", refused.body);
+    }
+    api.call(KEY, Method::DELETE, &path, Body::empty()).await;
+    let late = patch(KEY, json!({ "priority": 1 })).await;
+    assert_eq!((late.status, late.code()), (StatusCode::CONFLICT, "ended"));
+}
+
+#[tokio::test]
+async fn a_key_may_be_held_until_its_job_has_ended_and_the_second_sees_the_first() {
+    let api = Api::new().await;
+    let mut request = with("idempotency_key", json!("k"));
+    request["idempotency_until"] = json!("finished");
+    request["idempotency_ttl_ms"] = json!(0);
+    let first = api.enqueue(&request).await;
+    assert_eq!(first.status, StatusCode::ACCEPTED, "{}", first.body);
+    assert!(first.body.get("job").is_none(), "{}", first.body);
+    let second = api.enqueue(&request).await;
+    assert_eq!(second.status, StatusCode::OK);
+    assert_eq!((&second.body["id"], &second.body["job"]["state"]), (&first.body["id"], &json!("waiting")));
+    let path = format!("/v1/jobs/{}", first.body["id"].as_str().unwrap());
+    api.call(KEY, Method::DELETE, &path, Body::empty()).await;
+    let third = api.enqueue(&request).await;
+    assert_eq!(third.status, StatusCode::ACCEPTED, "{}", third.body);
+    let without = api.enqueue(&with("idempotency_until", json!("finished"))).await;
+    assert_eq!(without.status, StatusCode::UNPROCESSABLE_ENTITY);
+    assert!(without.body["error"]["message"].as_str().unwrap().contains("there is none"));
+}
+
+#[tokio::test]
 async fn odd_routes_and_questions_are_answered_in_the_same_form() {
     let api = Api::new().await;
     for (method, path, status) in [
@@ -687,7 +739,7 @@ async fn the_description_names_every_route_and_metrics_are_text() {
     for (path, methods) in [
         ("/v1/jobs", vec!["get", "post"]),
         ("/v1/jobs:batch", vec!["post"]),
-        ("/v1/jobs/{id}", vec!["delete", "get"]),
+        ("/v1/jobs/{id}", vec!["delete", "get", "patch"]),
         ("/v1/search", vec!["get"]),
         ("/v1/documents/{key}", vec!["get"]),
         ("/v1/schedules", vec!["get", "post"]),
@@ -709,6 +761,8 @@ async fn the_description_names_every_route_and_metrics_are_text() {
         "max_attempts",
         "timeout_ms",
         "idempotency_key",
+        "idempotency_until",
+        "idempotency_ttl_ms",
         "durability",
     ] {
         assert!(properties[field].is_object(), "{field}: {properties}");

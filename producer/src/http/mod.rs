@@ -79,7 +79,7 @@ pub fn router(
     Router::new()
         .route("/v1/jobs", post(jobs::enqueue).get(jobs::list))
         .route("/v1/jobs:batch", post(jobs::enqueue_many).layer(DefaultBodyLimit::max(many)))
-        .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::cancel))
+        .route("/v1/jobs/{id}", get(jobs::show).patch(jobs::change).delete(jobs::cancel))
         .route("/v1/schedules", post(schedules::create).get(schedules::list))
         .route(
             "/v1/schedules/{name}",

@@ -18,7 +18,7 @@ use super::{dead_letters, documents, health, jobs, schedules};
         description = "Enqueue jobs that move documents into Postgres, Qdrant and Redis; follow them; read and search documents."
     ),
     paths(
-        jobs::enqueue, jobs::enqueue_many, jobs::list, jobs::show, jobs::cancel,
+        jobs::enqueue, jobs::enqueue_many, jobs::list, jobs::show, jobs::change, jobs::cancel,
         schedules::create, schedules::list, schedules::show, schedules::update, schedules::delete, schedules::control,
         documents::show, documents::search,
         dead_letters::list, dead_letters::show, dead_letters::resolve,
