@@ -343,11 +343,11 @@ async fn schedules_and_waiting_jobs_are_changed_from_the_command_line() {
         "--time-zone",
         "Europe/Berlin",
     ];
-    let made = cli.json(0, &[&["schedules", "create", "nightly", "--catch-up", "all"], &spec[..]].concat());
+    let made = cli.json(0, &[&["schedules", "create", "nightly", "--catch-up", "all"][..], &spec].concat());
     assert_eq!((&made["catch_up"], &made["tenant"]), (&"all".into(), &"default".into()));
-    let (_, err) = cli.text(1, &[&["schedules", "create", "nightly"], &spec[..]].concat());
+    let (_, err) = cli.text(1, &[&["schedules", "create", "nightly"][..], &spec].concat());
     assert!(err.contains("there is a schedule \"nightly\" already"), "{err}");
-    let wrong = [&["schedules", "create", "odd"], &spec[..5], &["61 * * * *"]].concat();
+    let wrong = [&["schedules", "create", "odd"][..], &spec[..5], &["61 * * * *"]].concat();
     assert!(cli.text(1, &wrong).1.contains("cron is \"61 * * * *\""));
     assert_eq!(cli.json(0, &["schedules", "next", "nightly", "-n", "3"]).as_array().unwrap().len(), 3);
     assert!(cli.text(0, &["schedules", "next", "nightly"]).0.contains("T02:30:00+0"));

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use futures::StreamExt as _;
 use queue::{JobId, Priority};
@@ -131,7 +132,9 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
         Command::Snooze { which, bound, span, until } => {
             let run_at = match (span, until) {
                 (Some(span), _) => {
-                    postgres.now().await?.checked_add_signed(chrono::Duration::from_std(span)?)
+                    let until =
+                        postgres.now().await?.checked_add_signed(chrono::Duration::from_std(span)?);
+                    Some(until.context("--for: there is no such time")?)
                 }
                 (None, until) => until,
             };
