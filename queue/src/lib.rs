@@ -26,7 +26,7 @@ mod scripts;
 mod upkeep;
 mod wakeups;
 
-pub use ack_layer::{AckLayer, NotRun};
+pub use ack_layer::{AckLayer, NotRun, Snooze};
 pub use acker::{Acker, Done};
 pub use backend::QueueBackend;
 pub use claimer::{Claimer, ClaimerConfig, Job};

@@ -132,8 +132,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
         Command::Snooze { which, bound, span, until } => {
             let run_at = match (span, until) {
                 (Some(span), _) => {
-                    let until =
-                        postgres.now().await?.checked_add_signed(chrono::Duration::from_std(span)?);
+                    let until = postgres.now().await?.checked_add_signed(chrono::Duration::from_std(span)?);
                     Some(until.context("--for: there is no such time")?)
                 }
                 (None, until) => until,

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
+    results::MAX_RESULT,
     stores::postgres::{
         Postgres,
         ending::{Failure, Run, Verdict},
@@ -52,7 +53,7 @@ impl Default for EngineSettings {
             retry_cap: Duration::from_secs(300),
             delivery_limit: 3,
             unroutable_after: Duration::from_secs(3600),
-            max_result: 64 * 1024,
+            max_result: MAX_RESULT,
         }
     }
 }
@@ -230,18 +231,6 @@ impl Engine {
         let most = base.saturating_mul(2u32.saturating_pow(exponent)).min(cap);
         let jittered = most.mul_f64(rand::random_range(0.0..=1.0));
         jittered.max(error.retry_after().unwrap_or_default().min(LONGEST_WAIT))
-    }
-
-    /// Whether the ledger may keep this result; the error is for good, and names size and limit.
-    pub(crate) fn fits(&self, result: &serde_json::Value) -> Result<(), StepError> {
-        let (size, limit) = (result.to_string().len(), self.settings.max_result);
-        if size <= limit {
-            return Ok(());
-        }
-        Err(StepError::permanent(
-            "result_too_large",
-            format!("the result has {size} bytes: at most {limit} are allowed (FLOTILLA_MAX_RESULT)"),
-        ))
     }
 }
 

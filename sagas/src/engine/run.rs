@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
+    results::fits,
     stores::postgres::{
         ending::{Failure, Run, Verdict},
         stage::NewSaga,
@@ -151,7 +152,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         for (i, step) in steps.iter().enumerate().skip(from) {
             // Now it can still be undone.
             if i == self.saga.pivot()
-                && let Err(error) = self.engine.fits(&self.saga.result(&data))
+                && let Err(error) = fits(&self.saga.result(&data), self.engine.settings.max_result)
             {
                 return self.failed(&data, i, error).await;
             }
@@ -164,7 +165,7 @@ impl<'a, S: Saga> Drive<'a, S> {
             }
         }
         let result = self.saga.result(&data);
-        if let Err(error) = self.engine.fits(&result) {
+        if let Err(error) = fits(&result, self.engine.settings.max_result) {
             return self.failed(&data, steps.len(), error).await;
         }
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
