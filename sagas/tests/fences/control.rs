@@ -55,9 +55,10 @@ async fn rule_17_a_job_that_is_put_off_is_not_taken_before_its_time() {
 async fn a_filter_chooses_what_has_not_ended_oldest_first_and_no_more_than_asked_for() {
     let ledger = Ledger::start().await;
     ledger.postgres.create_tenant("globex").await.unwrap();
-    let mut theirs = job("report", json!({}));
-    theirs.tenant = queue::TenantId::new("globex").unwrap();
-    let ids = ledger.accept(&[ingest("a"), job("report", json!({})), theirs, ingest("b")]).await;
+    // Made in this order, so that their ids are in it.
+    let mut jobs = vec![ingest("a"), job("report", json!({})), job("report", json!({})), ingest("b")];
+    jobs[2].tenant = queue::TenantId::new("globex").unwrap();
+    let ids = ledger.accept(&jobs).await;
     ledger.take("w", ids[3]).await;
     let choose = |change: fn(&mut Selection)| {
         let mut selection = Selection { limit: 10, ..Selection::default() };
