@@ -15,7 +15,7 @@ use telemetry::{Telemetry, TelemetryConfig};
 use crate::{
     commands::{
         audit, bench, dev, dlq, documents, enqueue, import, jobs, keys, migrate, producer, queues, sagas,
-        search, stats, tenants, worker,
+        schedules, search, stats, tenants, worker,
     },
     config::{Settings, StoreArgs},
     context::Context,
@@ -64,9 +64,12 @@ enum Command {
     Enqueue(enqueue::Args),
     /// Enqueue an ingest job for each file of a folder, or each line of a JSONL file
     Import(import::Args),
-    /// List, show and cancel jobs
+    /// List, show, cancel, reprioritise and snooze jobs
     #[command(subcommand)]
     Jobs(jobs::Command),
+    /// Make, show, pause and remove recurring jobs
+    #[command(subcommand)]
+    Schedules(schedules::Command),
     /// List, show, replay and discard dead letters
     #[command(subcommand)]
     Dlq(dlq::Command),
@@ -136,6 +139,7 @@ async fn dispatch(command: Command, context: Context, telemetry: &Telemetry) -> 
         Command::Enqueue(args) => Box::pin(enqueue::run(args, &context)).await,
         Command::Import(args) => Box::pin(import::run(args, &context)).await,
         Command::Jobs(command) => jobs::run(command, &context).await,
+        Command::Schedules(command) => Box::pin(schedules::run(command, &context)).await,
         Command::Dlq(command) => Box::pin(dlq::run(command, &context)).await,
         Command::Sagas(command) => sagas::run(command, &context).await,
         Command::Search(args) => Box::pin(search::run(args, &context)).await,

@@ -329,3 +329,64 @@ async fn a_second_signal_ends_a_worker_that_drains() {
         assert_eq!(worker.exit_code(), Some(code));
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn schedules_and_waiting_jobs_are_changed_from_the_command_line() {
+    let services = TestServices::builder().postgres().redis_queue().start().await.unwrap();
+    let cli = Cli { services };
+    cli.text(0, &["migrate", "up"]);
+    let spec = [
+        "--kind",
+        "report",
+        "--payload",
+        r#"{"of":"day"}"#,
+        "--cron",
+        "30 2 * * *",
+        "--time-zone",
+        "Europe/Berlin",
+    ];
+    let made = cli.json(0, &[&["schedules", "create", "nightly", "--catch-up", "all"][..], &spec].concat());
+    assert_eq!((&made["catch_up"], &made["tenant"]), (&"all".into(), &"default".into()));
+    let (_, err) = cli.text(1, &[&["schedules", "create", "nightly"][..], &spec].concat());
+    assert!(err.contains("there is a schedule \"nightly\" already"), "{err}");
+    let wrong = [&["schedules", "create", "odd"][..], &spec[..5], &["61 * * * *"]].concat();
+    assert!(cli.text(1, &wrong).1.contains("cron is \"61 * * * *\""));
+    assert_eq!(cli.json(0, &["schedules", "next", "nightly", "-n", "3"]).as_array().unwrap().len(), 3);
+    assert!(cli.text(0, &["schedules", "next", "nightly"]).0.contains("T02:30:00+0"));
+    assert!(cli.text(0, &["schedules", "list"]).0.contains("Europe/Berlin"));
+    assert!(cli.json(0, &["schedules", "pause", "nightly"])["paused_at"].is_string());
+    assert!(cli.text(0, &["schedules", "show", "nightly"]).0.contains("paused"));
+    assert!(cli.json(0, &["schedules", "resume", "nightly"])["paused_at"].is_null());
+    let update =
+        ["schedules", "update", "nightly", "--kind", "report", "--payload", "{}", "--cron", "@hourly"];
+    assert_eq!(cli.json(0, &update)["cron"], "@hourly");
+    cli.text(0, &["schedules", "delete", "nightly"]);
+    cli.text(1, &["schedules", "show", "nightly"]);
+
+    let enqueue = |document: &str| {
+        let payload = format!(r#"{{"document":"{document}","text":"x"}}"#);
+        cli.json(0, &["enqueue", "ingest", "--payload", &payload])["id"].as_str().unwrap().to_owned()
+    };
+    let (first, second) = (enqueue("a"), enqueue("b"));
+    let up = cli.json(0, &["jobs", "reprioritise", &first, "--priority", "9"]);
+    assert_eq!(up[0]["change"], "done", "{up}");
+    assert_eq!(cli.json(0, &["jobs", "show", &first])["priority"], 9);
+    cli.json(0, &["jobs", "snooze", &second, "--for", "2h"]);
+    let stats = cli.json(0, &["stats"]);
+    assert_eq!(stats["queues"]["ingest"]["scheduled"], 1, "{stats}");
+    cli.json(1, &["jobs", "reprioritise", "00000000-0000-7000-8000-000000000000", "--priority", "1"]);
+    let all = cli.json(0, &["jobs", "reprioritise", "--queue", "ingest", "--priority", "2", "--limit", "1"]);
+    assert_eq!(all.as_array().unwrap().len(), 1);
+    // Neither ids nor a filter; both.
+    cli.text(2, &["jobs", "cancel"]);
+    cli.text(2, &["jobs", "cancel", &first, "--queue", "ingest"]);
+    let gone = cli.json(0, &["jobs", "cancel", "--tenant", "default"]);
+    assert_eq!(gone["cancelled"], 2, "{gone}");
+
+    let held =
+        ["enqueue", "report", "--payload", "{}", "--idempotency-key", "k", "--idempotency-until", "finished"];
+    let one = cli.json(0, &held);
+    let two = cli.json(0, &held);
+    assert_eq!((&two["duplicate"], &two["job"]["state"]), (&true.into(), &"waiting".into()));
+    assert_eq!(one["id"], two["id"]);
+}

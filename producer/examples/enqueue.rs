@@ -5,7 +5,7 @@
 
 use std::{env, error::Error, time::Duration};
 
-use producer::{Client, ClientSettings, Durability, Idempotency, new_job};
+use producer::{Client, ClientSettings, Durability, Idempotency, Until, new_job};
 use queue::{Queue, QueueConfig, TenantId};
 use sagas::stores::postgres::{Postgres, PostgresConfig};
 use serde_json::json;
@@ -29,6 +29,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         key: document.chars().take(256).collect(),
         scope: "example".to_owned(),
         ttl: Duration::from_secs(24 * 3600),
+        until: Until::Accepted,
     });
     let receipt = client.enqueue(job, Durability::Durable).await?;
     println!("job {}{}", receipt.id, if receipt.duplicate { " (was there before)" } else { "" });

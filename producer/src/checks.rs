@@ -13,6 +13,8 @@ const MAX_DEPTH: usize = 128;
 /// Longest hard cap on one run.
 const MAX_TIMEOUT: Duration = Duration::from_secs(7 * 24 * 3600);
 const MAX_ATTEMPTS: i32 = 1000;
+/// Longest time that an idempotency key is remembered; it goes with its job's record anyway.
+const MAX_TTL: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Years in which a job may be due; Postgres and Rust have different ends of time.
 const YEARS: std::ops::RangeInclusive<i32> = 1970..=9999;
 
@@ -33,6 +35,13 @@ pub(crate) fn check(job: &mut NewJob, settings: &ClientSettings) -> Result<usize
     if let Some(idempotency) = &job.idempotency {
         check_word("idempotency_key", &idempotency.key, 256)?;
         check_word("idempotency scope", &idempotency.scope, 64)?;
+        if idempotency.ttl > MAX_TTL {
+            return bad(format!(
+                "idempotency_ttl_ms is {}: at most {} are allowed",
+                idempotency.ttl.as_millis(),
+                MAX_TTL.as_millis()
+            ));
+        }
     }
     let size = check_payload(&job.kind, &job.payload, settings)?;
     if job.document.is_none() {
@@ -79,7 +88,7 @@ fn check_word(name: &str, word: &str, longest: usize) -> Result<(), EnqueueError
     Ok(())
 }
 
-fn check_run_at(at: &DateTime<Utc>) -> Result<(), EnqueueError> {
+pub(crate) fn check_run_at(at: &DateTime<Utc>) -> Result<(), EnqueueError> {
     if YEARS.contains(&at.year()) {
         return Ok(());
     }
@@ -156,8 +165,12 @@ mod tests {
             assert!(refusal(&mut job(payload.clone())).contains("NUL"), "{payload}");
         }
         let mut with_key = job(json!({}));
-        with_key.idempotency =
-            Some(crate::Idempotency { key: "a\0".into(), scope: "api".into(), ttl: Duration::from_secs(1) });
+        with_key.idempotency = Some(crate::Idempotency {
+            key: "a\0".into(),
+            scope: "api".into(),
+            ttl: Duration::from_secs(1),
+            until: crate::Until::Accepted,
+        });
         assert!(refusal(&mut with_key).contains("NUL"));
     }
 

@@ -1,6 +1,6 @@
 //! The enqueue client.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use metrics::counter;
 use queue::{JobId, Pushed, Queue, QueueError, QueueName, TenantId};
@@ -11,20 +11,23 @@ use sagas::{
     stores::postgres::{
         Postgres,
         accept::{Accepted, NewJob},
+        control::{Change, Changed},
         inspect::JobView,
         ledger::Cancel,
     },
 };
 use serde_json::Value;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::{
     acceptance::{AcceptBatch, Acceptor, may_have_committed},
     admission::Admission,
-    checks::{check, check_payload},
-    dispatch::{Dispatch, envelope},
+    checks::{check, check_payload, check_run_at},
+    dispatch::{Dispatch, envelope, place},
     error::{EnqueueError, WaitError, refused},
     pacing::{Growing, within},
+    schedules::Schedules,
     settings::ClientSettings,
 };
 
@@ -42,12 +45,15 @@ pub enum Durability {
 }
 
 /// The answer to an enqueue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Receipt {
     /// The job; of a duplicate, the job that was accepted before.
     pub id: JobId,
     /// The same request was accepted before.
     pub duplicate: bool,
+    /// Of a duplicate, how the job that was accepted before stands: its state and, if it has ended, its result. `None` if
+    /// the ledger could not be asked just now.
+    pub job: Option<Box<JobView>>,
 }
 
 /// Enqueues jobs and follows them. Clones share everything, also the connections.
@@ -99,6 +105,11 @@ impl Client {
         self.shared.acceptor.dispatch.queue()
     }
 
+    /// Recurring jobs.
+    pub fn schedules(&self) -> Schedules {
+        Schedules::new(self.postgres().clone(), Arc::clone(&self.shared.acceptor.settings))
+    }
+
     /// Whether a payload could be enqueued as a job of this kind.
     pub fn check_payload(&self, kind: &str, payload: &Value) -> Result<(), EnqueueError> {
         check_payload(kind, payload, self.settings()).map(drop)
@@ -120,7 +131,10 @@ impl Client {
             {
                 return outcomes.pop().unwrap_or_else(|| Err(this.unavailable()));
             }
-            this.accept_one(job).await
+            let mut receipts = [this.accept_one(job).await];
+            this.see_firsts(&mut receipts).await;
+            let [receipt] = receipts;
+            receipt
         }))
         .await?
     }
@@ -169,7 +183,10 @@ impl Client {
                 return Ok(outcomes);
             }
             let accepted = this.shared.acceptor.accept_all(&good).await?;
-            Ok(good.iter().zip(accepted).map(|(job, reply)| receipt(job, reply?)).collect())
+            let mut receipts: Vec<_> =
+                good.iter().zip(accepted).map(|(job, reply)| receipt(job, reply?)).collect();
+            this.see_firsts(&mut receipts).await;
+            Ok(receipts)
         }))
         .await??;
         let mut accepted = accepted.into_iter();
@@ -263,6 +280,72 @@ impl Client {
         receipt(&job, reply)
     }
 
+    /// Tells those whose request was accepted before how the first one's job stands. The results of a batch are given
+    /// as far as they fit into the limit of a batch's payloads.
+    async fn see_firsts(&self, receipts: &mut [Result<Receipt, EnqueueError>]) {
+        let firsts: Vec<Uuid> =
+            receipts.iter().flatten().filter(|receipt| receipt.duplicate).map(|r| r.id.0).collect();
+        if firsts.is_empty() {
+            return;
+        }
+        let postgres = self.postgres();
+        let views = match within(postgres.call_timeout(), postgres.jobs_by_id(&firsts)).await {
+            Ok(views) => views,
+            Err(error) => {
+                tracing::debug!(%error, "duplicates are told without their first job's state");
+                return;
+            }
+        };
+        let views: HashMap<Uuid, JobView> = views.into_iter().map(|view| (view.id, view)).collect();
+        let mut room = self.settings().max_batch_bytes;
+        for receipt in receipts.iter_mut().flatten().filter(|receipt| receipt.duplicate) {
+            let Some(mut view) = views.get(&receipt.id.0).cloned() else { continue };
+            let size = view.result.as_ref().map_or(0, |result| result.to_string().len());
+            if size > room {
+                view.result = None;
+            } else {
+                room -= size;
+            }
+            receipt.job = Some(Box::new(view));
+        }
+    }
+
+    /// Changes jobs that wait, of `tenant` if given: their priority, or when they run. Committed in the ledger first; Redis is
+    /// told at once if it is there, and by the relay in any case. One answer for each, in order; a running job is left.
+    pub async fn change(
+        &self,
+        ids: &[JobId],
+        tenant: Option<&str>,
+        change: Change,
+    ) -> Result<Vec<Changed>, EnqueueError> {
+        if let Some(at) = &change.run_at {
+            check_run_at(at)?;
+        }
+        let (postgres, retry_after) = (self.postgres(), self.settings().retry_after);
+        let limit = postgres.call_timeout() * 2;
+        let changed = within(limit, postgres.change_jobs(ids, tenant, change)).await;
+        let changed = changed.map_err(|error| refused(&error, retry_after))?;
+        let done: Vec<JobId> =
+            ids.iter().zip(&changed).filter(|(_, c)| **c == Changed::Done).map(|(id, _)| *id).collect();
+        let dispatch = &self.shared.acceptor.dispatch;
+        if !done.is_empty()
+            && let Some(queue) = dispatch.open()
+        {
+            let told = match within(limit, postgres.waiting_envelopes(&done)).await {
+                Ok(envelopes) => place(queue, &envelopes).await.map(drop),
+                Err(error) => {
+                    tracing::debug!(%error, "changed jobs are left to the relay");
+                    return Ok(changed);
+                }
+            };
+            dispatch.learn(&told);
+            if let Err(error) = told {
+                tracing::debug!(%error, jobs = done.len(), "changed jobs are left to the relay");
+            }
+        }
+        Ok(changed)
+    }
+
     /// Puts jobs into Redis alone. `None`: Redis is not there, nothing is lost if they go to the ledger instead.
     async fn push_fast(&self, jobs: &[NewJob]) -> Option<Vec<Result<Receipt, EnqueueError>>> {
         let dispatch = &self.shared.acceptor.dispatch;
@@ -312,9 +395,9 @@ fn receipt(job: &NewJob, reply: Accepted) -> Result<Receipt, EnqueueError> {
     match reply {
         Accepted::New(id) => {
             counter!("jobs_accepted_total", "kind" => known_kind(&job.kind)).increment(1);
-            Ok(Receipt { id, duplicate: false })
+            Ok(Receipt { id, duplicate: false, job: None })
         }
-        Accepted::Duplicate(id) => Ok(Receipt { id, duplicate: true }),
+        Accepted::Duplicate(id) => Ok(Receipt { id, duplicate: true, job: None }),
         Accepted::Conflict(job) => Err(EnqueueError::Conflict { job }),
         Accepted::UnknownTenant => Err(EnqueueError::UnknownTenant),
     }

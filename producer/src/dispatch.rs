@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use queue::{Envelope, JobId, Pushed, Queue, QueueError};
+use queue::{Envelope, JobId, Place, Priority, Pushed, Queue, QueueError, QueueName};
 use sagas::stores::postgres::{Postgres, accept::NewJob};
 
 /// How long Redis is left alone after it failed. Meanwhile the relay dispatches, so that being wrong costs little, and
@@ -81,6 +81,33 @@ impl Dispatch {
             tracing::warn!(%error, jobs = jobs.len(), "accepted jobs wait for the reconciler");
         }
     }
+}
+
+/// Brings Redis' copies of jobs in line with the ledger's, which `envelopes` are: what is unknown there is stored. A job that
+/// was known gets its priority where it stands, and keeps its age; one whose time has changed is stored anew. A leased job is
+/// left to its worker, but for the priority that it has if it comes back.
+pub(crate) async fn place(queue: &Queue, envelopes: &[Envelope]) -> Result<Vec<Pushed>, QueueError> {
+    let pushed = queue.push_accepted(envelopes).await?;
+    let known: Vec<&Envelope> =
+        envelopes.iter().zip(&pushed).filter(|(_, p)| **p == Pushed::Present).map(|(e, _)| e).collect();
+    if known.is_empty() {
+        return Ok(pushed);
+    }
+    let named: Vec<(QueueName, JobId)> = known.iter().map(|e| (e.queue.clone(), e.id)).collect();
+    let (mut moved, mut stays): (Vec<Envelope>, Vec<(QueueName, JobId, Priority)>) = (vec![], vec![]);
+    for (envelope, place) in known.into_iter().zip(queue.places(&named).await?) {
+        match (place, envelope.run_at_ms) {
+            (Some(Place::Waiting), None) | (Some(Place::Leased { .. }), _) => {
+                stays.push((envelope.queue.clone(), envelope.id, envelope.priority));
+            }
+            _ => moved.push(envelope.clone()),
+        }
+    }
+    queue.reprioritise(&stays).await?;
+    let named: Vec<(QueueName, JobId)> = moved.iter().map(|e| (e.queue.clone(), e.id)).collect();
+    queue.forget(&named).await?;
+    queue.push_accepted(&moved).await?;
+    Ok(pushed)
 }
 
 /// What Redis holds of an accepted job.

@@ -4,6 +4,7 @@ mod acceptance;
 mod admission;
 mod checks;
 pub mod client;
+pub mod cron;
 mod dispatch;
 pub mod error;
 pub mod http;
@@ -12,16 +13,22 @@ mod pacing;
 mod policies;
 mod reconciler;
 mod relay;
+pub mod schedules;
 pub mod settings;
 mod stats;
+pub mod timetable;
 
 pub use client::{Client, Durability, Receipt, new_job};
+pub use cron::Cron;
 pub use error::{EnqueueError, MaintainError, ServeError, WaitError};
 pub use http::{router, serve};
 pub use maintain::maintain;
 pub use sagas::stores::postgres::{
-    accept::{Idempotency, NewJob},
+    accept::{Idempotency, NewJob, Until},
+    control::{Change, Changed, Selection},
     inspect::JobView,
     ledger::Cancel,
+    schedules::{CatchUp, Schedule},
 };
+pub use schedules::{NewSchedule, ScheduleError, Schedules};
 pub use settings::{Auth, ClientSettings, MaintainSettings, ProducerSettings};

@@ -1,4 +1,5 @@
-//! The loops that keep ledger and queue agreed: relay, reconciler, policies, lender, and the gauges. Every producer and every worker runs
+//! The loops that keep ledger and queue agreed: relay, reconciler, policies, lender, cron for recurring jobs, and the
+//! gauges. Every producer and every worker runs
 //! them, so that a fleet of either kind alone dispatches what the ledger holds.
 
 use std::time::Duration;
@@ -10,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
+    cron::Cron,
     error::MaintainError,
     pacing::{Growing, pause, within},
     policies::Policies,
@@ -42,6 +44,7 @@ pub async fn maintain(
         policies.run(for_policies).await;
         Ok(())
     });
+    let (cron, for_cron) = (Cron::new(postgres.clone(), settings.cron_on_time), stop.clone());
     loops.spawn(async move {
         relay.run(for_relay).await;
         Ok(())
@@ -52,6 +55,10 @@ pub async fn maintain(
     });
     // With one partition it ends at once.
     let lending = queue::Lender::spawn(queue.clone(), settings.queues.clone(), stop.clone());
+    loops.spawn(async move {
+        cron.run(for_cron).await;
+        Ok(())
+    });
     loops.spawn(Reconciler { postgres, queue, settings, ledger }.run(stop.clone()));
     let mut outcome = Ok(());
     while let Some(ended) = loops.join_next().await {

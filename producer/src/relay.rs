@@ -1,5 +1,7 @@
 //! The relay: puts undispatched jobs of the ledger into Redis (PROTOCOL.md 18).
 //!
+//! A job that waits there already either was pushed by one that died, or was changed since: it is brought in line.
+//!
 //! Any number may run: each takes rows that no other holds. A relay that dies between push and commit leaves its rows to
 //! the next one, whose push finds the jobs present.
 
@@ -11,6 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    dispatch::place,
     pacing::{Growing, pause, within},
     settings::MaintainSettings,
 };
@@ -76,7 +79,7 @@ impl Relay {
         if batch.envelopes.is_empty() {
             return Ok(0);
         }
-        let pushed = self.queue.push_accepted(&batch.envelopes).await?;
+        let pushed = place(&self.queue, &batch.envelopes).await?;
         let mut there: Vec<JobId> = Vec::with_capacity(pushed.len());
         for (envelope, pushed) in batch.envelopes.iter().zip(pushed) {
             match pushed {

@@ -152,6 +152,9 @@ pub struct MaintainSettings {
     pub redispatch_per_second: u32,
     /// How often the gauges are set (5 s).
     pub stats_every: Duration,
+    /// `FLOTILLA_CRON_ON_TIME_MS`: a schedule's tick that is later than this was missed, and its catch-up policy says what
+    /// becomes of it (default 60 s).
+    pub cron_on_time: Duration,
 }
 
 impl Default for MaintainSettings {
@@ -168,6 +171,7 @@ impl Default for MaintainSettings {
             heartbeat: Duration::from_secs(10),
             redispatch_per_second: 20_000,
             stats_every: Duration::from_secs(5),
+            cron_on_time: Duration::from_secs(60),
         }
     }
 }
@@ -192,6 +196,7 @@ impl MaintainSettings {
             queues,
             reconcile_every: millis(&get, "FLOTILLA_RECONCILE_MS", base.reconcile_every)?,
             heartbeat: millis(&get, "FLOTILLA_HEARTBEAT_MS", base.heartbeat)?,
+            cron_on_time: millis(&get, "FLOTILLA_CRON_ON_TIME_MS", base.cron_on_time)?,
             ..base
         })
     }

@@ -571,6 +571,127 @@ async fn the_callers_trace_goes_on_in_the_job() {
 }
 
 #[tokio::test]
+async fn schedules_are_made_shown_changed_paused_and_deleted_by_their_owner_alone() {
+    let api = Api::new().await;
+    let mut nightly = json!({
+        "name": "nightly", "cron": "30 2 * * *", "time_zone": "Europe/Berlin", "kind": "report", "payload": { "of": "day" },
+        "catch_up": "all", "max_catch_up": 7, "priority": 2
+    });
+    let made = api.post("/v1/schedules", &nightly).await;
+    assert_eq!(made.status, StatusCode::CREATED, "{}", made.body);
+    assert_eq!(made.headers[header::LOCATION], "/v1/schedules/nightly");
+    assert_eq!(api.post("/v1/schedules", &nightly).await.code(), "name_taken");
+    let shown = api.get("/v1/schedules/nightly?next=3").await;
+    assert_eq!(shown.status, StatusCode::OK);
+    assert_eq!(shown.body["next_ticks"].as_array().unwrap().len(), 3);
+    assert_eq!(shown.body["next_ticks"][0], shown.body["next_tick_at"]);
+    assert_eq!((&shown.body["priority"], &shown.body["catch_up"]), (&json!(2), &json!("all")));
+    // Another tenant sees none of it.
+    for (method, path) in [
+        (Method::GET, "/v1/schedules/nightly"),
+        (Method::DELETE, "/v1/schedules/nightly"),
+        (Method::POST, "/v1/schedules/nightly:pause"),
+    ] {
+        let answer = api.call(OTHER_KEY, method.clone(), path, Body::empty()).await;
+        assert_eq!(answer.status, StatusCode::NOT_FOUND, "{method} {path}");
+    }
+    let theirs = api.call(OTHER_KEY, Method::GET, "/v1/schedules", Body::empty()).await;
+    assert_eq!(theirs.body, json!({ "schedules": [] }));
+    nightly["cron"] = json!("0 3 * * *");
+    let path = "/v1/schedules/nightly";
+    let changed = api.call(KEY, Method::PUT, path, nightly.to_string()).await;
+    assert_eq!((changed.status, &changed.body["cron"]), (StatusCode::OK, &json!("0 3 * * *")));
+    nightly["name"] = json!("other");
+    assert_eq!(api.call(KEY, Method::PUT, path, nightly.to_string()).await.code(), "invalid_schedule");
+    let paused = api.post("/v1/schedules/nightly:pause", &json!({})).await;
+    assert!(paused.body["paused_at"].is_string(), "{}", paused.body);
+    assert_eq!(api.get(path).await.body["next_ticks"], json!([]));
+    let resumed = api.post("/v1/schedules/nightly:resume", &json!({})).await;
+    assert!(resumed.body["paused_at"].is_null(), "{}", resumed.body);
+    assert_eq!(api.post("/v1/schedules/nightly:run", &json!({})).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(api.get("/v1/schedules").await.body["schedules"].as_array().unwrap().len(), 1);
+    let gone = api.call(KEY, Method::DELETE, path, Body::empty()).await;
+    assert_eq!(gone.status, StatusCode::NO_CONTENT);
+    assert_eq!(api.get(path).await.status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn a_schedule_that_can_not_be_is_refused_with_the_field_named() {
+    let api = Api::new().await;
+    let sound = json!({ "name": "x", "cron": "0 * * * *", "kind": "report", "payload": {} });
+    for (field, value, status, names) in [
+        ("cron", json!("0 25 * * *"), StatusCode::BAD_REQUEST, "cron is \"0 25 * * *\""),
+        ("time_zone", json!("Berlin"), StatusCode::BAD_REQUEST, "time_zone is \"Berlin\""),
+        ("name", json!("a/b"), StatusCode::BAD_REQUEST, "name is \"a/b\""),
+        ("name", json!(null), StatusCode::BAD_REQUEST, "name: is missing"),
+        ("max_catch_up", json!(5000), StatusCode::BAD_REQUEST, "max_catch_up is 5000"),
+        ("catch_up", json!("some"), StatusCode::UNPROCESSABLE_ENTITY, "some"),
+        ("payload", json!([]), StatusCode::UNPROCESSABLE_ENTITY, "payload"),
+        ("priority", json!(10), StatusCode::UNPROCESSABLE_ENTITY, "priority 10"),
+        ("corn", json!("0 * * * *"), StatusCode::UNPROCESSABLE_ENTITY, "corn"),
+    ] {
+        let mut request = sound.clone();
+        request[field] = value;
+        let answer = api.post("/v1/schedules", &request).await;
+        assert_eq!(answer.status, status, "{field}: {}", answer.body);
+        let message = answer.body["error"]["message"].as_str().unwrap();
+        assert!(message.contains(names), "{field}: {message}");
+    }
+}
+
+#[tokio::test]
+async fn a_waiting_job_is_changed_by_its_owner_and_another_one_is_not() {
+    let api = Api::new().await;
+    let id = api.enqueue(&job()).await.body["id"].as_str().unwrap().to_owned();
+    let path = format!("/v1/jobs/{id}");
+    let patch = |key: &'static str, body: Value| {
+        let (api, path) = (&api, &path);
+        async move { api.call(key, Method::PATCH, path, body.to_string()).await }
+    };
+    let changed = patch(KEY, json!({ "priority": 9, "run_at": "2999-01-01T00:00:00Z" })).await;
+    assert_eq!(changed.status, StatusCode::OK, "{}", changed.body);
+    assert_eq!(
+        (&changed.body["priority"], &changed.body["run_at"]),
+        (&json!(9), &json!("2999-01-01T00:00:00Z"))
+    );
+    assert_eq!(patch(OTHER_KEY, json!({ "priority": 1 })).await.status, StatusCode::NOT_FOUND);
+    for (body, names) in [
+        (json!({}), "nothing to change"),
+        (json!({ "priority": 10 }), "priority 10"),
+        (json!({ "prio": 1 }), "prio"),
+        (json!({ "run_at": "tomorrow" }), "invalid characters"),
+    ] {
+        let refused = patch(KEY, body.clone()).await;
+        assert_eq!(refused.status, StatusCode::UNPROCESSABLE_ENTITY, "{body}: {}", refused.body);
+        assert!(refused.body["error"]["message"].as_str().unwrap().contains(names), "{}", refused.body);
+    }
+    api.call(KEY, Method::DELETE, &path, Body::empty()).await;
+    let late = patch(KEY, json!({ "priority": 1 })).await;
+    assert_eq!((late.status, late.code()), (StatusCode::CONFLICT, "ended"));
+}
+
+#[tokio::test]
+async fn a_key_may_be_held_until_its_job_has_ended_and_the_second_sees_the_first() {
+    let api = Api::new().await;
+    let mut request = with("idempotency_key", json!("k"));
+    request["idempotency_until"] = json!("finished");
+    request["idempotency_ttl_ms"] = json!(0);
+    let first = api.enqueue(&request).await;
+    assert_eq!(first.status, StatusCode::ACCEPTED, "{}", first.body);
+    assert!(first.body.get("job").is_none(), "{}", first.body);
+    let second = api.enqueue(&request).await;
+    assert_eq!(second.status, StatusCode::OK);
+    assert_eq!((&second.body["id"], &second.body["job"]["state"]), (&first.body["id"], &json!("waiting")));
+    let path = format!("/v1/jobs/{}", first.body["id"].as_str().unwrap());
+    api.call(KEY, Method::DELETE, &path, Body::empty()).await;
+    let third = api.enqueue(&request).await;
+    assert_eq!(third.status, StatusCode::ACCEPTED, "{}", third.body);
+    let without = api.enqueue(&with("idempotency_until", json!("finished"))).await;
+    assert_eq!(without.status, StatusCode::UNPROCESSABLE_ENTITY);
+    assert!(without.body["error"]["message"].as_str().unwrap().contains("there is none"));
+}
+
+#[tokio::test]
 async fn odd_routes_and_questions_are_answered_in_the_same_form() {
     let api = Api::new().await;
     for (method, path, status) in [
@@ -626,9 +747,11 @@ async fn the_description_names_every_route_and_metrics_are_text() {
     for (path, methods) in [
         ("/v1/jobs", vec!["get", "post"]),
         ("/v1/jobs:batch", vec!["post"]),
-        ("/v1/jobs/{id}", vec!["delete", "get"]),
+        ("/v1/jobs/{id}", vec!["delete", "get", "patch"]),
         ("/v1/search", vec!["get"]),
         ("/v1/documents/{key}", vec!["get"]),
+        ("/v1/schedules", vec!["get", "post"]),
+        ("/v1/schedules/{name}", vec!["delete", "get", "post", "put"]),
         ("/v1/dead-letters", vec!["get"]),
         ("/v1/dead-letters/{id}", vec!["get", "post"]),
     ] {
@@ -646,6 +769,8 @@ async fn the_description_names_every_route_and_metrics_are_text() {
         "max_attempts",
         "timeout_ms",
         "idempotency_key",
+        "idempotency_until",
+        "idempotency_ttl_ms",
         "durability",
     ] {
         assert!(properties[field].is_object(), "{field}: {properties}");

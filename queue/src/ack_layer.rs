@@ -200,6 +200,11 @@ impl<L: Ledger> AckLayer<L> {
             },
             Ok(Err(error)) => {
                 let error: BoxDynError = error.into();
+                if let Some(Snooze(time)) = error.downcast_ref() {
+                    let done = self.end(&lease, &grant, End::Released(*time)).await?;
+                    self.acker.done(&lease, done).await;
+                    return Err(error);
+                }
                 let (class, told) = classify(&error);
                 (self.failed(&grant, failure(class, "handler", error.as_ref()), told), Err(error))
             }
@@ -221,6 +226,11 @@ impl<L: Ledger> AckLayer<L> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("job {0} was not run in this delivery")]
 pub struct NotRun(pub JobId);
+
+/// A handler's way to put its job off: returned as its error, the job goes back for so long, uncharged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("put off for {0:?}")]
+pub struct Snooze(pub Duration);
 
 #[derive(Debug, thiserror::Error)]
 #[error("no end within the job's timeout of {0:?}")]

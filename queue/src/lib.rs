@@ -34,7 +34,7 @@ mod tls;
 mod upkeep;
 mod wakeups;
 
-pub use ack_layer::{AckLayer, NotRun};
+pub use ack_layer::{AckLayer, NotRun, Snooze};
 pub use acker::{Acker, Done};
 pub use address::Access;
 pub use backend::QueueBackend;

@@ -222,7 +222,12 @@ pub enum StepError {
         code: &'static str,
         /// The reason as a sentence.
         message: String,
+        /// Not before this time should it be tried again.
+        retry_after: Option<Duration>,
     },
+    /// Not now: the job goes back for so long, uncharged, and goes on with this step then.
+    #[error("put off for {0:?}")]
+    Snooze(Duration),
     /// The fence refused a write: somebody else has the job. Nothing more may be done.
     #[error("the lease was lost: another worker has this job")]
     LeaseLost,
@@ -240,12 +245,31 @@ pub enum StepError {
 impl StepError {
     /// A failure that no retry mends.
     pub fn permanent(code: &'static str, message: impl Into<String>) -> Self {
-        Self::Failed { class: Class::Permanent, code, message: message.into() }
+        Self::Failed { class: Class::Permanent, code, message: message.into(), retry_after: None }
     }
 
     /// A failure that another attempt may mend.
     pub fn transient(code: &'static str, message: impl Into<String>) -> Self {
-        Self::Failed { class: Class::Transient, code, message: message.into() }
+        Self::Failed { class: Class::Transient, code, message: message.into(), retry_after: None }
+    }
+
+    /// A refusal because of too many requests: another attempt is made after this time at the earliest.
+    pub fn rate_limited(code: &'static str, message: impl Into<String>, retry_after: Duration) -> Self {
+        Self::Failed {
+            class: Class::RateLimited,
+            code,
+            message: message.into(),
+            retry_after: Some(retry_after),
+        }
+    }
+
+    /// When it asks to be tried again at the earliest.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Store(error) => error.retry_after,
+            Self::Failed { retry_after, .. } => *retry_after,
+            _ => None,
+        }
     }
 
     /// What to do about it; `None` for the endings that are no failures.
@@ -253,7 +277,7 @@ impl StepError {
         match self {
             Self::Store(error) => Some(error.class),
             Self::Failed { class, .. } => Some(*class),
-            Self::LeaseLost | Self::Cancelled | Self::Superseded | Self::Stopping => None,
+            Self::Snooze(_) | Self::LeaseLost | Self::Cancelled | Self::Superseded | Self::Stopping => None,
         }
     }
 
@@ -262,6 +286,7 @@ impl StepError {
         match self {
             Self::Store(error) => error.dependency.name(),
             Self::Failed { code, .. } => code,
+            Self::Snooze(_) => "snoozed",
             Self::LeaseLost => "lease_lost",
             Self::Cancelled => "cancelled",
             Self::Superseded => "superseded",

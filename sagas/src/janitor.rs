@@ -14,25 +14,34 @@ pub struct JanitorSettings {
     pub every: Duration,
     /// How long finished jobs keep their records.
     pub keep_jobs: Duration,
+    /// How long jobs that have ended keep their result.
+    pub keep_results: Duration,
     /// How long the audit log is kept.
     pub keep_audit_log: Duration,
 }
 
 impl Default for JanitorSettings {
-    /// 1 s; 7 days; 400 days.
+    /// 1 s; 7 days; 1 day; 400 days.
     fn default() -> Self {
         let day = Duration::from_secs(24 * 3600);
-        Self { every: Duration::from_secs(1), keep_jobs: 7 * day, keep_audit_log: 400 * day }
+        Self {
+            every: Duration::from_secs(1),
+            keep_jobs: 7 * day,
+            keep_results: day,
+            keep_audit_log: 400 * day,
+        }
     }
 }
 
 const BATCH: i64 = 200;
-/// Rounds between two looks at retention.
+/// Rounds between two looks at retention, unless the last one left something.
 const EXPIRE_EVERY: u32 = 60;
+/// Records of a sort that one look at retention removes.
+const EXPIRED: i64 = 1000;
 
 /// Runs until `shutdown`. Several janitors share the work: rows are locked, and locked rows skipped.
 pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: CancellationToken) {
-    let mut round = 0u32;
+    let (mut round, mut more) = (0u32, false);
     while !shutdown.is_cancelled() {
         let swept = match sweep(&stores).await {
             Ok(swept) => swept,
@@ -41,20 +50,36 @@ pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: Cancellati
                 0
             }
         };
-        if round.is_multiple_of(EXPIRE_EVERY)
-            && let Err(error) =
-                stores.postgres.expire(settings.keep_jobs, settings.keep_audit_log, 1000).await
-        {
-            tracing::debug!(%error, "retention waits");
+        if more || round.is_multiple_of(EXPIRE_EVERY) {
+            more = expire(&stores, &settings, round.is_multiple_of(EXPIRE_EVERY)).await.unwrap_or_else(
+                |error| {
+                    tracing::debug!(%error, "retention waits");
+                    false
+                },
+            );
         }
         round = round.wrapping_add(1);
-        if swept < BATCH as usize {
+        if !more && swept < BATCH as usize {
             tokio::select! {
                 () = shutdown.cancelled() => {}
                 () = tokio::time::sleep(settings.every) => {}
             }
         }
     }
+}
+
+/// One look at retention; whether there is more to remove. The audit log's partitions need no look so often.
+async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool) -> Result<bool, StoreError> {
+    let postgres = &stores.postgres;
+    let gone = [
+        postgres.expire_results(settings.keep_results, EXPIRED).await?,
+        postgres.expire_jobs(settings.keep_jobs, EXPIRED).await?,
+        postgres.expire_keys(EXPIRED).await?,
+    ];
+    if audit_log {
+        postgres.expire_audit_log(settings.keep_audit_log).await?;
+    }
+    Ok(gone.contains(&(EXPIRED as u64)))
 }
 
 /// One round: sweeps what is due, at most 200 versions; returns how many.

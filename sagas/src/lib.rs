@@ -8,6 +8,7 @@ pub mod error;
 pub mod fault;
 pub mod janitor;
 pub mod kinds;
+pub mod results;
 pub mod search;
 pub mod stores;
 

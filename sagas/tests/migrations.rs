@@ -153,7 +153,7 @@ async fn partitions_of_the_audit_log_are_made_ahead_and_dropped_by_retention() {
             .unwrap();
     }
     let day = Duration::from_secs(24 * 3600);
-    postgres.expire(day, 400 * day, 100).await.unwrap();
+    postgres.expire_audit_log(400 * day).await.unwrap();
     assert_eq!(partitions(&postgres).await, months(&postgres, 0..=3).await);
 
     // Partitions of the past year, each with a line.
@@ -174,7 +174,7 @@ async fn partitions_of_the_audit_log_are_made_ahead_and_dropped_by_retention() {
     .unwrap();
     assert_eq!(partitions(&postgres).await.len(), 16);
     // 100 days reach into the fourth month back at most, and into the third at least.
-    postgres.expire(day, 100 * day, 100).await.unwrap();
+    postgres.expire_audit_log(100 * day).await.unwrap();
     let left = partitions(&postgres).await;
     let (three, four) = (months(&postgres, -3..=3).await, months(&postgres, -4..=3).await);
     assert!(left == three || left == four, "{left:?}");

@@ -46,6 +46,12 @@ pub fn describe() {
     describe_histogram!("coalescer_batch_size", "Calls that shared one statement or request to a store.");
     describe_gauge!("outbox_unrelayed", "Accepted jobs that are not in the queue yet.");
     describe_counter!("reconciler_redispatched_total", "Jobs that had to be put into the queue again.");
+    describe_counter!("schedules_ticks_total", "Ticks of schedules, by what became of them.");
+    describe_gauge!(
+        "schedules_lateness_seconds",
+        Unit::Seconds,
+        "How late the longest due tick of any schedule is."
+    );
     describe_gauge!(
         "audit_findings",
         "Disagreements between the stores that the last audit of this process left, by kind."

@@ -14,7 +14,7 @@ use apalis::{
 use devstack::testing::TestServices;
 use queue::{
     AckLayer, Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Job, JobId, Ledger, Queue,
-    QueueBackend, QueueConfig, QueueName, Reaper, Retries, Scheduler, TenantId, WorkerId,
+    QueueBackend, QueueConfig, QueueName, Reaper, Retries, Scheduler, Snooze, TenantId, WorkerId,
     ledger::{End, Grant, LedgerError, Take},
 };
 use sagas::stores::postgres::{
@@ -105,6 +105,8 @@ async fn handle(job: Job, runs: Data<Runs>) -> Result<Value, BoxDynError> {
     match job.envelope.kind.as_str() {
         "flaky" if run < 3 => Err("not yet".into()),
         "busy" if run < 2 => Err(RetryAfterError::new("come back", Duration::from_millis(50)).into()),
+        "patient" if run < 3 => Err(Snooze(Duration::from_millis(50)).into()),
+        "large" => Ok(json!("x".repeat(65_535))),
         "hopeless" => Err(AbortError::new("no such report").into()),
         "slow" => std::future::pending().await,
         _ => Ok(json!({ "doubled": job.payload::<Value>()?["n"].as_i64().unwrap() * 2 })),
@@ -146,6 +148,8 @@ async fn plain_jobs_end_in_the_ledger_as_their_handlers_say() {
     let flaky = stage.enqueue("flaky", |_| ()).await;
     let busy = stage.enqueue("busy", |_| ()).await;
     let hopeless = stage.enqueue("hopeless", |_| ()).await;
+    let patient = stage.enqueue("patient", |job| job.max_attempts = 1).await;
+    let large = stage.enqueue("large", |_| ()).await;
     let slow = stage
         .enqueue("slow", |job| {
             job.timeout = Duration::from_millis(100);
@@ -160,9 +164,13 @@ async fn plain_jobs_end_in_the_ledger_as_their_handlers_say() {
     assert_eq!((job.state.as_str(), job.attempts, job.last_error), ("succeeded", 2, None));
     let job = stage.ended(busy).await;
     assert_eq!((job.state.as_str(), job.attempts), ("succeeded", 1));
-    for (id, attempts, reason) in
-        [(hopeless, 1, "no such report"), (slow, 2, "no end within the job's timeout of 100ms")]
-    {
+    let job = stage.ended(patient).await;
+    assert_eq!((job.state.as_str(), job.attempts, job.deliveries), ("succeeded", 0, 3));
+    for (id, attempts, reason) in [
+        (hopeless, 1, "no such report"),
+        (slow, 2, "no end within the job's timeout of 100ms"),
+        (large, 1, "the result has 65537 bytes: at most 65536 are allowed (FLOTILLA_MAX_RESULT)"),
+    ] {
         let job = stage.ended(id).await;
         assert_eq!((job.state.as_str(), job.attempts), ("dead", attempts));
         assert!(job.last_error.as_ref().unwrap().contains(reason), "{job:?}");
@@ -171,7 +179,7 @@ async fn plain_jobs_end_in_the_ledger_as_their_handlers_say() {
         .fetch_one(stage.postgres.pool())
         .await
         .unwrap();
-    assert_eq!(letters, 2);
+    assert_eq!(letters, 3);
     assert_eq!(stage.job(cancelled).await.state, "cancelled");
     assert!(!runs.0.lock().unwrap().contains_key(&cancelled), "a cancelled job ran");
     // Nothing of them stays in Redis.

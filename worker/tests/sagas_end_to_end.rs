@@ -225,3 +225,65 @@ async fn protocol_14_cancel_ends_a_waiting_job_at_once_and_never_one_past_its_pi
     assert_eq!(fleet.text("c").await.as_deref(), Some("done"));
     fleet.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_that_have_ended_leave_nothing_in_the_queues_redis() {
+    let fleet = Fleet::start().await;
+    let mut ids = vec![];
+    for number in 0..12 {
+        let tenant = format!("tenant-{number}");
+        fleet.stores.postgres.create_tenant(&tenant).await.unwrap();
+        // One that succeeds, one that dies, one that dies of its kind, one that is cancelled while it waits.
+        for (kind, payload) in [
+            ("ingest", json!({ "document": "d", "text": format!("text {number}") })),
+            ("ingest", json!({ "document": "x", "text": "" })),
+            ("no_such_kind", json!({})),
+            ("ingest", json!({ "document": "later", "text": "never" })),
+        ] {
+            let mut job = NewJob::new(
+                kind,
+                QueueName::new("ingest").unwrap(),
+                TenantId::new(tenant.as_str()).unwrap(),
+                payload,
+            );
+            job.priority = queue::Priority::try_from((number % 10) as u8).unwrap();
+            job.document = sagas::kinds::document_of(kind, &job.payload);
+            if job.document.as_deref() == Some("later") {
+                job.run_at = Some(chrono::Utc::now() + Duration::from_secs(3600));
+            }
+            fleet.stores.postgres.accept(std::slice::from_ref(&job), true).await.unwrap();
+            let envelope = fleet.stores.postgres.envelope(job.id).await.unwrap().unwrap();
+            fleet.queue.push(&[envelope]).await.unwrap();
+            if job.run_at.is_some() {
+                let cancelled = fleet.stores.postgres.cancel(job.id, None).await.unwrap();
+                assert_eq!(cancelled, Cancel::Cancelled);
+                fleet.queue.forget(&[(job.queue.clone(), job.id)]).await.unwrap();
+            }
+            ids.push(job.id);
+        }
+    }
+    for id in &ids {
+        fleet.ended(*id).await;
+    }
+    let mut redis = redis::Client::open(fleet.queue.config().url.as_str())
+        .unwrap()
+        .get_multiplexed_async_connection()
+        .await
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let keys: Vec<String> = redis::cmd("KEYS").arg("*").query_async(&mut redis).await.unwrap();
+        let left: Vec<&String> = keys
+            .iter()
+            .filter(|key| key.contains("tenant-") || ids.iter().any(|id| key.contains(&id.to_string())))
+            .collect();
+        if left.is_empty() {
+            // The counters of the queues, which don't grow.
+            assert!(keys.len() <= 3 * 3, "{keys:?}");
+            break;
+        }
+        assert!(Instant::now() < deadline, "left behind: {left:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    fleet.stop().await;
+}

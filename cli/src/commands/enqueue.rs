@@ -5,7 +5,9 @@ use std::{io::Read, time::Duration};
 use anyhow::{Context as _, bail};
 use chrono::{DateTime, Utc};
 use clap::ValueEnum;
-use producer::{Client, ClientSettings, Durability, EnqueueError, Idempotency, JobView, WaitError, new_job};
+use producer::{
+    Client, ClientSettings, Durability, EnqueueError, Idempotency, JobView, Until, WaitError, new_job,
+};
 use queue::{Priority, QueueName, TenantId};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -43,6 +45,12 @@ pub struct Args {
     /// Accept the same request under this key once within 24 hours
     #[arg(long, value_name = "KEY")]
     idempotency_key: Option<String>,
+    /// What the key's time is counted from: acceptance, or the job's end; until then it is held
+    #[arg(long, value_enum, default_value_t = UntilArg::Accepted, requires = "idempotency_key")]
+    idempotency_until: UntilArg,
+    /// How long the key is remembered, in seconds [default: 86400]
+    #[arg(long, value_name = "SECONDS", requires = "idempotency_key")]
+    idempotency_ttl: Option<u64>,
     /// Charged failures after which the job is dead
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(i32).range(1..=1000))]
     max_attempts: i32,
@@ -55,6 +63,12 @@ pub struct Args {
     /// Wait until the job has ended, at most so many seconds (300 without a number); exit code 1 unless it succeeded
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "300")]
     wait: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum UntilArg {
+    Accepted,
+    Finished,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -91,7 +105,11 @@ async fn enqueue(args: Args, context: &Context) -> Outcome {
     job.idempotency = args.idempotency_key.map(|key| Idempotency {
         key,
         scope: SCOPE.to_owned(),
-        ttl: client.settings().idempotency_ttl,
+        ttl: args.idempotency_ttl.map_or(client.settings().idempotency_ttl, Duration::from_secs),
+        until: match args.idempotency_until {
+            UntilArg::Accepted => Until::Accepted,
+            UntilArg::Finished => Until::Finished,
+        },
     });
     job.trace = telemetry::current_trace();
     let durability = match args.durability {
@@ -102,9 +120,13 @@ async fn enqueue(args: Args, context: &Context) -> Outcome {
     if receipt.duplicate {
         output::say("the same request was accepted before");
     }
-    let mut answer = Answer { id: receipt.id, duplicate: receipt.duplicate, job: None };
+    let mut answer =
+        Answer { id: receipt.id, duplicate: receipt.duplicate, job: receipt.job.map(|job| *job) };
     let Some(seconds) = args.wait else {
-        context.out.data(&answer, || receipt.id.to_string())?;
+        context.out.data(&answer, || match answer.job.as_ref().filter(|job| job.finished_at.is_some()) {
+            Some(job) => ended(job),
+            None => receipt.id.to_string(),
+        })?;
         return Ok(Ending::Fine);
     };
     match client.wait(receipt.id, Duration::from_secs(seconds)).await {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use producer::{Client, Durability, EnqueueError, Idempotency, NewJob, Receipt, new_job};
+use producer::{Client, Durability, EnqueueError, Idempotency, NewJob, Receipt, Until, new_job};
 use queue::{Priority, QueueName, TenantId};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -269,6 +269,7 @@ fn job(payload: serde_json::Value, args: &Args, client: &Client) -> Result<NewJo
         key: hash.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}")),
         scope: "import".to_owned(),
         ttl: client.settings().idempotency_ttl,
+        until: Until::Accepted,
     });
     Ok(job)
 }

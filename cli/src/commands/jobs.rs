@@ -1,8 +1,14 @@
-//! `flotilla jobs`: what the ledger knows of jobs, and cancelling them.
+//! `flotilla jobs`: what the ledger knows of jobs; cancelling them, moving them up and putting them off.
 
-use queue::JobId;
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::Context as _;
+use chrono::{DateTime, Utc};
+use futures::StreamExt as _;
+use queue::{JobId, Priority};
 use sagas::stores::postgres::{
     Postgres,
+    control::{Change, Changed, Selection},
     dead_letters::DeadLetter,
     inspect::{AttemptView, JobFilter, JobView, SagaView},
     ledger::Cancel,
@@ -45,11 +51,68 @@ pub enum Command {
         /// The job
         id: Uuid,
     },
-    /// Ask for a job's end: a waiting one ends now, a running one once its effects are undone
+    /// Ask for the end of jobs: waiting ones end now, running ones once their effects are undone
     Cancel {
-        /// The job
-        id: Uuid,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        bound: Bound,
     },
+    /// Give waiting jobs another priority; running ones are left as they are
+    #[command(visible_alias = "reprioritize")]
+    Reprioritise {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        bound: Bound,
+        /// 0 to 9; 9 is served first
+        #[arg(long, value_parser = clap::value_parser!(u8).range(0..=9))]
+        priority: u8,
+    },
+    /// Put waiting jobs off; running ones are left as they are
+    Snooze {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        bound: Bound,
+        /// How long from now: 90s, 10m, 2h, 1d
+        #[arg(long = "for", value_name = "TIME", value_parser = read_span, required_unless_present = "until")]
+        span: Option<Duration>,
+        /// Until when, such as 2026-01-31T09:00:00Z
+        #[arg(long, value_name = "TIME", conflicts_with = "span")]
+        until: Option<DateTime<Utc>>,
+    },
+}
+
+/// Jobs by id, or by filter.
+#[derive(Debug, clap::Args)]
+#[group(id = "which_jobs", required = true, multiple = true)]
+pub struct Which {
+    /// The jobs
+    #[arg(value_name = "ID", conflicts_with_all = ["queue", "tenant", "kind"])]
+    ids: Vec<Uuid>,
+    /// All that have not ended in this queue, oldest first
+    #[arg(long)]
+    queue: Option<String>,
+    /// All of this tenant that have not ended
+    #[arg(long)]
+    tenant: Option<String>,
+    /// All of this kind that have not ended
+    #[arg(long)]
+    kind: Option<String>,
+}
+
+/// Cancels that are under way together.
+const CANCELS_AT_ONCE: usize = 8;
+/// Jobs changed by one statement.
+const AT_ONCE: usize = 500;
+
+/// How many jobs a filter may choose.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct Bound {
+    /// Jobs that a filter chooses at most; run it again for more
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(i64).range(1..=100_000))]
+    limit: i64,
 }
 
 pub async fn run(command: Command, context: &Context) -> Outcome {
@@ -61,7 +124,21 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             Ok(Ending::Fine)
         }
         Command::Show { id } => show(id, &postgres, context).await,
-        Command::Cancel { id } => cancel(id, context).await,
+        Command::Cancel { which, bound } => cancel(&which, bound, context).await,
+        Command::Reprioritise { which, bound, priority } => {
+            let priority = Some(Priority::try_from(priority)?);
+            change(&which, bound, Change { priority, run_at: None }, "jobs.reprioritise", context).await
+        }
+        Command::Snooze { which, bound, span, until } => {
+            let run_at = match (span, until) {
+                (Some(span), _) => {
+                    let until = postgres.now().await?.checked_add_signed(chrono::Duration::from_std(span)?);
+                    Some(until.context("--for: there is no such time")?)
+                }
+                (None, until) => until,
+            };
+            change(&which, bound, Change { priority: None, run_at }, "jobs.snooze", context).await
+        }
     }
 }
 
@@ -164,8 +241,108 @@ fn described(detail: &Detail) -> String {
     out
 }
 
-async fn cancel(id: Uuid, context: &Context) -> Outcome {
+/// The jobs meant.
+async fn chosen(
+    which: &Which,
+    bound: Bound,
+    running: bool,
+    postgres: &Postgres,
+) -> anyhow::Result<Vec<JobId>> {
+    if !which.ids.is_empty() {
+        return Ok(which.ids.iter().copied().map(JobId).collect());
+    }
+    let selection = Selection {
+        tenant: which.tenant.clone(),
+        queue: which.queue.clone(),
+        kind: which.kind.clone(),
+        running,
+        limit: bound.limit,
+    };
+    Ok(postgres.select_jobs(&selection).await?)
+}
+
+async fn change(which: &Which, bound: Bound, change: Change, action: &str, context: &Context) -> Outcome {
     let client = super::enqueue::client(context).await?;
+    let ids = chosen(which, bound, false, client.postgres()).await?;
+    let mut answers = Vec::with_capacity(ids.len());
+    for page in ids.chunks(AT_ONCE) {
+        let changed = client.change(page, None, change).await?;
+        answers.extend(page.iter().zip(changed).map(|(id, changed)| {
+            let (word, sentence) = match changed {
+                Changed::Done => ("done", "done"),
+                Changed::Running => ("running", "it runs: left as it is"),
+                Changed::Ended => ("ended", "it has ended already"),
+                Changed::Unknown => ("unknown", "the ledger doesn't know it"),
+            };
+            (id.0, word, sentence)
+        }));
+    }
+    let done = answers.iter().filter(|(_, word, _)| *word == "done").count();
+    if done > 0 {
+        let detail =
+            json!({ "jobs": done, "priority": change.priority.map(Priority::get), "run_at": change.run_at });
+        let subject =
+            which.ids.first().filter(|_| which.ids.len() == 1).map_or("jobs".to_owned(), Uuid::to_string);
+        client.postgres().record_action(&actor(), action, &subject, &detail).await?;
+    }
+    let told: Vec<_> = answers.iter().map(|(id, word, _)| json!({ "job": id, "change": word })).collect();
+    context.out.data(&told, || {
+        if which.ids.is_empty() {
+            return format!("{} changed", output::counted(done, "job"));
+        }
+        answers.iter().map(|(id, _, sentence)| format!("job {id}: {sentence}\n")).collect()
+    })?;
+    Ok(Ending::fine_if(which.ids.is_empty() || done == answers.len()))
+}
+
+/// A length of time as people write it.
+fn read_span(text: &str) -> Result<Duration, String> {
+    let bad = || format!("{text:?}: a whole number with s, m, h or d behind it is needed, like 90s or 10m");
+    let unit = text.chars().last().filter(char::is_ascii_alphabetic).ok_or_else(bad)?;
+    let number: u32 = text[..text.len() - 1].parse().map_err(|_| bad())?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 24 * 3600,
+        _ => return Err(bad()),
+    };
+    Ok(Duration::from_secs(u64::from(number) * seconds))
+}
+
+async fn cancel(which: &Which, bound: Bound, context: &Context) -> Outcome {
+    let client = super::enqueue::client(context).await?;
+    if let [id] = which.ids[..] {
+        return cancel_one(id, &client, context).await;
+    }
+    let ids = chosen(which, bound, true, client.postgres()).await?;
+    let mut counts: BTreeMap<&str, usize> =
+        ["cancelled", "requested", "past_pivot", "ended", "unknown"].map(|word| (word, 0)).into();
+    let answers: Vec<_> = futures::stream::iter(&ids)
+        .map(|id| client.cancel(*id, None))
+        .buffered(CANCELS_AT_ONCE)
+        .collect()
+        .await;
+    for answer in answers {
+        let word = match answer? {
+            Cancel::Cancelled => "cancelled",
+            Cancel::Requested => "requested",
+            Cancel::PastPivot => "past_pivot",
+            Cancel::Ended => "ended",
+            Cancel::Unknown => "unknown",
+        };
+        *counts.entry(word).or_default() += 1;
+    }
+    client.postgres().record_action(&actor(), "jobs.cancel", "jobs", &json!(counts)).await?;
+    context.out.data(&counts, || {
+        counts.iter().filter(|(_, count)| **count > 0).fold(String::new(), |text, (word, count)| {
+            format!("{text}{} {word}\n", output::counted(*count, "job"))
+        })
+    })?;
+    Ok(Ending::Fine)
+}
+
+async fn cancel_one(id: Uuid, client: &producer::Client, context: &Context) -> Outcome {
     let (word, sentence, good) = match client.cancel(JobId(id), None).await? {
         Cancel::Cancelled => ("cancelled", "cancelled", true),
         Cancel::Requested => {
@@ -184,4 +361,20 @@ async fn cancel(id: Uuid, context: &Context) -> Outcome {
 
 fn unknown(id: Uuid) -> Refused {
     Refused(format!("the ledger doesn't know job {id} (finished jobs are kept for 7 days)"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn spans_have_a_unit() {
+        for (text, seconds) in [("90s", 90), ("10m", 600), ("2h", 7200), ("1d", 86_400)] {
+            assert_eq!(read_span(text).unwrap(), Duration::from_secs(seconds));
+        }
+        for text in ["", "10", "m", "1.5h", "-1m", "1w", "10 m", "1µ"] {
+            assert!(read_span(text).unwrap_err().contains("like 90s or 10m"), "{text}");
+        }
+    }
 }

@@ -13,6 +13,7 @@ pub mod migrate;
 pub mod producer;
 pub mod queues;
 pub mod sagas;
+pub mod schedules;
 pub mod search;
 pub mod stats;
 pub mod tenants;

@@ -35,6 +35,7 @@ pub struct Args {
     drain_grace: u64,
 }
 
+const HOUR: Duration = Duration::from_secs(3600);
 /// A lease's end minus this is the last moment of an external call: 2 s, or a fifth of a lease shorter than 10 s.
 const LEASE_MARGIN: Duration = Duration::from_secs(2);
 
@@ -101,9 +102,16 @@ fn worker_settings(args: &Args, context: &Context, lease: Duration) -> anyhow::R
             .unwrap_or(i32::MAX)
             .max(1),
             unroutable_after: settings.millis("FLOTILLA_UNROUTABLE_AFTER_MS", engine.unroutable_after)?,
+            max_result: usize::try_from(settings.number("FLOTILLA_MAX_RESULT", engine.max_result as u64)?)
+                .unwrap_or(usize::MAX),
         },
         janitor: JanitorSettings {
             keep_jobs: days("FLOTILLA_KEEP_JOBS_DAYS", janitor.keep_jobs)?,
+            keep_results: HOUR
+                * u32::try_from(
+                    settings.number("FLOTILLA_KEEP_RESULTS_HOURS", janitor.keep_results.as_secs() / 3600)?,
+                )
+                .unwrap_or(u32::MAX),
             keep_audit_log: days("FLOTILLA_KEEP_AUDIT_LOG_DAYS", janitor.keep_audit_log)?,
             ..janitor
         },

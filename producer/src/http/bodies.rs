@@ -42,9 +42,26 @@ pub(super) struct JobRequest {
     /// day. The header `Idempotency-Key` says the same.
     #[serde(default)]
     pub idempotency_key: Option<String>,
+    /// What the key's time is counted from. `accepted` (default): acceptance. `finished`: the job's end; until then the
+    /// key is held, however long that takes.
+    #[serde(default)]
+    pub idempotency_until: Option<UntilName>,
+    /// How long the key is remembered. Default a day; 0 with `finished` frees it as soon as the job has ended.
+    #[serde(default)]
+    pub idempotency_ttl_ms: Option<u64>,
     /// `durable` (default): accepted means committed. `fast`: accepted means that Redis has it.
     #[serde(default)]
     pub durability: DurabilityName,
+}
+
+/// What an idempotency key's time is counted from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum UntilName {
+    /// Acceptance.
+    Accepted,
+    /// The job's end.
+    Finished,
 }
 
 /// What an accepted job has survived.
@@ -84,11 +101,15 @@ pub(super) struct Accepted {
     pub id: JobId,
     /// The same request was accepted before.
     pub duplicate: bool,
+    /// Of a duplicate, the job that was accepted before: its `state` and, if it has ended, its `result` and `outcome`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub job: Option<Box<JobView>>,
 }
 
 impl From<Receipt> for Accepted {
     fn from(receipt: Receipt) -> Self {
-        Self { id: receipt.id, duplicate: receipt.duplicate }
+        Self { id: receipt.id, duplicate: receipt.duplicate, job: receipt.job }
     }
 }
 
@@ -143,6 +164,20 @@ pub(super) struct JobBody {
     pub job: JobView,
     pub attempts_made: Vec<AttemptView>,
     pub sagas: Vec<SagaBody>,
+}
+
+/// What to change about a job that waits.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ChangeRequest {
+    /// 0 to 9; 9 is served first.
+    #[serde(default)]
+    #[schema(minimum = 0, maximum = 9)]
+    pub priority: Option<i64>,
+    /// Not before this time (RFC 3339).
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "2030-01-01T08:00:00Z")]
+    pub run_at: Option<DateTime<Utc>>,
 }
 
 /// The answer to a cancel.

@@ -171,7 +171,7 @@ impl From<StepError> for ApiError {
     fn from(error: StepError) -> Self {
         match error {
             StepError::Store(error) => error.into(),
-            StepError::Failed { class: Class::Data | Class::Permanent, code, message } => {
+            StepError::Failed { class: Class::Data | Class::Permanent, code, message, .. } => {
                 Self::unprocessable(code, message)
             }
             other => {

@@ -10,7 +10,8 @@ use axum::{
 };
 use queue::{JobId, Priority, QueueName, TenantId};
 use sagas::stores::postgres::{
-    accept::{Idempotency, NewJob},
+    accept::{Idempotency, NewJob, Until},
+    control::{Change, Changed},
     inspect::{JobFilter, JobView},
     ledger::Cancel,
 };
@@ -20,7 +21,10 @@ use utoipa::{IntoParams, ToSchema};
 use super::{
     Api,
     auth::Caller,
-    bodies::{Accepted, BatchAnswer, BatchRequest, CancelAnswer, ItemResult, JobBody, JobRequest, SagaBody},
+    bodies::{
+        Accepted, BatchAnswer, BatchRequest, CancelAnswer, ChangeRequest, ItemResult, JobBody, JobRequest,
+        SagaBody, UntilName,
+    },
     error::{ApiError, ErrorEnvelope},
     input::{Asked, Body, Named, read_error},
     observe::trace_headers,
@@ -130,13 +134,7 @@ pub(super) async fn enqueue_many(
 
 fn read(api: &Api, tenant: &TenantId, headers: &HeaderMap, request: JobRequest) -> Result<NewJob, ApiError> {
     let invalid = |message: String| ApiError::unprocessable("invalid_job", message);
-    if request.kind == sagas::kinds::embed::KIND
-        && request.payload.get("every_tenant").is_some_and(|value| *value != serde_json::Value::Bool(false))
-    {
-        return Err(invalid(
-            "payload.every_tenant: is for operators, who use the command line; give all or documents".into(),
-        ));
-    }
+    not_for_every_tenant(&request.kind, &request.payload)?;
     let mut job = match request.queue {
         None => new_job(&request.kind, tenant.clone(), request.payload)?,
         Some(queue) => {
@@ -150,14 +148,38 @@ fn read(api: &Api, tenant: &TenantId, headers: &HeaderMap, request: JobRequest) 
     job.run_at = request.run_at;
     job.max_attempts = request.max_attempts.unwrap_or(job.max_attempts);
     job.timeout = request.timeout_ms.map_or(job.timeout, Duration::from_millis);
-    job.idempotency = idempotency_key(headers, request.idempotency_key)?.map(|key| Idempotency {
+    let (until, ttl) = (request.idempotency_until, request.idempotency_ttl_ms);
+    let key = idempotency_key(headers, request.idempotency_key)?;
+    if key.is_none() && (until.is_some() || ttl.is_some()) {
+        return Err(invalid(
+            "idempotency_until, idempotency_ttl_ms: speak of a key, and there is none".into(),
+        ));
+    }
+    job.idempotency = key.map(|key| Idempotency {
         key,
         scope: SCOPE.to_owned(),
-        ttl: api.client.settings().idempotency_ttl,
+        ttl: ttl.map_or(api.client.settings().idempotency_ttl, Duration::from_millis),
+        until: match until {
+            Some(UntilName::Finished) => Until::Finished,
+            Some(UntilName::Accepted) | None => Until::Accepted,
+        },
     });
     let (parent, state) = trace_headers(headers);
     job.trace = telemetry::current_trace().or_else(|| telemetry::trace_context(parent, state));
     Ok(job)
+}
+
+/// A tenant's request speaks of that tenant's documents.
+pub(super) fn not_for_every_tenant(kind: &str, payload: &serde_json::Value) -> Result<(), ApiError> {
+    if kind == sagas::kinds::embed::KIND
+        && payload.get("every_tenant").is_some_and(|value| *value != serde_json::Value::Bool(false))
+    {
+        return Err(ApiError::unprocessable(
+            "invalid_job",
+            "payload.every_tenant: is for operators, who use the command line; give all or documents",
+        ));
+    }
+    Ok(())
 }
 
 fn idempotency_key(headers: &HeaderMap, field: Option<String>) -> Result<Option<String>, ApiError> {
@@ -250,6 +272,41 @@ pub(super) fn page(limit: Option<i64>) -> Result<i64, ApiError> {
         other => {
             Err(ApiError::bad_request("invalid_query", format!("limit is {other}: 1 to 1000 are allowed")))
         }
+    }
+}
+
+/// Change a job that waits: its priority, or when it runs.
+#[utoipa::path(patch, path = "/v1/jobs/{id}", tag = "jobs", request_body = ChangeRequest,
+    params(("id" = String, Path, description = "The job")), responses(
+    (status = 200, description = "The job as it is now", body = Object),
+    (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope), (status = 404, body = ErrorEnvelope),
+    (status = 409, description = "`running`: it is left as it is. `ended`: it has ended", body = ErrorEnvelope),
+    (status = 422, description = "A field is unknown or out of range", body = ErrorEnvelope),
+    (status = 503, body = ErrorEnvelope)))]
+pub(super) async fn change(
+    State(api): State<Api>,
+    Caller(tenant): Caller,
+    Named(id): Named,
+    Body(request): Body<ChangeRequest>,
+) -> Result<Json<JobView>, ApiError> {
+    let id = job_id(&id)?;
+    let invalid = |message: String| ApiError::unprocessable("invalid_job", message);
+    if request.priority.is_none() && request.run_at.is_none() {
+        return Err(invalid("nothing to change: give priority, run_at or both".into()));
+    }
+    let priority = request.priority.map(Priority::try_from).transpose();
+    let change =
+        Change { priority: priority.map_err(|error| invalid(error.to_string()))?, run_at: request.run_at };
+    let conflict = |code, message| ApiError::new(StatusCode::CONFLICT, code, message).job(id);
+    let changed = api.client.change(&[id], Some(tenant.as_str()), change).await?;
+    match changed.first() {
+        Some(Changed::Done) => {
+            let job = api.client.postgres().job(id, Some(tenant.as_str())).await?;
+            Ok(Json(job.ok_or_else(unknown)?))
+        }
+        Some(Changed::Running) => Err(conflict("running", "the job runs, and was left as it is")),
+        Some(Changed::Ended) => Err(conflict("ended", "the job has ended")),
+        Some(Changed::Unknown) | None => Err(unknown()),
     }
 }
 

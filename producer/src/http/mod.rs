@@ -10,6 +10,7 @@ mod input;
 mod jobs;
 mod observe;
 mod openapi;
+mod schedules;
 
 use std::{any::Any, sync::Arc, time::Duration};
 
@@ -78,7 +79,12 @@ pub fn router(
     Router::new()
         .route("/v1/jobs", post(jobs::enqueue).get(jobs::list))
         .route("/v1/jobs:batch", post(jobs::enqueue_many).layer(DefaultBodyLimit::max(many)))
-        .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::cancel))
+        .route("/v1/jobs/{id}", get(jobs::show).patch(jobs::change).delete(jobs::cancel))
+        .route("/v1/schedules", post(schedules::create).get(schedules::list))
+        .route(
+            "/v1/schedules/{name}",
+            get(schedules::show).put(schedules::update).delete(schedules::delete).post(schedules::control),
+        )
         .route("/v1/search", get(documents::search))
         .route("/v1/documents/{*key}", get(documents::show))
         .route("/v1/dead-letters", get(dead_letters::list))

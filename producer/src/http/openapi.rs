@@ -9,7 +9,7 @@ use utoipa::{
     },
 };
 
-use super::{dead_letters, documents, health, jobs};
+use super::{dead_letters, documents, health, jobs, schedules};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -18,12 +18,13 @@ use super::{dead_letters, documents, health, jobs};
         description = "Enqueue jobs that move documents into Postgres, Qdrant and Redis; follow them; read and search documents."
     ),
     paths(
-        jobs::enqueue, jobs::enqueue_many, jobs::list, jobs::show, jobs::cancel,
+        jobs::enqueue, jobs::enqueue_many, jobs::list, jobs::show, jobs::change, jobs::cancel,
+        schedules::create, schedules::list, schedules::show, schedules::update, schedules::delete, schedules::control,
         documents::show, documents::search,
         dead_letters::list, dead_letters::show, dead_letters::resolve,
         health::ready
     ),
-    components(schemas(super::bodies::JobRequest)),
+    components(schemas(super::bodies::JobRequest, schedules::ScheduleRequest)),
     modifiers(&ApiKey),
     security(("api_key" = []))
 )]

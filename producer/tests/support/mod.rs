@@ -137,8 +137,12 @@ pub fn ingest(document: &str, text: &str) -> NewJob {
 }
 
 pub fn with_key(mut job: NewJob, key: &str) -> NewJob {
-    job.idempotency =
-        Some(producer::Idempotency { key: key.into(), scope: "test".into(), ttl: Duration::from_secs(60) });
+    job.idempotency = Some(producer::Idempotency {
+        key: key.into(),
+        scope: "test".into(),
+        ttl: Duration::from_secs(60),
+        until: producer::Until::Accepted,
+    });
     job
 }
 

@@ -240,6 +240,7 @@ impl StepContext {
                         class: Class::Timeout,
                         code: "step_timeout",
                         message: format!("no end within {timeout:?}"),
+                        retry_after: None,
                     });
                 }
             }
@@ -251,6 +252,7 @@ impl StepContext {
             class: Class::Timeout,
             code: "job_timeout",
             message: format!("the job's time of {:?} is used up", self.job.timeout),
+            retry_after: None,
         }
     }
 

@@ -43,6 +43,19 @@ impl RetryPolicy {
     }
 }
 
+/// Attempts of the jobs of one kind: after a failure a job is charged, waits, and is tried again as a new run. The wait is
+/// random between zero and a limit that doubles with each attempt (full jitter, as in "Exponential Backoff And Jitter", AWS
+/// 2015), and never shorter than what the error asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct JobRetry {
+    /// Charged failures after which a job is dead, if that is fewer than the job itself allows. `None`: as the job says.
+    pub max_attempts: Option<i32>,
+    /// Limit of the wait before the second attempt. `None`: `FLOTILLA_RETRY_BASE_MS`.
+    pub base: Option<Duration>,
+    /// Where the limit stops doubling. `None`: `FLOTILLA_RETRY_CAP_MS`.
+    pub cap: Option<Duration>,
+}
+
 /// What a step commits to the saga's log together with its own effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Commits {
@@ -106,7 +119,14 @@ pub trait Saga: Send + Sync + 'static {
     /// Reads the job's request. An error is the job's own fault and makes it dead.
     fn prepare(&self, job: &TakenJob) -> Result<Self::Data, StepError>;
 
-    /// The job's result, for sagas that do not end with their pivot.
+    /// How often, and how far apart, jobs of this kind are tried.
+    fn attempts(&self) -> JobRetry {
+        JobRetry::default()
+    }
+
+    /// The job's result, for sagas that do not end with their pivot. At most `FLOTILLA_MAX_RESULT` bytes of JSON. Asked
+    /// before the pivot, too, with the data so far: a result that is too large by then turns the run back; one that
+    /// grows too large later parks it, because its effects stand.
     fn result(&self, _data: &Self::Data) -> serde_json::Value {
         serde_json::Value::Null
     }

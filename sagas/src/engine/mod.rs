@@ -13,13 +13,14 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use async_trait::async_trait;
 pub use breaker::Breakers;
 pub use context::{CallLimits, StepContext};
-pub use definition::{Commits, RetryPolicy, Saga, Step};
+pub use definition::{Commits, JobRetry, RetryPolicy, Saga, Step};
 use queue::{Lease, WorkerId};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
+    results::MAX_RESULT,
     stores::postgres::{
         Postgres,
         ending::{Failure, Run, Verdict},
@@ -40,6 +41,8 @@ pub struct EngineSettings {
     pub delivery_limit: i32,
     /// How long a job of an unknown kind waits for a worker that knows it (PROTOCOL.md 15).
     pub unroutable_after: Duration,
+    /// Bytes of a result's JSON at most.
+    pub max_result: usize,
 }
 
 impl Default for EngineSettings {
@@ -50,9 +53,13 @@ impl Default for EngineSettings {
             retry_cap: Duration::from_secs(300),
             delivery_limit: 3,
             unroutable_after: Duration::from_secs(3600),
+            max_result: MAX_RESULT,
         }
     }
 }
+
+/// Longest time for which an error or a step can put a job off.
+pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(366 * 24 * 3600);
 
 /// What is to be done with the job's entry in Redis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -217,18 +224,13 @@ impl Engine {
     }
 
     /// The wait before a job's next attempt: exponential with full jitter, or what the error asks for.
-    pub(crate) fn retry_in(&self, attempts: i32, error: &StepError) -> Duration {
+    pub(crate) fn retry_in(&self, policy: JobRetry, attempts: i32, error: &StepError) -> Duration {
         let exponent = u32::try_from(attempts).unwrap_or(0).min(20);
-        let most = self
-            .settings
-            .retry_base
-            .saturating_mul(2u32.saturating_pow(exponent))
-            .min(self.settings.retry_cap);
+        let (base, cap) =
+            (policy.base.unwrap_or(self.settings.retry_base), policy.cap.unwrap_or(self.settings.retry_cap));
+        let most = base.saturating_mul(2u32.saturating_pow(exponent)).min(cap);
         let jittered = most.mul_f64(rand::random_range(0.0..=1.0));
-        match error {
-            StepError::Store(StoreError { retry_after: Some(wish), .. }) => jittered.max(*wish),
-            _ => jittered,
-        }
+        jittered.max(error.retry_after().unwrap_or_default().min(LONGEST_WAIT))
     }
 }
 

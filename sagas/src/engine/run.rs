@@ -9,10 +9,12 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::{
-    AnySaga, Commits, Delivery, Ended, Engine, RetryPolicy, Saga, Step, StepContext, encode, failure,
+    AnySaga, Commits, Delivery, Ended, Engine, LONGEST_WAIT, RetryPolicy, Saga, Step, StepContext, encode,
+    failure,
 };
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
+    results::fits,
     stores::postgres::{
         ending::{Failure, Run, Verdict},
         stage::NewSaga,
@@ -148,6 +150,12 @@ impl<'a, S: Saga> Drive<'a, S> {
     async fn forward(self, mut data: S::Data, from: usize) -> Result<Ended, StoreError> {
         let steps = self.saga.steps().to_vec();
         for (i, step) in steps.iter().enumerate().skip(from) {
+            // Now it can still be undone.
+            if i == self.saga.pivot()
+                && let Err(error) = fits(&self.saga.result(&data), self.engine.settings.max_result)
+            {
+                return self.failed(&data, i, error).await;
+            }
             if let Err(error) = self.execute(step.as_ref(), &mut data).await {
                 return self.failed(&data, i, error).await;
             }
@@ -157,6 +165,9 @@ impl<'a, S: Saga> Drive<'a, S> {
             }
         }
         let result = self.saga.result(&data);
+        if let Err(error) = fits(&result, self.engine.settings.max_result) {
+            return self.failed(&data, steps.len(), error).await;
+        }
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
         let done = self
             .ctx
@@ -189,6 +200,12 @@ impl<'a, S: Saga> Drive<'a, S> {
             else {
                 break Err(error);
             };
+            // A step waits for no longer than its own policy says; the job can.
+            let wish = error.retry_after().unwrap_or_default();
+            if wish > step.retry().cap {
+                break Err(error);
+            }
+            let wait = wait.max(wish);
             tracing::debug!(step = step.name(), attempts, %error, "step failed; trying again");
             if let Err(ended) = self.ctx.pause(wait).await {
                 break Err(ended);
@@ -223,10 +240,15 @@ impl<'a, S: Saga> Drive<'a, S> {
                 let next = i16::try_from(step).unwrap_or(i16::MAX);
                 self.give_back(Duration::ZERO, Some((next, data))).await
             }
+            StepError::Snooze(wait) => {
+                self.count("snoozed");
+                let next = i16::try_from(step).unwrap_or(i16::MAX);
+                self.give_back(wait.min(LONGEST_WAIT), Some((next, data))).await
+            }
             // From the pivot on there is no way back: again and again, uncharged, or a person.
             ref error if past_pivot && error.class().is_none_or(Class::is_retryable) => {
                 let next = i16::try_from(step).unwrap_or(i16::MAX);
-                let wait = self.engine.retry_in(self.ctx.job.deliveries, error);
+                let wait = self.engine.retry_in(self.saga.attempts(), self.ctx.job.deliveries, error);
                 self.give_back(wait, Some((next, data))).await
             }
             error if past_pivot => self.park(None, &error.to_string()).await,
@@ -236,8 +258,10 @@ impl<'a, S: Saga> Drive<'a, S> {
                 let job = &self.ctx.job;
                 let retryable = error.class().is_some_and(Class::is_retryable);
                 let failure = failure(&error);
-                let verdict = if retryable && job.attempts + 1 < job.max_attempts {
-                    let wait = self.engine.retry_in(job.attempts, &error);
+                let policy = self.saga.attempts();
+                let allowed = policy.max_attempts.unwrap_or(i32::MAX).min(job.max_attempts);
+                let verdict = if retryable && job.attempts + 1 < allowed {
+                    let wait = self.engine.retry_in(policy, job.attempts, &error);
                     Verdict::Retry {
                         failure,
                         retry_in_ms: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
@@ -280,6 +304,7 @@ impl<'a, S: Saga> Drive<'a, S> {
                 Ok(()) => {}
                 Err(StepError::LeaseLost) => return self.refused().await,
                 Err(StepError::Stopping) => return self.give_back(Duration::ZERO, None).await,
+                Err(StepError::Snooze(wait)) => return self.give_back(wait.min(LONGEST_WAIT), None).await,
                 Err(error) => {
                     let text = format!("compensation of {} failed: {error}", step.name());
                     return self.park(Some(&verdict), &text).await;

@@ -17,7 +17,7 @@ use crate::{
     engine::{Commits, Saga, Step, StepContext},
     error::{Dependency, StepError},
     stores::postgres::{
-        accept::{Accepted, Idempotency, NewJob},
+        accept::{Accepted, Idempotency, NewJob, Until},
         take::TakenJob,
     },
 };
@@ -194,6 +194,7 @@ impl FanOut {
                     key: format!("{}/{}", ctx.job.id, Uuid::new_v5(&Uuid::NAMESPACE_OID, key.as_bytes())),
                     scope: KIND.to_owned(),
                     ttl: Duration::from_secs(7 * 24 * 3600),
+                    until: Until::Accepted,
                 }),
                 ..NewJob::new(DOCUMENT_KIND, queue.clone(), tenant, payload)
             });

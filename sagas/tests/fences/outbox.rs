@@ -3,13 +3,13 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use queue::JobId;
-use sagas::stores::postgres::accept::{Accepted, Idempotency, NewJob};
+use sagas::stores::postgres::accept::{Accepted, Idempotency, NewJob, Until};
 use serde_json::json;
 
 use crate::ledger::{HOUR, Ledger, ingest, job};
 
 fn keyed(key: &str, document: &str, ttl: Duration) -> NewJob {
-    let idempotency = Idempotency { key: key.to_owned(), scope: "s".to_owned(), ttl };
+    let idempotency = Idempotency { key: key.to_owned(), scope: "s".to_owned(), ttl, until: Until::Accepted };
     NewJob { idempotency: Some(idempotency), ..ingest(document) }
 }
 

@@ -23,8 +23,23 @@ pub struct Idempotency {
     pub key: String,
     /// Keys of different scopes never meet.
     pub scope: String,
-    /// How long the key is remembered.
+    /// How long the key is remembered: from acceptance, or from the job's end.
     pub ttl: Duration,
+    /// Which of them.
+    #[serde(default)]
+    pub until: Until,
+}
+
+/// What an idempotency key's time is counted from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Until {
+    /// Acceptance: the key is free when its time is over, whatever the job does.
+    #[default]
+    Accepted,
+    /// The job's end: the key is held until the job has ended, however long that takes, and then for its time; with a
+    /// time of zero it is free at once. It goes with the job's record at the latest.
+    Finished,
 }
 
 /// A job to accept.
@@ -115,18 +130,9 @@ impl Postgres {
     /// promises to put the jobs into Redis itself; otherwise the relay does.
     pub async fn accept(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
         let mut tx = self.pool.begin().await?;
-        let mut replies: Vec<Option<Accepted>> = vec![None; jobs.len()];
-        refuse_unknown_tenants(&mut tx, jobs, &mut replies).await?;
-        already_there(&mut tx, jobs, &mut replies).await?;
-        reserve_keys(&mut tx, jobs, &mut replies).await?;
-        let fresh: Vec<&NewJob> =
-            jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
-        if !fresh.is_empty() {
-            let places = order(&mut tx, &fresh).await?;
-            insert(&mut tx, &fresh, &places, dispatched).await?;
-        }
+        let replies = accept_in(&mut tx, jobs, dispatched).await?;
         tx.commit().await?;
-        Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
+        Ok(replies)
     }
 
     /// Brings jobs with `durability=fast` into the ledger when a worker is about to take them. Those of unknown tenants
@@ -148,6 +154,25 @@ impl Postgres {
             .await?;
         Ok(())
     }
+}
+
+/// Accepts a batch inside the caller's transaction; see [`Postgres::accept`].
+pub(super) async fn accept_in(
+    connection: &mut PgConnection,
+    jobs: &[NewJob],
+    dispatched: bool,
+) -> Result<Vec<Accepted>, sqlx::Error> {
+    let mut replies: Vec<Option<Accepted>> = vec![None; jobs.len()];
+    refuse_unknown_tenants(connection, jobs, &mut replies).await?;
+    already_there(connection, jobs, &mut replies).await?;
+    reserve_keys(connection, jobs, &mut replies).await?;
+    let fresh: Vec<&NewJob> =
+        jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
+    if !fresh.is_empty() {
+        let places = order(connection, &fresh).await?;
+        insert(connection, &fresh, &places, dispatched).await?;
+    }
+    Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
 }
 
 async fn refuse_unknown_tenants(
@@ -230,14 +255,25 @@ async fn reserve_keys(
         .values()
         .map(|(i, _)| jobs[*i].idempotency.as_ref().map_or(0.0, |k| k.ttl.as_secs_f64()))
         .collect();
+    let held: Vec<bool> = first
+        .values()
+        .map(|(i, _)| jobs[*i].idempotency.as_ref().is_some_and(|k| k.until == Until::Finished))
+        .collect();
+    // A key that is held until its job has ended is free when the job's row says so: the end itself writes nothing here. A
+    // job whose row can't be seen yet is new, and holds its key.
     sqlx::query(
-        "INSERT INTO idempotency_keys AS k (tenant, scope, key, fingerprint, job_id, expires_at)
-         SELECT tenant, scope, key, print, job, now() + make_interval(secs => ttl)
-         FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::uuid[], $6::float8[])
-              AS n (tenant, scope, key, print, job, ttl)
+        "INSERT INTO idempotency_keys AS k (tenant, scope, key, fingerprint, job_id, expires_at, after_end)
+         SELECT tenant, scope, key, print, job,
+                CASE WHEN held THEN 'infinity' ELSE now() + make_interval(secs => ttl) END,
+                CASE WHEN held THEN make_interval(secs => ttl) END
+         FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::uuid[], $6::float8[], $7::boolean[])
+              AS n (tenant, scope, key, print, job, ttl, held)
          ON CONFLICT (tenant, scope, key) DO UPDATE
-             SET fingerprint = EXCLUDED.fingerprint, job_id = EXCLUDED.job_id, expires_at = EXCLUDED.expires_at
-             WHERE k.expires_at <= now()",
+             SET fingerprint = EXCLUDED.fingerprint, job_id = EXCLUDED.job_id, expires_at = EXCLUDED.expires_at,
+                 after_end = EXCLUDED.after_end
+             WHERE k.expires_at <= now()
+                OR EXISTS (SELECT FROM jobs j
+                           WHERE j.id = k.job_id AND j.finished_at + k.after_end <= clock_timestamp())",
     )
     .bind(&tenants)
     .bind(&scopes)
@@ -245,6 +281,7 @@ async fn reserve_keys(
     .bind(prints)
     .bind(ids)
     .bind(ttls)
+    .bind(held)
     .execute(&mut *connection)
     .await?;
     let rows = sqlx::query(

@@ -135,7 +135,7 @@ impl Postgres {
                 .await?;
             insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
         }
-        sqlx::query("UPDATE jobs SET state = 'succeeded', result = $2, finished_at = now(), last_error = NULL WHERE id = $1")
+        sqlx::query("UPDATE jobs SET state = 'succeeded', result = nullif($2, 'null'::jsonb), finished_at = now(), last_error = NULL WHERE id = $1")
             .bind(run.job_id.0)
             .bind(result)
             .execute(&mut *tx)

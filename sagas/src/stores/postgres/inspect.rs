@@ -11,7 +11,7 @@ use super::Postgres;
 use crate::error::StoreError;
 
 /// A job as people see it.
-#[derive(Debug, Clone, Serialize, FromRow)]
+#[derive(Debug, Clone, PartialEq, Serialize, FromRow)]
 pub struct JobView {
     /// The job.
     pub id: Uuid,
@@ -178,6 +178,12 @@ impl Postgres {
             .bind(tenant)
             .fetch_optional(&self.pool)
             .await?)
+    }
+
+    /// These jobs, in no order; those that are gone are absent.
+    pub async fn jobs_by_id(&self, ids: &[Uuid]) -> Result<Vec<JobView>, StoreError> {
+        let sql = format!("{JOB} WHERE j.id = ANY($1)");
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(ids).fetch_all(&self.pool).await?)
     }
 
     /// A page of jobs, newest first.

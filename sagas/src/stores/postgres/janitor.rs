@@ -1,4 +1,5 @@
-//! What the janitor reads and writes: sweeps of versions that readers can't see any more, and retention.
+//! What the janitor reads and writes: sweeps of versions that readers can't see any more. What it removes by age is in
+//! [`retention`](super::retention).
 
 use std::time::Duration;
 
@@ -90,30 +91,5 @@ impl Postgres {
             })
             .collect::<Result<_, sqlx::Error>>()?;
         Ok(Sweeps { tx, due })
-    }
-
-    /// Removes records that have outlived their retention: finished jobs with their logs (not those with an open dead
-    /// letter), expired idempotency keys and old partitions of the audit log; makes the audit log's next partitions.
-    /// Returns how many jobs went. Bounded: at most `limit` jobs a call.
-    pub async fn expire(&self, keep: Duration, audit_log: Duration, limit: i64) -> Result<u64, StoreError> {
-        let jobs = sqlx::query(
-            "DELETE FROM jobs WHERE id IN (
-                 SELECT j.id FROM jobs j
-                 WHERE j.finished_at < now() - make_interval(secs => $1) AND j.state <> 'parked'
-                   AND NOT EXISTS (SELECT FROM dead_letters d WHERE d.job_id = j.id AND d.state = 'open')
-                   AND NOT EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id AND s.state = 'finishing')
-                 ORDER BY j.finished_at LIMIT $2)",
-        )
-        .bind(keep.as_secs_f64())
-        .bind(limit)
-        .execute(&self.pool)
-        .await?;
-        sqlx::query("DELETE FROM idempotency_keys WHERE expires_at < now()").execute(&self.pool).await?;
-        sqlx::query("SELECT ensure_audit_partitions(3)").execute(&self.pool).await?;
-        sqlx::query("SELECT drop_audit_partitions(make_interval(secs => $1))")
-            .bind(audit_log.as_secs_f64())
-            .execute(&self.pool)
-            .await?;
-        Ok(jobs.rows_affected())
     }
 }

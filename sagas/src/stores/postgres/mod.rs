@@ -7,6 +7,7 @@
 pub mod accept;
 pub mod audit;
 pub mod compensation;
+pub mod control;
 pub mod dead_letters;
 pub mod deletion;
 pub mod documents;
@@ -21,6 +22,8 @@ pub mod policies;
 mod probe;
 pub mod publish;
 pub mod relay;
+pub mod retention;
+pub mod schedules;
 pub mod stage;
 pub mod take;
 pub mod tenants;

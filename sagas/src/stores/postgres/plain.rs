@@ -21,6 +21,7 @@ use super::{
 use crate::{
     coalescing::{Batch, Coalescer, Limits},
     error::{Class, Dependency, StoreError},
+    results::{MAX_RESULT, fits},
 };
 
 /// The ledger of one worker for jobs that are no sagas. Takes and successes of jobs that run at the same time share their
@@ -31,6 +32,7 @@ pub struct PlainLedger {
     worker: WorkerId,
     take: Coalescer<TakeBatch>,
     succeed: Coalescer<SucceedBatch>,
+    max_result: usize,
 }
 
 impl std::fmt::Debug for PlainLedger {
@@ -49,7 +51,14 @@ impl PlainLedger {
             succeed: Coalescer::spawn(succeed, Limits::default()),
             postgres,
             worker,
+            max_result: MAX_RESULT,
         }
+    }
+
+    /// Takes results of at most so many bytes of JSON in place of [`MAX_RESULT`]. A job with a larger one is dead.
+    #[must_use]
+    pub fn with_max_result(self, bytes: usize) -> Self {
+        Self { max_result: bytes, ..self }
     }
 
     /// Whether the refused end was this delivery's own, whose answer was lost (PROTOCOL.md 20).
@@ -94,6 +103,7 @@ impl Ledger for PlainLedger {
         };
         let written = match end {
             End::Succeeded(result) => {
+                fits(result, self.max_result).map_err(|error| LedgerError::Refused(error.to_string()))?;
                 let success = Success { job, fence: run.fence, result: result.clone() };
                 self.succeed.call(success, Instant::now() + self.postgres.call_timeout()).await
             }

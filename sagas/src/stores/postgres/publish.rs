@@ -264,7 +264,7 @@ async fn end(connection: &mut PgConnection, published: &[(&Publish, bool)]) -> R
         .collect();
     insert_steps(connection, &runs).await?;
     sqlx::query(
-        "UPDATE jobs j SET state = 'succeeded', result = e.result, finished_at = now(), last_error = NULL
+        "UPDATE jobs j SET state = 'succeeded', result = nullif(e.result, 'null'::jsonb), finished_at = now(), last_error = NULL
          FROM unnest($1::uuid[], $2::jsonb[]) AS e (id, result) WHERE j.id = e.id",
     )
     .bind(published.iter().map(|(item, _)| item.job_id.0).collect::<Vec<_>>())

@@ -28,7 +28,7 @@ impl Batch {
     }
 }
 
-const ENVELOPE: &str =
+pub(super) const ENVELOPE: &str =
     "id, kind, queue, priority, tenant, traceparent, tracestate, created_at, run_at, run_at > now() AS later";
 
 impl Postgres {
@@ -115,7 +115,7 @@ impl Leadership {
     }
 }
 
-fn envelope(row: &PgRow) -> Result<Envelope, StoreError> {
+pub(super) fn envelope(row: &PgRow) -> Result<Envelope, StoreError> {
     // The columns' checks allow nothing that these types refuse.
     let odd = |what: &str, e: &dyn std::fmt::Display| {
         StoreError::new(Dependency::Postgres, Class::Permanent, format!("a job's {what} can't be read: {e}"))

@@ -1,0 +1,66 @@
+//! Retention: records that have outlived their time go, in bounded batches. Several janitors share the work: rows are
+//! locked, and locked rows skipped.
+
+use std::time::Duration;
+
+use super::Postgres;
+use crate::error::StoreError;
+
+impl Postgres {
+    /// Removes jobs that have ended longer than `keep` ago, with their logs; at most `limit`. Kept, however old: a job with
+    /// an open dead letter, with a run that is not over, or with a child that has not ended; and parked ones.
+    pub async fn expire_jobs(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
+        let done = sqlx::query(
+            "DELETE FROM jobs WHERE id IN (
+                 SELECT j.id FROM jobs j
+                 WHERE j.finished_at < now() - make_interval(secs => $1) AND j.state <> 'parked'
+                   AND NOT EXISTS (SELECT FROM dead_letters d WHERE d.job_id = j.id AND d.state = 'open')
+                   AND NOT EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id
+                                   AND s.state IN ('running', 'compensating', 'finishing', 'parked'))
+                   AND NOT EXISTS (SELECT FROM jobs c WHERE c.parent = j.id AND c.finished_at IS NULL)
+                 ORDER BY j.finished_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
+        )
+        .bind(keep.as_secs_f64())
+        .bind(limit)
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected())
+    }
+
+    /// Clears the results of jobs that have ended longer than `keep` ago, at most `limit`; the jobs' records stay.
+    pub async fn expire_results(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
+        let done = sqlx::query(
+            "UPDATE jobs SET result = NULL WHERE id IN (
+                 SELECT id FROM jobs WHERE result IS NOT NULL AND finished_at < now() - make_interval(secs => $1)
+                 ORDER BY finished_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED)",
+        )
+        .bind(keep.as_secs_f64())
+        .bind(limit)
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected())
+    }
+
+    /// Removes idempotency keys that have expired, at most `limit`. Those held until their job has ended go with the job.
+    pub async fn expire_keys(&self, limit: i64) -> Result<u64, StoreError> {
+        let done = sqlx::query(
+            "DELETE FROM idempotency_keys WHERE ctid IN (
+                 SELECT ctid FROM idempotency_keys WHERE expires_at < now() ORDER BY expires_at LIMIT $1
+                 FOR UPDATE SKIP LOCKED)",
+        )
+        .bind(limit)
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected())
+    }
+
+    /// Makes the audit log's next partitions and drops those older than `keep`.
+    pub async fn expire_audit_log(&self, keep: Duration) -> Result<(), StoreError> {
+        sqlx::query("SELECT ensure_audit_partitions(3)").execute(&self.pool).await?;
+        sqlx::query("SELECT drop_audit_partitions(make_interval(secs => $1))")
+            .bind(keep.as_secs_f64())
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+}

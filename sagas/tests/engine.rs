@@ -1,0 +1,278 @@
+//! The engine over a saga as a user writes it: attempts of a kind, waits that errors ask for, jobs put off, results that are
+//! too large. Deliveries are real: a queue's lease and a ledger's fence.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use devstack::testing::TestServices;
+use queue::{Heartbeat, HeartbeatConfig, JobId, Queue, QueueConfig, QueueName, TenantId, WorkerId};
+use sagas::{
+    Class, Dependency, StepError,
+    coalescing::Batch,
+    engine::{
+        Breakers, Delivery, Ended, Engine, EngineSettings, JobRetry, Registry, RetryPolicy, Saga, Step,
+        StepContext,
+    },
+    stores::postgres::{
+        Postgres, PostgresConfig,
+        accept::NewJob,
+        inspect::JobView,
+        take::{Take, TakeBatch, TakeItem, TakenJob},
+    },
+};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+const KIND: &str = "scripted";
+
+/// What the steps of a test's saga do, one entry for each call of `work`; then they succeed.
+type Script = Arc<Mutex<VecDeque<Result<Value, StepError>>>>;
+
+struct Scripted {
+    steps: Vec<Arc<dyn Step<Value>>>,
+    retry: JobRetry,
+    pivot: usize,
+}
+
+impl Saga for Scripted {
+    type Data = Value;
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+    fn version(&self) -> i32 {
+        1
+    }
+    fn steps(&self) -> &[Arc<dyn Step<Value>>] {
+        &self.steps
+    }
+    fn pivot(&self) -> usize {
+        self.pivot
+    }
+    fn needs(&self) -> &[Dependency] {
+        &[Dependency::Postgres]
+    }
+    fn prepare(&self, _: &TakenJob) -> Result<Value, StepError> {
+        Ok(json!({}))
+    }
+    fn attempts(&self) -> JobRetry {
+        self.retry
+    }
+    fn result(&self, data: &Value) -> Value {
+        data.clone()
+    }
+}
+
+/// Takes a line of the script; counts its undoings.
+struct Work {
+    name: &'static str,
+    script: Script,
+    undone: Arc<Mutex<usize>>,
+}
+
+#[async_trait]
+impl Step<Value> for Work {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn retry(&self) -> RetryPolicy {
+        RetryPolicy { tries: 1, ..RetryPolicy::FORWARD }
+    }
+    async fn execute(&self, _: &StepContext, data: &mut Value) -> Result<(), StepError> {
+        let line = self.script.lock().unwrap().pop_front();
+        if let Some(line) = line {
+            *data = line?;
+        }
+        Ok(())
+    }
+    async fn compensate(&self, _: &StepContext, _: &Value) -> Result<(), StepError> {
+        *self.undone.lock().unwrap() += 1;
+        Ok(())
+    }
+}
+
+struct Stage {
+    postgres: Postgres,
+    queue: Queue,
+    heartbeat: Heartbeat,
+    engine: Engine,
+    undone: Arc<Mutex<usize>>,
+    _services: TestServices,
+}
+
+fn name() -> QueueName {
+    QueueName::new(KIND).unwrap()
+}
+
+impl Stage {
+    /// A saga of two steps, `work` and `pivot`, of which `pivot` is the pivot.
+    async fn new(lines: Vec<Result<Value, StepError>>, retry: JobRetry, settings: EngineSettings) -> Self {
+        let services = TestServices::builder().postgres().redis_queue().start().await.unwrap();
+        let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
+        postgres.migrate_up().await.unwrap();
+        postgres.create_tenant("acme").await.unwrap();
+        let config = QueueConfig { url: services.redis_queue().url().to_owned(), ..QueueConfig::default() };
+        let queue = Queue::connect(config.clone()).await.unwrap();
+        let heartbeat = Heartbeat::spawn(config, HeartbeatConfig::default()).unwrap();
+        let (script, undone): (Script, _) = (Arc::new(Mutex::new(lines.into())), Arc::default());
+        let step = |name| {
+            Arc::new(Work { name, script: Arc::clone(&script), undone: Arc::clone(&undone) })
+                as Arc<dyn Step<Value>>
+        };
+        let saga = Scripted { steps: vec![step("work"), step("pivot")], retry, pivot: 1 };
+        let breakers = Breakers::new([], CancellationToken::new());
+        let registry = Registry::default().with(saga);
+        let engine = Engine::new(postgres.clone(), breakers, WorkerId::new("w"), settings, registry);
+        Self { postgres, queue, heartbeat, engine, undone, _services: services }
+    }
+
+    async fn enqueue(&self, change: impl FnOnce(&mut NewJob)) -> JobId {
+        let mut job = NewJob::new(KIND, name(), TenantId::new("acme").unwrap(), json!({}));
+        change(&mut job);
+        self.postgres.accept(std::slice::from_ref(&job), true).await.unwrap();
+        job.id
+    }
+
+    /// One delivery, whenever the job would be due.
+    async fn deliver(&self, id: JobId) -> Ended {
+        sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1 AND state = 'waiting'")
+            .bind(id.0)
+            .execute(self.postgres.pool())
+            .await
+            .unwrap();
+        let envelope = self.postgres.envelope(id).await.unwrap().expect("an unfinished job");
+        self.queue.forget(&[(name(), id)]).await.unwrap();
+        self.queue.push(&[envelope]).await.unwrap();
+        let claim = self.queue.claim(&name(), &WorkerId::new("w"), 1).await.unwrap().remove(0);
+        let lease = self.heartbeat.register(&claim);
+        let batch = TakeBatch { postgres: self.postgres.clone(), worker: WorkerId::new("w") };
+        let job = match batch.flush(&[TakeItem { id, fast: None }]).await.unwrap().remove(0) {
+            Take::Taken(job) => Arc::new(*job),
+            other => panic!("not taken: {other:?}"),
+        };
+        let (cancel, stop) = (CancellationToken::new(), CancellationToken::new());
+        let ended = self.engine.run(Delivery { job, lease: lease.clone(), cancel, stop }).await;
+        self.queue.ack(&[lease.lease_ref()]).await.unwrap();
+        ended
+    }
+
+    async fn job(&self, id: JobId) -> JobView {
+        self.postgres.job(id, None).await.unwrap().unwrap()
+    }
+}
+
+fn fails() -> Result<Value, StepError> {
+    Err(StepError::transient("busy", "busy"))
+}
+
+#[tokio::test]
+async fn a_kind_has_attempts_and_waits_of_its_own() {
+    let retry = JobRetry {
+        max_attempts: Some(3),
+        base: Some(Duration::from_secs(100)),
+        cap: Some(Duration::from_secs(150)),
+    };
+    let stage = Stage::new((0..9).map(|_| fails()).collect(), retry, EngineSettings::default()).await;
+    let mut longest = Duration::ZERO;
+    for _ in 0..2 {
+        let id = stage.enqueue(|job| job.max_attempts = 10).await;
+        for attempt in 1..=2 {
+            match stage.deliver(id).await {
+                Ended::Release(wait) => {
+                    let most = if attempt == 1 { 100 } else { 150 };
+                    assert!(wait <= Duration::from_secs(most), "attempt {attempt}: {wait:?}");
+                    longest = longest.max(wait);
+                }
+                other => panic!("{other:?}"),
+            }
+            assert_eq!(stage.job(id).await.attempts, attempt);
+        }
+        assert_eq!(stage.deliver(id).await, Ended::Ack);
+        assert_eq!(stage.job(id).await.state, "dead");
+    }
+    // The engine's own base is a second: four random waits of up to 150 s are not all below that.
+    assert!(longest > Duration::from_secs(1), "{longest:?}");
+    // A job that allows fewer has fewer.
+    let id = stage.enqueue(|job| job.max_attempts = 1).await;
+    stage.deliver(id).await;
+    assert_eq!(stage.job(id).await.state, "dead");
+}
+
+#[tokio::test]
+async fn the_wait_that_an_error_asks_for_is_kept() {
+    let wish = Duration::from_secs(1234);
+    let lines = vec![Err(StepError::rate_limited("quota", "come back later", wish))];
+    let retry = JobRetry { cap: Some(Duration::from_secs(1)), ..JobRetry::default() };
+    let stage = Stage::new(lines, retry, EngineSettings::default()).await;
+    let id = stage.enqueue(|_| ()).await;
+    assert_eq!(stage.deliver(id).await, Ended::Release(wish));
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("waiting", 1));
+    let attempts = stage.postgres.attempts(id).await.unwrap();
+    assert_eq!(attempts[0].class, Class::RateLimited.name());
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.state, "succeeded");
+}
+
+#[tokio::test]
+async fn a_step_that_puts_its_job_off_is_not_charged_and_goes_on_where_it_was() {
+    let lines = vec![
+        Ok(json!({ "seen": 1 })),
+        Err(StepError::Snooze(Duration::from_secs(600))),
+        Err(StepError::Snooze(Duration::MAX)),
+    ];
+    let stage = Stage::new(lines, JobRetry::default(), EngineSettings::default()).await;
+    let id = stage.enqueue(|job| job.max_attempts = 1).await;
+    assert_eq!(stage.deliver(id).await, Ended::Release(Duration::from_secs(600)));
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("waiting", 0));
+    assert!(job.run_at > chrono::Utc::now() + Duration::from_secs(500), "{}", job.run_at);
+    assert!(
+        matches!(stage.deliver(id).await, Ended::Release(wait) if wait > Duration::from_secs(300 * 24 * 3600))
+    );
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    // The first step ran once: its data were kept.
+    assert_eq!((job.state.as_str(), job.attempts, job.result), ("succeeded", 0, Some(json!({ "seen": 1 }))));
+    assert_eq!(*stage.undone.lock().unwrap(), 0);
+    assert_eq!(stage.postgres.sagas_of(id).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_result_up_to_the_limit_is_kept_and_a_larger_one_is_an_error_for_good_that_names_it() {
+    let settings = EngineSettings::default();
+    assert_eq!(settings.max_result, 65_536);
+    // A JSON string: two quotes and the text.
+    let text = |bytes: usize| Value::String("x".repeat(bytes - 2));
+    let lines = vec![Ok(text(65_536)), Ok(text(65_536)), Ok(text(65_537))];
+    let stage = Stage::new(lines, JobRetry::default(), settings).await;
+    let fits = stage.enqueue(|_| ()).await;
+    stage.deliver(fits).await;
+    assert_eq!(stage.job(fits).await.result, Some(text(65_536)));
+    // Seen before the pivot: undone, and dead at once.
+    let large = stage.enqueue(|_| ()).await;
+    assert_eq!(stage.deliver(large).await, Ended::Ack);
+    let job = stage.job(large).await;
+    assert_eq!((job.state.as_str(), job.attempts, job.result), ("dead", 1, None));
+    let letter = stage.postgres.dead_letter(large.0).await.unwrap().unwrap();
+    assert_eq!(letter.class, "result_too_large");
+    assert!(letter.reason.contains("65537 bytes") && letter.reason.contains("65536"), "{}", letter.reason);
+    assert_eq!(*stage.undone.lock().unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_result_that_grows_too_large_after_the_pivot_parks_the_job_because_its_effects_stand() {
+    let lines = vec![Ok(json!(1)), Ok(Value::String("x".repeat(70_000)))];
+    let stage = Stage::new(lines, JobRetry::default(), EngineSettings::default()).await;
+    let id = stage.enqueue(|_| ()).await;
+    stage.deliver(id).await;
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.result), ("parked", None));
+    let error = job.last_error.unwrap();
+    assert!(error.contains("70002 bytes") && error.contains("65536"), "{error}");
+    assert_eq!(*stage.undone.lock().unwrap(), 0);
+}

@@ -1,0 +1,113 @@
+//! What goes with age, and what stays however old it is.
+
+use std::time::Duration;
+
+use queue::JobId;
+use sagas::stores::postgres::{accept::NewJob, ending::Verdict};
+use serde_json::{Value, json};
+
+use crate::ledger::{HOUR, Ledger, failure, ingest, job, run_of, saga_of};
+
+impl Ledger {
+    async fn report(&self, parent: Option<JobId>) -> JobId {
+        self.accept(&[NewJob { parent, ..job("report", json!({})) }]).await[0]
+    }
+
+    async fn succeeded(&self, id: JobId, result: Value) {
+        let taken = self.take("w", id).await;
+        assert!(self.postgres.complete(&run_of(&taken, None), &result, &[]).await.unwrap());
+    }
+
+    async fn aged(&self, by: &str) {
+        sqlx::query("UPDATE jobs SET finished_at = finished_at - $1::interval")
+            .bind(by)
+            .execute(self.postgres.pool())
+            .await
+            .unwrap();
+    }
+
+    async fn result(&self, id: JobId) -> Option<Value> {
+        self.postgres.job(id, None).await.unwrap().unwrap().result
+    }
+}
+
+#[tokio::test]
+async fn results_go_after_their_time_in_bounded_batches_and_the_jobs_stay() {
+    let ledger = Ledger::start().await;
+    let mut ids = vec![];
+    for number in 0..5 {
+        let id = ledger.report(None).await;
+        ledger.succeeded(id, json!({ "number": number })).await;
+        ids.push(id);
+    }
+    assert_eq!(ledger.result(ids[4]).await, Some(json!({ "number": 4 })));
+    assert_eq!(ledger.postgres.expire_results(HOUR, 100).await.unwrap(), 0);
+    ledger.aged("61 minutes").await;
+    let fresh = ledger.report(None).await;
+    ledger.succeeded(fresh, json!([1])).await;
+    assert_eq!(ledger.postgres.expire_results(HOUR, 3).await.unwrap(), 3);
+    assert_eq!(ledger.postgres.expire_results(HOUR, 3).await.unwrap(), 2);
+    assert_eq!(ledger.postgres.expire_results(HOUR, 3).await.unwrap(), 0);
+    for id in ids {
+        assert_eq!((ledger.result(id).await, ledger.state(id).await.0.as_str()), (None, "succeeded"));
+    }
+    assert_eq!(ledger.result(fresh).await, Some(json!([1])));
+    // No result is no result, and nothing to clear later.
+    let none = ledger.report(None).await;
+    ledger.succeeded(none, Value::Null).await;
+    assert_eq!(ledger.result(none).await, None);
+    assert_eq!(ledger.count("SELECT count(*) FROM jobs WHERE result = 'null'").await, 0);
+}
+
+#[tokio::test]
+async fn a_job_stays_as_long_as_a_letter_a_run_or_a_child_needs_it() {
+    let ledger = Ledger::start().await;
+    let plain = ledger.report(None).await;
+    ledger.succeeded(plain, Value::Null).await;
+    let dead = ledger.report(None).await;
+    let taken = ledger.take("w", dead).await;
+    ledger.postgres.finish(&run_of(&taken, None), &Verdict::Dead { failure: failure() }, &[]).await.unwrap();
+    let parent = ledger.report(None).await;
+    let child = ledger.report(Some(parent)).await;
+    ledger.succeeded(parent, Value::Null).await;
+    let parked = ledger.report(None).await;
+    let taken = ledger.take("w", parked).await;
+    let saga = saga_of(&taken, uuid::Uuid::now_v7());
+    assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
+    assert!(ledger.postgres.park(&run_of(&taken, Some(saga.id)), None, "a test's", &[]).await.unwrap());
+    let waiting = ledger.ingest("a").await;
+
+    ledger.aged("2 hours").await;
+    assert_eq!(ledger.postgres.expire_jobs(HOUR, 100).await.unwrap(), 1);
+    assert!(ledger.postgres.job(plain, None).await.unwrap().is_none());
+    // The child has ended: it and its parent may go. So may the dead one, when a person has dealt with it.
+    ledger.succeeded(child, Value::Null).await;
+    ledger.postgres.discard(dead.0, "a test", "").await.unwrap();
+    ledger.aged("2 hours").await;
+    assert_eq!(ledger.postgres.expire_jobs(HOUR, 2).await.unwrap(), 2, "no more than asked for");
+    assert_eq!(ledger.postgres.expire_jobs(HOUR, 100).await.unwrap(), 1);
+    for id in [parked, waiting] {
+        assert!(ledger.postgres.job(id, None).await.unwrap().is_some());
+    }
+    assert_eq!(ledger.count("SELECT count(*) FROM jobs").await, 2);
+}
+
+#[tokio::test]
+async fn expired_keys_go_in_bounded_batches() {
+    let ledger = Ledger::start().await;
+    let jobs: Vec<NewJob> = (0..5)
+        .map(|number| NewJob {
+            idempotency: Some(sagas::stores::postgres::accept::Idempotency {
+                key: format!("k{number}"),
+                scope: "s".to_owned(),
+                ttl: if number == 0 { HOUR } else { Duration::ZERO },
+                until: sagas::stores::postgres::accept::Until::Accepted,
+            }),
+            ..ingest("a")
+        })
+        .collect();
+    ledger.accept(&jobs).await;
+    assert_eq!(ledger.postgres.expire_keys(3).await.unwrap(), 3);
+    assert_eq!(ledger.postgres.expire_keys(3).await.unwrap(), 1);
+    assert_eq!(ledger.count("SELECT count(*) FROM idempotency_keys").await, 1);
+}
