@@ -121,7 +121,7 @@ impl Cluster {
     pub async fn owner(&self, key: &str) -> usize {
         match self.slot(key).await {
             ..5461 => 0,
-            ..10923 => 1,
+            5461..10923 => 1,
             _ => 2,
         }
     }
