@@ -313,6 +313,8 @@ fn receipt(job: &NewJob, reply: Accepted) -> Result<Receipt, EnqueueError> {
         Accepted::Duplicate(id) => Ok(Receipt { id, duplicate: true }),
         Accepted::Conflict(job) => Err(EnqueueError::Conflict { job }),
         Accepted::UnknownTenant => Err(EnqueueError::UnknownTenant),
+        Accepted::UnknownBatch(batch) => Err(EnqueueError::UnknownBatch { batch }),
+        Accepted::BatchSealed(batch) => Err(EnqueueError::BatchSealed { batch }),
     }
 }
 

@@ -6,15 +6,17 @@
 pub mod breaker;
 mod context;
 mod definition;
+mod reporter;
 mod run;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 pub use breaker::Breakers;
-pub use context::{CallLimits, StepContext};
+pub use context::{CallLimits, RunToken, StepContext};
 pub use definition::{Commits, RetryPolicy, Saga, Step};
 use queue::{Lease, WorkerId};
+use reporter::Reporter;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -92,6 +94,7 @@ pub struct Engine {
     pub(crate) settings: EngineSettings,
     pub(crate) breakers: Breakers,
     pub(crate) worker: WorkerId,
+    reporter: Reporter,
     sagas: Arc<HashMap<&'static str, Arc<dyn AnySaga>>>,
 }
 
@@ -117,7 +120,8 @@ impl Engine {
         settings: EngineSettings,
         registry: Registry,
     ) -> Self {
-        Self { postgres, settings, breakers, worker, sagas: Arc::new(registry.0) }
+        let reporter = Reporter::new(postgres.clone());
+        Self { postgres, settings, breakers, worker, reporter, sagas: Arc::new(registry.0) }
     }
 
     /// The ledger.

@@ -1,11 +1,13 @@
 //! The rules of `PROTOCOL.md` that the ledger keeps, each tested on the statements that keep it, over a real Postgres.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod batches;
 mod document_order;
 mod ending;
 mod ledger;
 mod lock_order;
 mod outbox;
+mod progress;
 mod runs;
 mod stale_writes;
 mod taking;

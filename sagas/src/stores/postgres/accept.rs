@@ -13,7 +13,10 @@ use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::Postgres;
+use super::{
+    Postgres,
+    batches::{self, BatchId},
+};
 use crate::error::StoreError;
 
 /// A key under which the same request is accepted once.
@@ -58,6 +61,9 @@ pub struct NewJob {
     pub parent: Option<JobId>,
     /// The dead job that this one replays.
     pub replay_of: Option<JobId>,
+    /// The open batch that this job becomes a member of.
+    #[serde(default)]
+    pub batch: Option<BatchId>,
     /// The producer's trace.
     pub trace: Option<TraceContext>,
 }
@@ -80,6 +86,7 @@ impl NewJob {
             idempotency: None,
             parent: None,
             replay_of: None,
+            batch: None,
             trace: None,
         }
     }
@@ -107,6 +114,10 @@ pub enum Accepted {
     Conflict(JobId),
     /// No such tenant.
     UnknownTenant,
+    /// The tenant has no such batch.
+    UnknownBatch(BatchId),
+    /// The batch takes no more members.
+    BatchSealed(BatchId),
 }
 
 impl Postgres {
@@ -115,18 +126,9 @@ impl Postgres {
     /// promises to put the jobs into Redis itself; otherwise the relay does.
     pub async fn accept(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
         let mut tx = self.pool.begin().await?;
-        let mut replies: Vec<Option<Accepted>> = vec![None; jobs.len()];
-        refuse_unknown_tenants(&mut tx, jobs, &mut replies).await?;
-        already_there(&mut tx, jobs, &mut replies).await?;
-        reserve_keys(&mut tx, jobs, &mut replies).await?;
-        let fresh: Vec<&NewJob> =
-            jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
-        if !fresh.is_empty() {
-            let places = order(&mut tx, &fresh).await?;
-            insert(&mut tx, &fresh, &places, dispatched).await?;
-        }
+        let replies = accept_in(&mut tx, jobs, dispatched).await?;
         tx.commit().await?;
-        Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
+        Ok(replies)
     }
 
     /// Brings jobs with `durability=fast` into the ledger when a worker is about to take them. Those of unknown tenants
@@ -148,6 +150,26 @@ impl Postgres {
             .await?;
         Ok(())
     }
+}
+
+/// Accepts jobs inside the caller's transaction.
+pub(super) async fn accept_in(
+    connection: &mut PgConnection,
+    jobs: &[NewJob],
+    dispatched: bool,
+) -> Result<Vec<Accepted>, sqlx::Error> {
+    let mut replies: Vec<Option<Accepted>> = vec![None; jobs.len()];
+    refuse_unknown_tenants(connection, jobs, &mut replies).await?;
+    already_there(connection, jobs, &mut replies).await?;
+    batches::hold_open(connection, jobs, &mut replies).await?;
+    reserve_keys(connection, jobs, &mut replies).await?;
+    let fresh: Vec<&NewJob> =
+        jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
+    if !fresh.is_empty() {
+        let places = order(connection, &fresh).await?;
+        insert(connection, &fresh, &places, dispatched).await?;
+    }
+    Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
 }
 
 async fn refuse_unknown_tenants(
@@ -271,7 +293,15 @@ async fn reserve_keys(
         if *holder == job.id.0 && replies[i].is_none() {
             continue;
         }
-        if !matches!(replies[i], Some(Accepted::UnknownTenant | Accepted::New(_))) {
+        if !matches!(
+            replies[i],
+            Some(
+                Accepted::UnknownTenant
+                    | Accepted::New(_)
+                    | Accepted::UnknownBatch(_)
+                    | Accepted::BatchSealed(_)
+            )
+        ) {
             let id = JobId(*holder);
             replies[i] = Some(if *print == job.fingerprint() {
                 Accepted::Duplicate(id)
@@ -337,13 +367,13 @@ async fn insert(
     let text = |f: &dyn Fn(&NewJob) -> String| jobs.iter().map(|job| f(job)).collect::<Vec<_>>();
     sqlx::query(
         "INSERT INTO jobs (id, kind, queue, priority, tenant, payload, run_at, max_attempts, timeout_ms, document_id,
-                           doc_order, parent, replay_of, traceparent, tracestate, dispatched_at)
+                           doc_order, parent, replay_of, traceparent, tracestate, batch_id, dispatched_at)
          SELECT id, kind, queue, priority, tenant, payload, coalesce(run_at, now()), max_attempts, timeout_ms, document_id,
-                doc_order, parent, replay_of, traceparent, tracestate, CASE WHEN $16 THEN now() END
+                doc_order, parent, replay_of, traceparent, tracestate, batch_id, CASE WHEN $17 THEN now() END
          FROM unnest($1::uuid[], $2::text[], $3::text[], $4::smallint[], $5::text[], $6::jsonb[], $7::timestamptz[],
-                     $8::integer[], $9::integer[], $10::uuid[], $11::bigint[], $12::uuid[], $13::uuid[], $14::text[], $15::text[])
+                     $8::integer[], $9::integer[], $10::uuid[], $11::bigint[], $12::uuid[], $13::uuid[], $14::text[], $15::text[], $16::uuid[])
               AS j (id, kind, queue, priority, tenant, payload, run_at, max_attempts, timeout_ms, document_id, doc_order,
-                    parent, replay_of, traceparent, tracestate)",
+                    parent, replay_of, traceparent, tracestate, batch_id)",
     )
     .bind(jobs.iter().map(|job| job.id.0).collect::<Vec<_>>())
     .bind(text(&|job| job.kind.clone()))
@@ -360,6 +390,7 @@ async fn insert(
     .bind(jobs.iter().map(|job| job.replay_of.map(|id| id.0)).collect::<Vec<_>>())
     .bind(jobs.iter().map(|job| job.trace.as_ref().map(|t| t.traceparent.clone())).collect::<Vec<_>>())
     .bind(jobs.iter().map(|job| job.trace.as_ref().and_then(|t| t.tracestate.clone())).collect::<Vec<_>>())
+    .bind(jobs.iter().map(|job| job.batch.map(|id| id.0)).collect::<Vec<_>>())
     .bind(dispatched)
     .execute(connection)
     .await?;

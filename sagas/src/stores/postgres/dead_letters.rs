@@ -8,7 +8,7 @@ use sqlx::{FromRow, Row};
 use std::time::Duration;
 use uuid::Uuid;
 
-use super::{Postgres, accept::NewJob};
+use super::{Postgres, accept::NewJob, batches::BatchId};
 use crate::error::{Class, Dependency, StoreError};
 
 /// A job that will not be tried again without a person.
@@ -120,7 +120,7 @@ impl Postgres {
         let mut tx = self.pool.begin().await?;
         let row = sqlx::query(
             "SELECT l.id, l.state, j.id AS job, j.kind, j.queue, j.priority, j.tenant, j.payload, j.max_attempts, j.timeout_ms,
-                    j.doc_order, d.key AS document
+                    j.doc_order, j.batch_id, d.key AS document
              FROM dead_letters l JOIN jobs j ON j.id = l.job_id LEFT JOIN documents d ON d.id = j.document_id
              WHERE l.id = $1 OR l.job_id = $1 FOR UPDATE OF l",
         )
@@ -160,6 +160,8 @@ impl Postgres {
         job.keep_order = if how.as_latest { None } else { row.try_get("doc_order")? };
         job.document = document.or_else(|| crate::kinds::document_of(&job.kind, &job.payload));
         job.replay_of = Some(JobId(row.try_get("job")?));
+        // Takes the dead job's place in its batch, also in a sealed one.
+        job.batch = row.try_get::<Option<Uuid>, _>("batch_id")?.map(BatchId);
         super::accept::accept_one(&mut tx, &job).await?;
         sqlx::query(
             "UPDATE dead_letters SET state = 'replayed', resolved_at = now(), resolved_by = $2, replay_job = $3 WHERE id = $1",

@@ -51,6 +51,12 @@ pub struct JobView {
     pub parent: Option<Uuid>,
     /// The dead job that it replays.
     pub replay_of: Option<Uuid>,
+    /// The batch it is a member of.
+    pub batch_id: Option<Uuid>,
+    /// How far this delivery says it is, 0 to 100; of an ended job, how far it was.
+    pub progress: Option<i16>,
+    /// What it says about it.
+    pub progress_message: Option<String>,
     /// W3C trace context.
     pub traceparent: Option<String>,
     /// When a person asked for its end.
@@ -65,8 +71,9 @@ pub struct JobView {
 
 const JOB: &str = "SELECT j.id, j.kind, j.queue, j.priority, j.tenant, j.state, j.outcome, j.result, d.key AS document, j.doc_order,
        j.deliveries, j.lost_deliveries, j.attempts, j.max_attempts, j.run_at, j.worker, j.last_error, j.parent, j.replay_of,
-       j.traceparent, j.cancel_requested_at, j.created_at, j.taken_at, j.finished_at
-  FROM jobs j LEFT JOIN documents d ON d.id = j.document_id";
+       j.batch_id, p.percent AS progress, p.message AS progress_message, j.traceparent, j.cancel_requested_at, j.created_at,
+       j.taken_at, j.finished_at
+  FROM jobs j LEFT JOIN documents d ON d.id = j.document_id LEFT JOIN job_progress p ON p.job_id = j.id AND p.fence = j.fence";
 
 /// Which jobs to list; newest first.
 #[derive(Debug, Clone, Default)]

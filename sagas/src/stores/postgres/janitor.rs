@@ -93,7 +93,7 @@ impl Postgres {
     }
 
     /// Removes records that have outlived their retention: finished jobs with their logs (not those with an open dead
-    /// letter), expired idempotency keys and old partitions of the audit log; makes the audit log's next partitions.
+    /// letter), finished batches whose members have gone, expired idempotency keys and old partitions of the audit log; makes the audit log's next partitions.
     /// Returns how many jobs went. Bounded: at most `limit` jobs a call.
     pub async fn expire(&self, keep: Duration, audit_log: Duration, limit: i64) -> Result<u64, StoreError> {
         let jobs = sqlx::query(
@@ -103,6 +103,17 @@ impl Postgres {
                    AND NOT EXISTS (SELECT FROM dead_letters d WHERE d.job_id = j.id AND d.state = 'open')
                    AND NOT EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id AND s.state = 'finishing')
                  ORDER BY j.finished_at LIMIT $2)",
+        )
+        .bind(keep.as_secs_f64())
+        .bind(limit)
+        .execute(&self.pool)
+        .await?;
+        sqlx::query(
+            "DELETE FROM batches WHERE id IN (
+                 SELECT b.id FROM batches b WHERE b.finished_at < now() - make_interval(secs => $1)
+                   AND NOT EXISTS (SELECT FROM jobs j WHERE j.batch_id = b.id)
+                   AND NOT EXISTS (SELECT FROM batch_events e WHERE e.batch = b.id)
+                 ORDER BY b.finished_at LIMIT $2)",
         )
         .bind(keep.as_secs_f64())
         .bind(limit)

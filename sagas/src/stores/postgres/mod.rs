@@ -6,6 +6,8 @@
 
 pub mod accept;
 pub mod audit;
+pub mod batches;
+pub mod collecting;
 pub mod compensation;
 pub mod dead_letters;
 pub mod deletion;
@@ -17,6 +19,7 @@ pub mod janitor;
 pub mod ledger;
 #[cfg(feature = "faults")]
 mod probe;
+pub mod progress;
 pub mod publish;
 pub mod relay;
 pub mod stage;

@@ -9,7 +9,7 @@ use serde_json::Value;
 use sqlx::{Row, postgres::PgRow};
 use uuid::Uuid;
 
-use super::{Fence, Postgres, accept};
+use super::{Fence, Postgres, accept, batches::BatchId};
 use crate::{
     coalescing::Batch,
     error::{Dependency, StoreError},
@@ -50,6 +50,8 @@ pub struct TakenJob {
     pub doc_order: Option<i64>,
     /// A person asked for its end.
     pub cancel_requested: bool,
+    /// The batch that it is a member of.
+    pub batch: Option<BatchId>,
     /// W3C trace context of the producer.
     pub traceparent: Option<String>,
     /// Since when no worker has known the kind.
@@ -165,7 +167,7 @@ impl Postgres {
              )
              SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
-                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.traceparent, t.was_lost,
+                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent, t.was_lost,
                     extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s,
                     s.id AS saga_id, s.definition_version, s.state AS saga_state, s.next_step, s.data, s.verdict,
                     s.lost_compensating
@@ -260,6 +262,7 @@ fn taken_job(row: &PgRow) -> Result<TakenJob, sqlx::Error> {
         document_id: row.try_get("document_id")?,
         doc_order: row.try_get("doc_order")?,
         cancel_requested: row.try_get("cancel_requested")?,
+        batch: row.try_get::<Option<Uuid>, _>("batch_id")?.map(BatchId),
         traceparent: row.try_get("traceparent")?,
         unroutable_for: row
             .try_get::<Option<f64>, _>("unroutable_s")?
