@@ -1,4 +1,4 @@
-//! The loops that keep ledger and queue agreed: relay, reconciler, and the gauges. Every producer and every worker runs
+//! The loops that keep ledger and queue agreed: relay, reconciler, collector, and the gauges. Every producer and every worker runs
 //! them, so that a fleet of either kind alone dispatches what the ledger holds.
 
 use std::time::Duration;
@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
+    collector::Collector,
     error::MaintainError,
     pacing::{Growing, pause, within},
     reconciler::Reconciler,
@@ -35,13 +36,18 @@ pub async fn maintain(
     let mut loops: JoinSet<Result<(), MaintainError>> = JoinSet::new();
     let relay = Relay::new(postgres.clone(), queue.clone(), settings.clone());
     let stats = Stats::new(postgres.clone(), queue.clone(), settings.clone());
-    let (for_relay, for_stats) = (stop.clone(), stop.clone());
+    let collector = Collector::new(postgres.clone(), queue.clone(), settings.clone());
+    let (for_relay, for_stats, for_collector) = (stop.clone(), stop.clone(), stop.clone());
     loops.spawn(async move {
         relay.run(for_relay).await;
         Ok(())
     });
     loops.spawn(async move {
         stats.run(for_stats).await;
+        Ok(())
+    });
+    loops.spawn(async move {
+        collector.run(for_collector).await;
         Ok(())
     });
     loops.spawn(Reconciler { postgres, queue, settings, ledger }.run(stop.clone()));

@@ -128,7 +128,12 @@ pub(super) async fn enqueue_many(
     Ok((StatusCode::MULTI_STATUS, Json(BatchAnswer { results })).into_response())
 }
 
-fn read(api: &Api, tenant: &TenantId, headers: &HeaderMap, request: JobRequest) -> Result<NewJob, ApiError> {
+pub(super) fn read(
+    api: &Api,
+    tenant: &TenantId,
+    headers: &HeaderMap,
+    request: JobRequest,
+) -> Result<NewJob, ApiError> {
     let invalid = |message: String| ApiError::unprocessable("invalid_job", message);
     if request.kind == sagas::kinds::embed::KIND
         && request.payload.get("every_tenant").is_some_and(|value| *value != serde_json::Value::Bool(false))

@@ -9,7 +9,7 @@ use utoipa::{
     },
 };
 
-use super::{dead_letters, documents, health, jobs};
+use super::{batches, dead_letters, documents, health, jobs};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -19,6 +19,7 @@ use super::{dead_letters, documents, health, jobs};
     ),
     paths(
         jobs::enqueue, jobs::enqueue_many, jobs::list, jobs::show, jobs::cancel,
+        batches::make, batches::add, batches::seal, batches::list, batches::show, batches::cancel,
         documents::show, documents::search,
         dead_letters::list, dead_letters::show, dead_letters::resolve,
         health::ready

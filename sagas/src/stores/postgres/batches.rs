@@ -11,15 +11,15 @@ use std::{collections::HashMap, fmt, str::FromStr};
 use chrono::{DateTime, Utc};
 use queue::{JobId, TenantId};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use sqlx::{FromRow, PgConnection, Row};
 use uuid::Uuid;
 
 use super::{
     Postgres,
-    accept::{self, Accepted, NewJob},
+    accept::{Accepted, NewJob},
 };
-use crate::error::{Class, Dependency, StoreError};
+use crate::error::StoreError;
 
 /// A batch's identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -204,12 +204,13 @@ impl Postgres {
         dispatched: bool,
     ) -> Result<Created, StoreError> {
         let mut tx = self.pool.begin().await?;
-        if let Some(refused) = insert(&mut tx, batch).await? {
+        let callback = batch.callback.as_ref().map(|callback| self.seal_job(&callback.job)).transpose()?;
+        if let Some(refused) = insert(&mut tx, batch, callback.as_ref()).await? {
             return Ok(refused);
         }
         let jobs: Vec<NewJob> =
             jobs.iter().map(|job| NewJob { batch: Some(batch.id), ..job.clone() }).collect();
-        let replies = accept::accept_in(&mut tx, &jobs, dispatched).await?;
+        let replies = self.accept_in(&mut tx, &jobs, dispatched).await?;
         if seal {
             self::seal(&mut tx, batch.id).await?;
         }
@@ -275,7 +276,11 @@ impl Postgres {
 }
 
 /// Inserts the batch, unless it is there. `Some`: why not.
-async fn insert(connection: &mut PgConnection, batch: &NewBatch) -> Result<Option<Created>, StoreError> {
+async fn insert(
+    connection: &mut PgConnection,
+    batch: &NewBatch,
+    callback: Option<&NewJob>,
+) -> Result<Option<Created>, StoreError> {
     let tenant = batch.tenant.to_string();
     let known: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM tenants WHERE id = $1)")
         .bind(&tenant)
@@ -306,7 +311,6 @@ async fn insert(connection: &mut PgConnection, batch: &NewBatch) -> Result<Optio
         let Some(row) = row else { return Ok(Some(Created::NoParent(parent))) };
         outer = row.try_get("batch_id")?;
     }
-    let callback = batch.callback.as_ref().map(|callback| encode(&callback.job)).transpose()?;
     sqlx::query(
         "INSERT INTO batches (id, tenant, name, parent, outer_batch, callback, callback_on) VALUES ($1, $2, $3, $4, $5, $6, $7)",
     )
@@ -315,7 +319,7 @@ async fn insert(connection: &mut PgConnection, batch: &NewBatch) -> Result<Optio
     .bind(&batch.name)
     .bind(batch.parent.map(|id| id.0))
     .bind(outer)
-    .bind(callback)
+    .bind(callback.map(|job| json!(job)))
     .bind(batch.callback.as_ref().map(|callback| callback.on.name()))
     .execute(&mut *connection)
     .await?;
@@ -326,11 +330,6 @@ async fn insert(connection: &mut PgConnection, batch: &NewBatch) -> Result<Optio
             .await?;
     }
     Ok(None)
-}
-
-fn encode(job: &NewJob) -> Result<Value, StoreError> {
-    serde_json::to_value(json!(job))
-        .map_err(|e| StoreError::new(Dependency::Postgres, Class::Data, format!("the callback: {e}")))
 }
 
 /// Locks an unfinished batch against adders and the collector.

@@ -7,7 +7,7 @@ use sqlx::{PgConnection, Row, postgres::PgRow};
 use uuid::Uuid;
 
 use super::{
-    Postgres, accept,
+    Postgres,
     accept::NewJob,
     batches::{BatchId, CallbackOn},
 };
@@ -97,7 +97,9 @@ impl Postgres {
             }
             if let Some(template) = counts.callback(&row)? {
                 let job = self.callback_job(template, id, &counts, row.try_get("name")?)?;
-                folded.called = Some(call(&mut tx, id, job).await?);
+                self.accept_one(&mut tx, &job).await?;
+                called(&mut tx, id, job.id).await?;
+                folded.called = Some(job.id);
             }
         }
         crate::fault_point!("collector.fold.inside");
@@ -106,7 +108,6 @@ impl Postgres {
     }
 
     /// The callback as it is enqueued.
-    #[allow(clippy::unused_self)] // sealed payloads are opened with this handle's keys
     fn callback_job(
         &self,
         template: Value,
@@ -114,9 +115,10 @@ impl Postgres {
         counts: &Counts,
         name: &str,
     ) -> Result<NewJob, StoreError> {
-        let mut job: NewJob = serde_json::from_value(template).map_err(|e| {
+        let job: NewJob = serde_json::from_value(template).map_err(|e| {
             StoreError::new(Dependency::Postgres, Class::Permanent, format!("batch {id}: its callback: {e}"))
         })?;
+        let mut job = self.open_job(job)?;
         if let Value::Object(fields) = &mut job.payload {
             fields.insert(
                 "batch".to_owned(),
@@ -269,12 +271,11 @@ async fn finish(connection: &mut PgConnection, id: BatchId, counts: &Counts) -> 
     Ok(())
 }
 
-async fn call(connection: &mut PgConnection, id: BatchId, job: NewJob) -> Result<JobId, StoreError> {
-    accept::accept_one(connection, &job).await?;
+async fn called(connection: &mut PgConnection, id: BatchId, job: JobId) -> Result<(), sqlx::Error> {
     sqlx::query("UPDATE batches SET called_at = now(), callback_job = $2, callback = NULL WHERE id = $1")
         .bind(id.0)
-        .bind(job.id.0)
+        .bind(job.0)
         .execute(connection)
         .await?;
-    Ok(job.id)
+    Ok(())
 }

@@ -27,8 +27,10 @@ pub struct JobView {
     pub state: String,
     /// More on how it ended.
     pub outcome: Option<String>,
-    /// What it returned.
+    /// What it returned. A sealed one is shown for single jobs only, and where its key is.
     pub result: Option<Value>,
+    /// The key that the result is sealed with.
+    pub result_key_id: Option<String>,
     /// The caller's name of its document.
     pub document: Option<String>,
     /// Its place among that document's jobs.
@@ -69,7 +71,7 @@ pub struct JobView {
     pub finished_at: Option<DateTime<Utc>>,
 }
 
-const JOB: &str = "SELECT j.id, j.kind, j.queue, j.priority, j.tenant, j.state, j.outcome, j.result, d.key AS document, j.doc_order,
+const JOB: &str = "SELECT j.id, j.kind, j.queue, j.priority, j.tenant, j.state, j.outcome, j.result, j.result_key_id, d.key AS document, j.doc_order,
        j.deliveries, j.lost_deliveries, j.attempts, j.max_attempts, j.run_at, j.worker, j.last_error, j.parent, j.replay_of,
        j.batch_id, p.percent AS progress, p.message AS progress_message, j.traceparent, j.cancel_requested_at, j.created_at,
        j.taken_at, j.finished_at
@@ -180,11 +182,12 @@ impl Postgres {
     /// One job.
     pub async fn job(&self, id: JobId, tenant: Option<&str>) -> Result<Option<JobView>, StoreError> {
         let sql = format!("{JOB} WHERE j.id = $1 AND ($2::text IS NULL OR j.tenant = $2)");
-        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        let job: Option<JobView> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(id.0)
             .bind(tenant)
             .fetch_optional(&self.pool)
-            .await?)
+            .await?;
+        Ok(job.map(|job| self.open_result(job)))
     }
 
     /// A page of jobs, newest first.
@@ -193,14 +196,18 @@ impl Postgres {
             "{JOB} WHERE ($1::text IS NULL OR j.tenant = $1) AND ($2::text IS NULL OR j.state = $2)
                AND ($3::text IS NULL OR j.kind = $3) AND ($4::uuid IS NULL OR j.id < $4) ORDER BY j.id DESC LIMIT $5"
         );
-        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        let mut jobs: Vec<JobView> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(&filter.tenant)
             .bind(&filter.state)
             .bind(&filter.kind)
             .bind(filter.before)
             .bind(filter.limit)
             .fetch_all(&self.pool)
-            .await?)
+            .await?;
+        for job in jobs.iter_mut().filter(|job| job.result_key_id.is_some()) {
+            job.result = None;
+        }
+        Ok(jobs)
     }
 
     /// The states of these jobs, for waiting on many at once.

@@ -22,6 +22,7 @@ mod probe;
 pub mod progress;
 pub mod publish;
 pub mod relay;
+pub mod sealing;
 pub mod stage;
 pub mod take;
 pub mod tenants;
@@ -35,7 +36,10 @@ use sqlx::{
 };
 use uuid::Uuid;
 
-use crate::error::{Class, Dependency, StoreError};
+use crate::{
+    encryption::PayloadCipher,
+    error::{Class, Dependency, StoreError},
+};
 
 /// The migrations, built into the binary.
 pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
@@ -71,6 +75,7 @@ impl PostgresConfig {
 pub struct Postgres {
     pool: PgPool,
     call_timeout: Duration,
+    cipher: PayloadCipher,
 }
 
 impl Postgres {
@@ -97,7 +102,7 @@ impl Postgres {
             .acquire_timeout(config.call_timeout)
             .idle_timeout(Duration::from_secs(300))
             .connect_lazy_with(options);
-        Ok(Self { pool, call_timeout: config.call_timeout })
+        Ok(Self { pool, call_timeout: config.call_timeout, cipher: PayloadCipher::default() })
     }
 
     /// Connects once to see that the server answers.
