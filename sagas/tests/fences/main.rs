@@ -3,6 +3,7 @@
 
 mod batches;
 mod document_order;
+mod encryption;
 mod ending;
 mod ledger;
 mod lock_order;
@@ -10,5 +11,6 @@ mod outbox;
 mod progress;
 mod runs;
 mod stale_writes;
+mod steps;
 mod taking;
 mod zombies;
