@@ -80,7 +80,8 @@ impl Context {
             (Some(_), Some(_)) => return Err(anyhow!("{KEYS} and {FILE} are both set: set one of them")),
             (Some(keys), None) => (KEYS, keys),
             (None, Some(path)) => {
-                let text = std::fs::read_to_string(&path).with_context(|| format!("{FILE} is {path:?}: can't be read"))?;
+                let text = std::fs::read_to_string(&path)
+                    .with_context(|| format!("{FILE} is {path:?}: can't be read"))?;
                 (FILE, text)
             }
         };

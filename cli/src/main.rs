@@ -14,8 +14,8 @@ use telemetry::{Telemetry, TelemetryConfig};
 
 use crate::{
     commands::{
-        audit, batches, bench, dev, dlq, documents, encryption, enqueue, import, jobs, keys, migrate, producer, sagas, search,
-        stats, tenants, worker,
+        audit, batches, bench, dev, dlq, documents, encryption, enqueue, import, jobs, keys, migrate,
+        producer, sagas, search, stats, tenants, worker,
     },
     config::{Settings, StoreArgs},
     context::Context,

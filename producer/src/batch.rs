@@ -202,14 +202,21 @@ impl Client {
         let settings = self.settings();
         check_word("name", &batch.name, 256)?;
         if jobs.len() > settings.max_batch {
-            return bad(format!("the batch has {} jobs: at most {} are allowed", jobs.len(), settings.max_batch));
+            return bad(format!(
+                "the batch has {} jobs: at most {} are allowed",
+                jobs.len(),
+                settings.max_batch
+            ));
         }
         if let Some(callback) = &mut batch.callback {
             check(&mut callback.job, settings)?;
             if callback.job.tenant != batch.tenant {
                 return bad("callback: is a job of another tenant".to_owned());
             }
-            if matches!(callback.job.kind.as_str(), kinds::ingest::KIND | kinds::embed::KIND | kinds::delete::KIND) {
+            if matches!(
+                callback.job.kind.as_str(),
+                kinds::ingest::KIND | kinds::embed::KIND | kinds::delete::KIND
+            ) {
                 return bad(
                     "callback: its payload gets a field `batch`, which ingest, embed and delete don't take; use a kind of your own"
                         .to_owned(),
@@ -219,7 +226,9 @@ impl Client {
         let (mut outcomes, mut good, mut bytes) = (Vec::with_capacity(jobs.len()), vec![], 0_usize);
         for mut job in jobs {
             let checked = match check(&mut job, settings) {
-                Ok(_) if job.tenant != batch.tenant => bad("the job is another tenant's than its batch".to_owned()),
+                Ok(_) if job.tenant != batch.tenant => {
+                    bad("the job is another tenant's than its batch".to_owned())
+                }
                 Ok(size) => self.admit(&job, Durability::Durable).await.map(|()| size),
                 Err(error) => Err(error),
             };
@@ -263,7 +272,8 @@ impl Client {
             Growing::new(std::time::Duration::from_millis(20), std::time::Duration::from_millis(500));
         loop {
             // Left to the relay: it dispatches many jobs at once as well as this process would.
-            let made = within(settings.accept_within, postgres.create_batch(&batch, &jobs, seal, false)).await;
+            let made =
+                within(settings.accept_within, postgres.create_batch(&batch, &jobs, seal, false)).await;
             match made {
                 Ok(Created::Batch(replies)) => {
                     return Ok(jobs.iter().zip(replies).map(|(job, reply)| receipt(job, reply)).collect());
@@ -273,7 +283,9 @@ impl Client {
                 Ok(Created::NoParent(job)) => {
                     return bad(format!("parent: {job} is no unfinished job of this tenant"));
                 }
-                Err(error) if !may_have_committed(&error) => return Err(refused(&error, settings.retry_after)),
+                Err(error) if !may_have_committed(&error) => {
+                    return Err(refused(&error, settings.retry_after));
+                }
                 Err(error) => {
                     let pause = pauses.next();
                     if Instant::now() + pause >= deadline {

@@ -11,8 +11,8 @@ use axum::{
     http::{Method, Request, StatusCode},
 };
 use producer::{
-    Auth, BatchId, CallbackOn, Client, ClientSettings, Durability, EnqueueError, NewJob, ProducerSettings, new_job,
-    router,
+    Auth, BatchId, CallbackOn, Client, ClientSettings, Durability, EnqueueError, NewJob, ProducerSettings,
+    new_job, router,
 };
 use queue::{JobId, WorkerId};
 use sagas::{
@@ -67,14 +67,24 @@ async fn a_batch_of_several_pages_completes_and_its_callback_is_dispatched() {
     })
     .await;
     let view = stage.client.batch_state(made.id, Some("acme")).await.unwrap().unwrap();
-    assert_eq!((view.state.as_str(), view.total, view.succeeded, view.callback_job), ("finished", 25, 25, Some(callback.0)));
+    assert_eq!(
+        (view.state.as_str(), view.total, view.succeeded, view.callback_job),
+        ("finished", 25, 25, Some(callback.0))
+    );
     maintenance.stop().await;
 }
 
 #[tokio::test]
 async fn a_cancel_that_stopped_half_way_is_ended_by_the_collector() {
     let stage = Stage::new().await;
-    let open = stage.client.batch(tenant("acme"), "c").add((0..500).map(report)).on_complete(after()).open().await.unwrap();
+    let open = stage
+        .client
+        .batch(tenant("acme"), "c")
+        .add((0..500).map(report))
+        .on_complete(after())
+        .open()
+        .await
+        .unwrap();
     // Another process committed the request and died.
     stage.postgres.cancel_batch(open.id, None).await.unwrap();
     let late = open.add(vec![report(1)]).await.unwrap().remove(0);
@@ -105,7 +115,8 @@ async fn a_member_is_durable_also_when_asked_to_be_fast_and_a_bad_one_keeps_no_o
     assert!(outcomes[0].is_ok() && outcomes[1].is_err() && outcomes[2].is_ok(), "{outcomes:?}");
     let view = stage.client.batch_state(open.id, None).await.unwrap().unwrap();
     assert_eq!((view.total, stage.rows().await), (3, 3));
-    let wrong = stage.client.batch(tenant("acme"), "x").callback(CallbackOn::Complete, support::ingest("a", "b"));
+    let wrong =
+        stage.client.batch(tenant("acme"), "x").callback(CallbackOn::Complete, support::ingest("a", "b"));
     assert!(matches!(wrong.seal().await, Err(EnqueueError::BadRequest { .. })));
     let unknown = NewJob { batch: Some(BatchId::new()), ..report(1) };
     let refused = stage.client.enqueue(unknown, Durability::Durable).await;
@@ -122,15 +133,22 @@ impl Api {
         let stage = Stage::new().await;
         let call_timeout = Duration::from_millis(300);
         let vectors =
-            Vectors::lazy(&VectorsConfig { url: "http://127.0.0.1:1".into(), api_key: None, call_timeout }).unwrap();
+            Vectors::lazy(&VectorsConfig { url: "http://127.0.0.1:1".into(), api_key: None, call_timeout })
+                .unwrap();
         let cache =
-            Cache::lazy(&CacheConfig { url: "redis://127.0.0.1:1".into(), prefix: "t".into(), call_timeout }).unwrap();
+            Cache::lazy(&CacheConfig { url: "redis://127.0.0.1:1".into(), prefix: "t".into(), call_timeout })
+                .unwrap();
         let embedder = Arc::new(embedding::hashing::HashingEmbedder::new());
-        let stores =
-            Stores::new(stage.postgres.clone(), vectors, cache, embedder, vec![], DocumentSettings::default());
+        let stores = Stores::new(
+            stage.postgres.clone(),
+            vectors,
+            cache,
+            embedder,
+            vec![],
+            DocumentSettings::default(),
+        );
         let settings = ProducerSettings { auth: Auth::Open, ..ProducerSettings::default() };
-        let router =
-            router(&settings, stage.client.clone(), stores, String::new, CancellationToken::new());
+        let router = router(&settings, stage.client.clone(), stores, String::new, CancellationToken::new());
         Self { stage, router }
     }
 
@@ -161,19 +179,26 @@ async fn the_api_makes_fills_seals_shows_and_cancels_batches_of_its_own_tenant()
     });
     let (status, made) = api.call("acme", Method::POST, "/v1/batches", &request).await;
     assert_eq!(status, StatusCode::CREATED, "{made}");
-    let statuses: Vec<_> = made["results"].as_array().unwrap().iter().map(|one| one["status"].clone()).collect();
+    let statuses: Vec<_> =
+        made["results"].as_array().unwrap().iter().map(|one| one["status"].clone()).collect();
     assert_eq!((made["id"].clone(), statuses), (json!(id), vec![json!(202), json!(422), json!(202)]));
     let path = format!("/v1/batches/{id}");
-    let (status, added) = api.call("acme", Method::POST, &format!("{path}/jobs"), &json!({ "jobs": [job] })).await;
-    assert_eq!((status, added["results"][0]["status"].clone()), (StatusCode::MULTI_STATUS, json!(202)), "{added}");
+    let (status, added) =
+        api.call("acme", Method::POST, &format!("{path}/jobs"), &json!({ "jobs": [job] })).await;
+    assert_eq!(
+        (status, added["results"][0]["status"].clone()),
+        (StatusCode::MULTI_STATUS, json!(202)),
+        "{added}"
+    );
     let (status, seen) = api.call("acme", Method::GET, &path, &Value::Null).await;
-    assert_eq!((status, seen["state"].clone(), seen["total"].clone()), (StatusCode::OK, json!("open"), json!(3)));
+    assert_eq!(
+        (status, seen["state"].clone(), seen["total"].clone()),
+        (StatusCode::OK, json!("open"), json!(3))
+    );
     // Nothing crosses tenants.
-    for (method, at) in [
-        (Method::GET, path.clone()),
-        (Method::DELETE, path.clone()),
-        (Method::POST, format!("{path}:seal")),
-    ] {
+    for (method, at) in
+        [(Method::GET, path.clone()), (Method::DELETE, path.clone()), (Method::POST, format!("{path}:seal"))]
+    {
         assert_eq!(api.call("globex", method, &at, &Value::Null).await.0, StatusCode::NOT_FOUND, "{at}");
     }
     let theirs = api.call("globex", Method::POST, &format!("{path}/jobs"), &json!({ "jobs": [job] })).await;

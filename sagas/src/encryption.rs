@@ -23,14 +23,18 @@ const KEY: usize = 32;
 
 /// Key-encryption keys that can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}: what is needed is ID:KEY[,ID:KEY…], each KEY 32 bytes as base64 (`flotilla encryption new-key` makes one), each ID 1 to 64 characters of A-Z a-z 0-9 _ . -")]
+#[error(
+    "{0}: what is needed is ID:KEY[,ID:KEY…], each KEY 32 bytes as base64 (`flotilla encryption new-key` makes one), each ID 1 to 64 characters of A-Z a-z 0-9 _ . -"
+)]
 pub struct InvalidKeys(String);
 
 /// Why something sealed can't be read. Another worker may be able to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
     /// The keyring lacks the key.
-    #[error("it is sealed with key {key:?}, which this process doesn't have (it has: {known}): add it to FLOTILLA_ENCRYPTION_KEYS")]
+    #[error(
+        "it is sealed with key {key:?}, which this process doesn't have (it has: {known}): add it to FLOTILLA_ENCRYPTION_KEYS"
+    )]
     UnknownKey {
         /// The key it is sealed with.
         key: String,
@@ -38,7 +42,9 @@ pub enum Unreadable {
         known: String,
     },
     /// The key is there and does not fit: another key under the same id, or a text from another row.
-    #[error("it does not open with key {key:?}: the key is another one under the same id, or the text was changed or moved here from another job")]
+    #[error(
+        "it does not open with key {key:?}: the key is another one under the same id, or the text was changed or moved here from another job"
+    )]
     Refused {
         /// The key it is sealed with.
         key: String,
@@ -113,7 +119,8 @@ impl Keyring {
             }
             // The key itself is never shown, not even a wrong one.
             let bytes = BASE64_STANDARD.decode(key.trim()).ok().filter(|bytes| bytes.len() == KEY);
-            let bytes = bytes.ok_or_else(|| InvalidKeys(format!("the key of {id:?} is not 32 bytes of base64")))?;
+            let bytes =
+                bytes.ok_or_else(|| InvalidKeys(format!("the key of {id:?} is not 32 bytes of base64")))?;
             keys.push(Key::new(id, &bytes)?);
         }
         if keys.is_empty() {
@@ -255,7 +262,8 @@ impl PayloadCipher {
         let none = || Unreadable::UnknownKey { key: id.to_owned(), known: "none".to_owned() };
         let key = self.0.as_ref().ok_or_else(none)?.get(id)?;
         let text = stored.get("key").and_then(Value::as_str).unwrap_or_default();
-        decrypt(&key.wrap, text, &owner.bound("key")).ok_or_else(|| Unreadable::Refused { key: id.to_owned() })
+        decrypt(&key.wrap, text, &owner.bound("key"))
+            .ok_or_else(|| Unreadable::Refused { key: id.to_owned() })
     }
 
     /// What the same request always gives and tells nobody anything: with keys an HMAC, because a plain hash would show
@@ -285,10 +293,8 @@ mod tests {
 
     fn cipher(ids: &[&str]) -> PayloadCipher {
         // The same id is the same key.
-        let text: Vec<String> = ids
-            .iter()
-            .map(|id| format!("{id}:{}", BASE64_STANDARD.encode([id.as_bytes()[0]; 32])))
-            .collect();
+        let text: Vec<String> =
+            ids.iter().map(|id| format!("{id}:{}", BASE64_STANDARD.encode([id.as_bytes()[0]; 32]))).collect();
         Keyring::parse(&text.join(",")).unwrap().into()
     }
 

@@ -72,11 +72,10 @@ async fn protocol_17_5000_members_over_workers_killed_at_random_count_exactly_an
     assert_eq!(calls.len(), 1, "{calls:?}");
     assert_eq!(calls[0]["batch"]["succeeded"], json!(MEMBERS));
     // Each member's three steps have counted once, and the callback's.
-    let effects: (i64, i64) =
-        sqlx::query_as("SELECT sum(change), count(DISTINCT (job, step)) FROM effects")
-            .fetch_one(fleet.postgres.pool())
-            .await
-            .unwrap();
+    let effects: (i64, i64) = sqlx::query_as("SELECT sum(change), count(DISTINCT (job, step)) FROM effects")
+        .fetch_one(fleet.postgres.pool())
+        .await
+        .unwrap();
     assert_eq!(effects, (3 * (MEMBERS as i64 + 1), 3 * (MEMBERS as i64 + 1)));
     let redelivered = fleet.postgres.job_counts(None).await.unwrap().redelivered;
     println!("{kills} workers killed from outside, {redelivered} members delivered again");

@@ -117,7 +117,9 @@ fn described(batch: &BatchView) -> String {
 async fn cancel(id: BatchId, context: &Context) -> Outcome {
     let client = super::enqueue::client(context).await?;
     let (word, sentence, good) = match client.cancel_batch(id, None).await? {
-        Changed::Done => ("requested", "its unfinished jobs are cancelled, once their effects are undone", true),
+        Changed::Done => {
+            ("requested", "its unfinished jobs are cancelled, once their effects are undone", true)
+        }
         Changed::Finished => ("finished", "all its jobs have ended already", false),
         Changed::Unknown => return Err(unknown(id).into()),
     };

@@ -188,10 +188,7 @@ fn described(letter: &DeadLetter) -> String {
         ("note", letter.note.clone()),
         ("replayed as", letter.replay_job.map(|id| id.to_string())),
         ("traceparent", letter.traceparent.clone()),
-        (
-            "payload",
-            Some(if payload.len() > 4000 { short(&payload, 4000) } else { payload }),
-        ),
+        ("payload", Some(if payload.len() > 4000 { short(&payload, 4000) } else { payload })),
     ]);
     if letter.state == "open" {
         return format!(

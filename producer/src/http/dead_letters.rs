@@ -137,8 +137,7 @@ pub(super) async fn resolve(
             if let Some(payload) = &how.payload {
                 api.client.check_payload(&letter.kind, payload)?;
                 let dead = postgres.letter_payload(&letter).await?;
-                if kinds::document_of(&letter.kind, payload) != kinds::document_of(&letter.kind, &dead)
-                {
+                if kinds::document_of(&letter.kind, payload) != kinds::document_of(&letter.kind, &dead) {
                     return Err(ApiError::unprocessable(
                         "invalid_job",
                         "payload.document: a replay is about the dead job's document",

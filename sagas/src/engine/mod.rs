@@ -206,13 +206,17 @@ impl Engine {
         };
         // A run that has begun is never left half done: it waits for its key.
         let may_die = job.unreadable.is_none() || job.saga.is_none();
-        if may_die && (job.unroutable_for.is_some_and(|time| time >= self.settings.unroutable_after)
-            || self.settings.unroutable_after.is_zero())
+        if may_die
+            && (job.unroutable_for.is_some_and(|time| time >= self.settings.unroutable_after)
+                || self.settings.unroutable_after.is_zero())
         {
             let error = match &job.unreadable {
                 Some(why) => StepError::permanent(
                     "unreadable_payload",
-                    format!("no worker could read the payload for {:?}: {why}", self.settings.unroutable_after),
+                    format!(
+                        "no worker could read the payload for {:?}: {why}",
+                        self.settings.unroutable_after
+                    ),
                 ),
                 None => StepError::permanent(
                     "unknown_kind",

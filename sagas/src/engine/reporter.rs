@@ -69,7 +69,10 @@ async fn run(inbox: Arc<Inbox>, postgres: Postgres, stop: CancellationToken) {
         let write = tokio::time::timeout(postgres.call_timeout(), postgres.record_progress(&reports));
         match write.await {
             Ok(Ok(written)) if written.len() < reports.len() => {
-                tracing::debug!(refused = reports.len() - written.len(), "progress of jobs that are not ours any more");
+                tracing::debug!(
+                    refused = reports.len() - written.len(),
+                    "progress of jobs that are not ours any more"
+                );
             }
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {

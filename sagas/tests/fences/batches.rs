@@ -148,7 +148,8 @@ async fn protocol_17_the_callback_comes_once_and_only_when_sealed_and_all_have_e
     let wanted = it.callback.as_ref().unwrap().job.id;
     assert_eq!(view.callback_job, Some(wanted.0));
     let called = ledger.take("w", wanted).await;
-    let counts = json!({ "id": it.id, "name": "a test's", "total": 3, "succeeded": 2, "failed": 1, "cancelled": 0 });
+    let counts =
+        json!({ "id": it.id, "name": "a test's", "total": 3, "succeeded": 2, "failed": 1, "cancelled": 0 });
     assert_eq!(called.payload, json!({ "mark": 7, "batch": counts }));
     // However often it is looked at, also after the callback's own record has expired.
     sqlx::query("DELETE FROM jobs WHERE kind = 'after'").execute(ledger.postgres.pool()).await.unwrap();
@@ -230,7 +231,11 @@ async fn a_replay_takes_the_dead_jobs_place_and_can_still_bring_the_success_call
             let it = it.batch.expect("a member");
             assert_eq!(ledger.counts(it).await, (2, 1, 0, 0), "the failure is taken back");
             // The first replay fails, too.
-            if round == 0 { ledger.end(replay, &dead()).await } else { ledger.succeed(replay).await }
+            if round == 0 {
+                ledger.end(replay, &dead()).await
+            } else {
+                ledger.succeed(replay).await
+            }
             ledger.collect().await;
             assert_eq!(ledger.counts(it).await, if round == 0 { (2, 1, 1, 0) } else { (2, 2, 0, 0) });
         }

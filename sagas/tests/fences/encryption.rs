@@ -115,7 +115,11 @@ async fn a_payload_moved_to_another_job_or_tenant_is_refused() {
     for id in [ids[1], ids[2]] {
         let taken = ledger.take("w", id).await;
         assert_eq!(taken.payload, Value::Null);
-        assert!(taken.unreadable.as_deref().is_some_and(|why| why.contains("moved here")), "{:?}", taken.unreadable);
+        assert!(
+            taken.unreadable.as_deref().is_some_and(|why| why.contains("moved here")),
+            "{:?}",
+            taken.unreadable
+        );
     }
     assert_eq!(ledger.take("w", ids[0]).await.unreadable, None);
 }
@@ -135,7 +139,8 @@ async fn a_wrong_or_missing_key_is_named_and_nothing_is_lost() {
             "another one under the same id",
         ),
     ] {
-        let other = Ledger { postgres, services: devstack::testing::TestServices::builder().start().await.unwrap() };
+        let other =
+            Ledger { postgres, services: devstack::testing::TestServices::builder().start().await.unwrap() };
         let taken = other.take("w", id).await;
         let why = taken.unreadable.clone().expect("unreadable");
         assert!(why.contains(said) && taken.payload.is_null(), "{why}");
@@ -201,7 +206,10 @@ async fn protocol_19_keys_know_the_same_request_before_and_after_encryption_and_
         ..job("secret", json!({ "card": card }))
     };
     let first = keyed(SECRET);
-    assert_eq!(ledger.postgres.accept(std::slice::from_ref(&first), true).await.unwrap(), [Accepted::New(first.id)]);
+    assert_eq!(
+        ledger.postgres.accept(std::slice::from_ref(&first), true).await.unwrap(),
+        [Accepted::New(first.id)]
+    );
     for ids in [&["a"][..], &["b", "a"]] {
         let postgres = ledger.seen_with(ids);
         assert_eq!(postgres.accept(&[keyed(SECRET)], true).await.unwrap(), [Accepted::Duplicate(first.id)]);

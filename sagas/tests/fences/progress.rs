@@ -37,7 +37,8 @@ async fn protocol_02_a_zombies_progress_is_refused_by_the_fence() {
 
 #[test]
 fn progress_is_cut_to_what_the_ledger_takes() {
-    let said = Progress::new(queue::JobId::new(), sagas::stores::postgres::Fence(1), 255, &"é\0".repeat(1000));
+    let said =
+        Progress::new(queue::JobId::new(), sagas::stores::postgres::Fence(1), 255, &"é\0".repeat(1000));
     assert_eq!(said.percent, 100);
     assert_eq!(said.message.unwrap(), "é".repeat(MAX_MESSAGE));
 }

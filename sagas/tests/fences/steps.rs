@@ -8,7 +8,8 @@ use std::{
 
 use async_trait::async_trait;
 use queue::{
-    Claim, Envelope, Epoch, Heartbeat, HeartbeatConfig, LeaseToken, QueueConfig, QueueName, TenantId, WorkerId,
+    Claim, Envelope, Epoch, Heartbeat, HeartbeatConfig, LeaseToken, QueueConfig, QueueName, TenantId,
+    WorkerId,
 };
 use sagas::{
     Dependency, StepError,
@@ -85,12 +86,21 @@ fn engine(
     let own = Own(vec![Arc::new(Run(step))]);
     let breakers = Breakers::new([], CancellationToken::new());
     let settings = EngineSettings::default();
-    Engine::new(ledger.postgres.clone(), breakers, WorkerId::new("w"), settings, Registry::default().with(own))
+    Engine::new(
+        ledger.postgres.clone(),
+        breakers,
+        WorkerId::new("w"),
+        settings,
+        Registry::default().with(own),
+    )
 }
 
 fn delivery(taken: TakenJob) -> Delivery {
-    let config =
-        QueueConfig { url: "redis://127.0.0.1:1".to_owned(), lease: Duration::from_secs(600), ..QueueConfig::default() };
+    let config = QueueConfig {
+        url: "redis://127.0.0.1:1".to_owned(),
+        lease: Duration::from_secs(600),
+        ..QueueConfig::default()
+    };
     let heartbeat = Heartbeat::spawn(config, HeartbeatConfig { interval: Duration::from_secs(300) }).unwrap();
     let queue = QueueName::new("own").unwrap();
     let envelope = Envelope::new("own", queue.clone(), TenantId::new(TENANT).unwrap());
@@ -170,7 +180,8 @@ async fn work_beside_a_step_hears_that_its_run_has_to_end() {
     ledger.postgres.cancel(id, None).await.unwrap();
     // What the canceller does when it sees the request.
     cancel.cancel();
-    let ended = tokio::time::timeout(Duration::from_secs(30), running).await.expect("the thread heard").unwrap();
+    let ended =
+        tokio::time::timeout(Duration::from_secs(30), running).await.expect("the thread heard").unwrap();
     assert_eq!(ended, Ended::Ack);
     assert_eq!(ledger.state(id).await.0, "cancelled");
     assert!(heard.lock().unwrap().as_ref().unwrap().is_cancelled());

@@ -100,13 +100,11 @@ const LETTER: &str = "SELECT id, job_id, saga_id, tenant, kind, queue, class, re
 impl Postgres {
     /// A page of dead letters, newest first.
     pub async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetter>, StoreError> {
-        Ok(sqlx::query_as(
-            sqlx::AssertSqlSafe(format!(
-                "{LETTER} WHERE ($1::text IS NULL OR tenant = $1) AND ($2::text IS NULL OR kind = $2)
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(format!(
+            "{LETTER} WHERE ($1::text IS NULL OR tenant = $1) AND ($2::text IS NULL OR kind = $2)
                    AND ($3::text IS NULL OR class = $3) AND ($4::text IS NULL OR state = $4)
                  ORDER BY created_at DESC, id LIMIT $5"
-            )),
-        )
+        )))
         .bind(&filter.tenant)
         .bind(&filter.kind)
         .bind(&filter.class)

@@ -141,7 +141,9 @@ impl Postgres {
             .fetch_one(connection)
             .await?;
         let owner = Owner { tenant: &tenant, job: job.0, purpose: Purpose::Result };
-        self.cipher.seal(owner, result).ok_or_else(|| broken("the result can't be sealed", "the cipher failed"))
+        self.cipher
+            .seal(owner, result)
+            .ok_or_else(|| broken("the result can't be sealed", "the cipher failed"))
     }
 
     /// Seals what `flotilla.enqueue` has left plain among these jobs, whose rows the caller holds.
@@ -186,11 +188,7 @@ impl Postgres {
     /// Wraps the data keys of a page of records with the current key, and seals plain payloads: unfinished jobs and those
     /// that may be replayed, open dead letters, callbacks. Begin with nil ids; `None`: nothing is left. What can't be opened
     /// fails the page and names the key that is missing.
-    pub async fn rotate_page(
-        &self,
-        after: Uuid,
-        limit: i64,
-    ) -> Result<Option<(Uuid, Rotated)>, StoreError> {
+    pub async fn rotate_page(&self, after: Uuid, limit: i64) -> Result<Option<(Uuid, Rotated)>, StoreError> {
         let Some(current) = self.cipher.current() else {
             return Err(broken("nothing can be sealed", "FLOTILLA_ENCRYPTION_KEYS is not set"));
         };
