@@ -123,6 +123,7 @@ impl Postgres {
         result: &Value,
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
+        let sealed = self.seal_results(&[(run.job_id, result)]).await?;
         let mut tx = self.pool.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
@@ -135,7 +136,7 @@ impl Postgres {
                 .await?;
             insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
         }
-        let (result, key_id) = self.seal_result(&mut tx, run.job_id, result).await?;
+        let (result, key_id) = sealed.into_iter().next().unwrap_or_default();
         sqlx::query(
             "UPDATE jobs SET state = 'succeeded', result = $2, result_key_id = $3, finished_at = now(), last_error = NULL WHERE id = $1",
         )

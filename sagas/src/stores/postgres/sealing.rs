@@ -4,6 +4,8 @@
 //! `payload_key_id` and `result_key_id` say whether a column holds a sealed value, so that no plain payload can be taken for
 //! one. `flotilla.enqueue` in SQL has no keys: what it inserts is plain until the relay takes it.
 
+use std::collections::HashMap;
+
 use queue::JobId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -126,24 +128,34 @@ impl Postgres {
         job
     }
 
-    /// A result as it is stored. Without keys this asks nothing of the ledger.
-    pub(super) async fn seal_result(
+    /// Results as they are stored, in the items' order; no result stays none. Without keys this asks nothing of the ledger.
+    pub(super) async fn seal_results(
         &self,
-        connection: &mut PgConnection,
-        job: JobId,
-        result: &Value,
-    ) -> Result<(Value, Option<String>), StoreError> {
+        results: &[(JobId, &Value)],
+    ) -> Result<Vec<(Value, Option<String>)>, StoreError> {
         if self.cipher.current().is_none() {
-            return Ok((result.clone(), None));
+            return Ok(results.iter().map(|(_, result)| ((*result).clone(), None)).collect());
         }
-        let tenant: String = sqlx::query_scalar("SELECT tenant FROM jobs WHERE id = $1")
-            .bind(job.0)
-            .fetch_one(connection)
-            .await?;
-        let owner = Owner { tenant: &tenant, job: job.0, purpose: Purpose::Result };
-        self.cipher
-            .seal(owner, result)
-            .ok_or_else(|| broken("the result can't be sealed", "the cipher failed"))
+        let ids: Vec<Uuid> = results.iter().map(|(job, _)| job.0).collect();
+        let tenants: HashMap<Uuid, String> = sqlx::query_as("SELECT id, tenant FROM jobs WHERE id = ANY($1)")
+            .bind(ids)
+            .fetch_all(&self.pool)
+            .await?
+            .into_iter()
+            .collect();
+        let seal = |job: &JobId, result: &Value| {
+            // A job that is not there is refused by the fence.
+            let Some(tenant) = tenants.get(&job.0).filter(|_| !result.is_null()) else {
+                return Some((Value::Null, None));
+            };
+            self.cipher.seal(Owner { tenant, job: job.0, purpose: Purpose::Result }, result)
+        };
+        results
+            .iter()
+            .map(|(job, result)| {
+                seal(job, result).ok_or_else(|| broken("the result can't be sealed", "the cipher failed"))
+            })
+            .collect()
     }
 
     /// Seals what `flotilla.enqueue` has left plain among these jobs, whose rows the caller holds.
