@@ -6,6 +6,7 @@ use anyhow::{Context as _, anyhow};
 use embedding::EmbedderConfig;
 use queue::{Access, Queue, QueueConfig};
 use sagas::{
+    encryption::{Keyring, PayloadCipher},
     kinds::{DocumentSettings, Stores},
     stores::{
         cache::{Cache, CacheConfig},
@@ -62,7 +63,29 @@ impl Context {
     /// Postgres, which has answered.
     pub async fn postgres(&self) -> anyhow::Result<Postgres> {
         let config = self.postgres_config()?;
-        Postgres::connect(&config).await.map_err(|e| self.unreachable("DATABASE_URL", &config.url, e.message))
+        let cipher = self.cipher()?;
+        Postgres::connect(&config)
+            .await
+            .map(|postgres| postgres.with_cipher(cipher))
+            .map_err(|e| self.unreachable("DATABASE_URL", &config.url, e.message))
+    }
+
+    /// What payloads are sealed with: the keys of `FLOTILLA_ENCRYPTION_KEYS`, or of the file that
+    /// `FLOTILLA_ENCRYPTION_KEYS_FILE` names; nothing without either.
+    fn cipher(&self) -> anyhow::Result<PayloadCipher> {
+        const KEYS: &str = "FLOTILLA_ENCRYPTION_KEYS";
+        const FILE: &str = "FLOTILLA_ENCRYPTION_KEYS_FILE";
+        let (name, text) = match (self.settings.get(KEYS), self.settings.get(FILE)) {
+            (None, None) => return Ok(PayloadCipher::default()),
+            (Some(_), Some(_)) => return Err(anyhow!("{KEYS} and {FILE} are both set: set one of them")),
+            (Some(keys), None) => (KEYS, keys),
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(&path)
+                    .with_context(|| format!("{FILE} is {path:?}: can't be read"))?;
+                (FILE, text)
+            }
+        };
+        Ok(Keyring::parse(&text).context(name)?.into())
     }
 
     /// Postgres with every migration applied.

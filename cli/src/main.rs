@@ -14,8 +14,8 @@ use telemetry::{Telemetry, TelemetryConfig};
 
 use crate::{
     commands::{
-        audit, bench, dev, dlq, documents, enqueue, import, jobs, keys, migrate, producer, queues, sagas,
-        schedules, search, stats, tenants, worker,
+        audit, batches, bench, dev, dlq, documents, encryption, enqueue, import, jobs, keys, migrate,
+        producer, queues, sagas, schedules, search, stats, tenants, worker,
     },
     config::{Settings, StoreArgs},
     context::Context,
@@ -70,6 +70,9 @@ enum Command {
     /// Make, show, pause and remove recurring jobs
     #[command(subcommand)]
     Schedules(schedules::Command),
+    /// List, show and cancel batches: jobs that are counted together
+    #[command(subcommand)]
+    Batches(batches::Command),
     /// List, show, replay and discard dead letters
     #[command(subcommand)]
     Dlq(dlq::Command),
@@ -81,6 +84,9 @@ enum Command {
     /// Read published documents
     #[command(subcommand)]
     Documents(documents::Command),
+    /// Make, look at and rotate the keys that payloads are sealed with
+    #[command(subcommand)]
+    Encryption(encryption::Command),
     /// Show how deep the queues are and how jobs end
     Stats(stats::Args),
     /// Compare the stores; exit code 1 if they disagree
@@ -140,10 +146,12 @@ async fn dispatch(command: Command, context: Context, telemetry: &Telemetry) -> 
         Command::Import(args) => Box::pin(import::run(args, &context)).await,
         Command::Jobs(command) => jobs::run(command, &context).await,
         Command::Schedules(command) => Box::pin(schedules::run(command, &context)).await,
+        Command::Batches(command) => Box::pin(batches::run(command, &context)).await,
         Command::Dlq(command) => Box::pin(dlq::run(command, &context)).await,
         Command::Sagas(command) => sagas::run(command, &context).await,
         Command::Search(args) => Box::pin(search::run(args, &context)).await,
         Command::Documents(command) => documents::run(command, &context).await,
+        Command::Encryption(command) => encryption::run(command, &context).await,
         Command::Stats(args) => Box::pin(stats::run(args, &context)).await,
         Command::Audit(args) => Box::pin(audit::run(args, &context)).await,
         Command::Bench(command) => Box::pin(bench::run(command, &context)).await,

@@ -77,7 +77,7 @@ fn bad<T>(message: String) -> Result<T, EnqueueError> {
     Err(EnqueueError::BadRequest { message })
 }
 
-fn check_word(name: &str, word: &str, longest: usize) -> Result<(), EnqueueError> {
+pub(crate) fn check_word(name: &str, word: &str, longest: usize) -> Result<(), EnqueueError> {
     let length = word.chars().count();
     if !(1..=longest).contains(&length) {
         return bad(format!("{name} has {length} characters: 1 to {longest} are allowed"));

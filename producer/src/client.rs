@@ -125,7 +125,9 @@ impl Client {
         self.admit(&job, durability).await?;
         let this = self.clone();
         finish(tokio::spawn(async move {
+            // A member of a batch is counted from its acceptance on, which only the ledger can.
             if durability == Durability::Fast
+                && job.batch.is_none()
                 && size <= this.settings().max_fast_payload
                 && let Some(mut outcomes) = this.push_fast(std::slice::from_ref(&job)).await
             {
@@ -166,7 +168,7 @@ impl Client {
             match checked {
                 Ok(size) => {
                     bytes = bytes.saturating_add(size);
-                    fast &= size <= settings.max_fast_payload;
+                    fast &= size <= settings.max_fast_payload && job.batch.is_none();
                     outcomes.push(None);
                     good.push(job);
                 }
@@ -256,7 +258,12 @@ impl Client {
         Ok(())
     }
 
-    async fn admit(&self, job: &NewJob, durability: Durability) -> Result<(), EnqueueError> {
+    /// The queue, unless it failed just now.
+    pub(crate) fn open_queue(&self) -> Option<&Queue> {
+        self.shared.acceptor.dispatch.open()
+    }
+
+    pub(crate) async fn admit(&self, job: &NewJob, durability: Durability) -> Result<(), EnqueueError> {
         let Acceptor { postgres, dispatch, settings } = &self.shared.acceptor;
         self.shared.admission.admit(dispatch, postgres, settings, &job.tenant, &job.queue, durability).await
     }
@@ -353,7 +360,8 @@ impl Client {
         let full = || EnqueueError::QueueFull { retry_after: self.settings().full_retry_after };
         let mut envelopes = Vec::with_capacity(jobs.len());
         for job in jobs {
-            let record = serde_json::to_value(job).ok()?;
+            let sealed = self.postgres().seal_job(job).ok()?;
+            let record = serde_json::to_value(sealed).ok()?;
             envelopes.push(queue::Envelope { fast: Some(record), ..envelope(job) });
         }
         let answer = queue.push(&envelopes).await;
@@ -380,7 +388,7 @@ impl Client {
         }
     }
 
-    fn unavailable(&self) -> EnqueueError {
+    pub(crate) fn unavailable(&self) -> EnqueueError {
         self.shared.acceptor.unavailable()
     }
 }
@@ -391,7 +399,7 @@ impl std::fmt::Debug for Client {
     }
 }
 
-fn receipt(job: &NewJob, reply: Accepted) -> Result<Receipt, EnqueueError> {
+pub(crate) fn receipt(job: &NewJob, reply: Accepted) -> Result<Receipt, EnqueueError> {
     match reply {
         Accepted::New(id) => {
             counter!("jobs_accepted_total", "kind" => known_kind(&job.kind)).increment(1);
@@ -400,6 +408,8 @@ fn receipt(job: &NewJob, reply: Accepted) -> Result<Receipt, EnqueueError> {
         Accepted::Duplicate(id) => Ok(Receipt { id, duplicate: true, job: None }),
         Accepted::Conflict(job) => Err(EnqueueError::Conflict { job }),
         Accepted::UnknownTenant => Err(EnqueueError::UnknownTenant),
+        Accepted::UnknownBatch(batch) => Err(EnqueueError::UnknownBatch { batch }),
+        Accepted::BatchSealed(batch) => Err(EnqueueError::BatchSealed { batch }),
     }
 }
 

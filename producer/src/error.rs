@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use queue::{JobId, QueueError, QueueName};
-use sagas::StoreError;
+use sagas::{StoreError, stores::postgres::batches::BatchId};
 
 /// Why a job was not accepted.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -30,6 +30,18 @@ pub enum EnqueueError {
     Conflict {
         /// The job of the other request.
         job: JobId,
+    },
+    /// The tenant has no such batch.
+    #[error("no such batch: {batch}")]
+    UnknownBatch {
+        /// The batch that was named.
+        batch: BatchId,
+    },
+    /// The batch was sealed or cancelled.
+    #[error("batch {batch} takes no more jobs: it is sealed")]
+    BatchSealed {
+        /// The batch.
+        batch: BatchId,
     },
     /// The queue, or Redis, has as many waiting jobs as it may have.
     #[error("the queue is full: try again in {} s", retry_after.as_secs().max(1))]

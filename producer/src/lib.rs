@@ -2,8 +2,10 @@
 
 mod acceptance;
 mod admission;
+pub mod batch;
 mod checks;
 pub mod client;
+mod collector;
 pub mod cron;
 mod dispatch;
 pub mod error;
@@ -18,6 +20,7 @@ pub mod settings;
 mod stats;
 pub mod timetable;
 
+pub use batch::{BatchBuilder, BatchReceipt, OpenBatch};
 pub use client::{Client, Durability, Receipt, new_job};
 pub use cron::Cron;
 pub use error::{EnqueueError, MaintainError, ServeError, WaitError};
@@ -25,6 +28,7 @@ pub use http::{router, serve};
 pub use maintain::maintain;
 pub use sagas::stores::postgres::{
     accept::{Idempotency, NewJob, Until},
+    batches::{BatchId, BatchView, CallbackOn, Changed as BatchChanged},
     control::{Change, Changed, Selection},
     inspect::JobView,
     ledger::Cancel,

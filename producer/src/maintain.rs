@@ -1,5 +1,5 @@
-//! The loops that keep ledger and queue agreed: relay, reconciler, policies, lender, cron for recurring jobs, and the
-//! gauges. Every producer and every worker runs
+//! The loops that keep ledger and queue agreed: relay, reconciler, policies, lender, cron for recurring jobs, collector for
+//! batches, and the gauges. Every producer and every worker runs
 //! them, so that a fleet of either kind alone dispatches what the ledger holds.
 
 use std::time::Duration;
@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
+    collector::Collector,
     cron::Cron,
     error::MaintainError,
     pacing::{Growing, pause, within},
@@ -45,6 +46,8 @@ pub async fn maintain(
         Ok(())
     });
     let (cron, for_cron) = (Cron::new(postgres.clone(), settings.cron_on_time), stop.clone());
+    let (collector, for_collector) =
+        (Collector::new(postgres.clone(), queue.clone(), settings.clone()), stop.clone());
     loops.spawn(async move {
         relay.run(for_relay).await;
         Ok(())
@@ -57,6 +60,10 @@ pub async fn maintain(
     let lending = queue::Lender::spawn(queue.clone(), settings.queues.clone(), stop.clone());
     loops.spawn(async move {
         cron.run(for_cron).await;
+        Ok(())
+    });
+    loops.spawn(async move {
+        collector.run(for_collector).await;
         Ok(())
     });
     loops.spawn(Reconciler { postgres, queue, settings, ledger }.run(stop.clone()));

@@ -150,6 +150,8 @@ pub struct MaintainSettings {
     pub heartbeat: Duration,
     /// Jobs that the reconciler dispatches again per second (20,000).
     pub redispatch_per_second: u32,
+    /// How often an idle collector looks for members that have ended (200 ms).
+    pub collect_every: Duration,
     /// How often the gauges are set (5 s).
     pub stats_every: Duration,
     /// `FLOTILLA_CRON_ON_TIME_MS`: a schedule's tick that is later than this was missed, and its catch-up policy says what
@@ -170,6 +172,7 @@ impl Default for MaintainSettings {
             grace: Duration::from_secs(30),
             heartbeat: Duration::from_secs(10),
             redispatch_per_second: 20_000,
+            collect_every: Duration::from_millis(200),
             stats_every: Duration::from_secs(5),
             cron_on_time: Duration::from_secs(60),
         }

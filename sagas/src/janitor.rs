@@ -75,6 +75,7 @@ async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool) ->
         postgres.expire_results(settings.keep_results, EXPIRED).await?,
         postgres.expire_jobs(settings.keep_jobs, EXPIRED).await?,
         postgres.expire_keys(EXPIRED).await?,
+        postgres.expire_batches(settings.keep_jobs, EXPIRED).await?,
     ];
     if audit_log {
         postgres.expire_audit_log(settings.keep_audit_log).await?;

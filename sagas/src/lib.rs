@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod chunking;
 pub mod coalescing;
+pub mod encryption;
 pub mod engine;
 pub mod error;
 pub mod fault;

@@ -45,6 +45,7 @@ pub fn describe() {
     describe_counter!("embed_texts_total", "Texts embedded.");
     describe_histogram!("coalescer_batch_size", "Calls that shared one statement or request to a store.");
     describe_gauge!("outbox_unrelayed", "Accepted jobs that are not in the queue yet.");
+    describe_counter!("batches_finished_total", "Batches whose last member has ended.");
     describe_counter!("reconciler_redispatched_total", "Jobs that had to be put into the queue again.");
     describe_counter!("schedules_ticks_total", "Ticks of schedules, by what became of them.");
     describe_gauge!(

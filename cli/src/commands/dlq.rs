@@ -35,6 +35,9 @@ pub enum Command {
     Show {
         /// The letter, or its job
         id: Uuid,
+        /// Also open a sealed payload, with the keys that are there
+        #[arg(long)]
+        payload: bool,
     },
     /// Enqueue the dead job again, as a new job in the same place of its document's order
     Replay {
@@ -94,8 +97,11 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             context.out.data(&letters, || output::rows(&letter_table(&letters), "no such dead letters"))?;
             Ok(Ending::Fine)
         }
-        Command::Show { id } => {
-            let Some(letter) = postgres.dead_letter(id).await? else { return Err(unknown(id).into()) };
+        Command::Show { id, payload } => {
+            let Some(mut letter) = postgres.dead_letter(id).await? else { return Err(unknown(id).into()) };
+            if payload {
+                letter.payload = postgres.letter_payload(&letter).await?;
+            }
             context.out.data(&letter, || described(&letter))?;
             Ok(Ending::Fine)
         }
@@ -161,7 +167,10 @@ fn described(letter: &DeadLetter) -> String {
         ),
         _ => None,
     };
-    let payload = serde_json::to_string_pretty(&letter.payload).unwrap_or_default();
+    let payload = match &letter.payload_key_id {
+        Some(key) if letter.payload.is_null() => format!("sealed with key {key}; --payload opens it"),
+        _ => serde_json::to_string_pretty(&letter.payload).unwrap_or_default(),
+    };
     let text = fields(&[
         ("dead letter", Some(letter.id.to_string())),
         ("job", Some(letter.job_id.to_string())),
@@ -179,10 +188,7 @@ fn described(letter: &DeadLetter) -> String {
         ("note", letter.note.clone()),
         ("replayed as", letter.replay_job.map(|id| id.to_string())),
         ("traceparent", letter.traceparent.clone()),
-        (
-            "payload",
-            Some(if payload.len() > 4000 { short(&letter.payload.to_string(), 4000) } else { payload }),
-        ),
+        ("payload", Some(if payload.len() > 4000 { short(&payload, 4000) } else { payload })),
     ]);
     if letter.state == "open" {
         return format!(

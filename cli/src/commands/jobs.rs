@@ -209,6 +209,13 @@ fn described(detail: &Detail) -> String {
         ("taken", job.taken_at.map(time)),
         ("finished", job.finished_at.map(time)),
         ("took", took),
+        (
+            "progress",
+            job.progress.map(|percent| match &job.progress_message {
+                Some(message) => format!("{percent} %: {message}"),
+                None => format!("{percent} %"),
+            }),
+        ),
         ("worker", text(&job.worker)),
         ("deliveries", Some(format!("{}, {} lost", job.deliveries, job.lost_deliveries))),
         ("failures", Some(format!("{} of {}", job.attempts, job.max_attempts))),
@@ -216,6 +223,7 @@ fn described(detail: &Detail) -> String {
         ("result", job.result.as_ref().map(ToString::to_string)),
         ("last error", text(&job.last_error)),
         ("parent", job.parent.map(|id| id.to_string())),
+        ("batch", job.batch_id.map(|id| id.to_string())),
         ("replay of", job.replay_of.map(|id| id.to_string())),
         ("traceparent", text(&job.traceparent)),
     ]);

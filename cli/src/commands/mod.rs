@@ -1,10 +1,12 @@
 //! The subcommands, one file each.
 
 pub mod audit;
+pub mod batches;
 pub mod bench;
 pub mod dev;
 pub mod dlq;
 pub mod documents;
+pub mod encryption;
 pub mod enqueue;
 pub mod import;
 pub mod jobs;

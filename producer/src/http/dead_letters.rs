@@ -75,7 +75,15 @@ pub(super) async fn show(
     Caller(tenant): Caller,
     Named(id): Named,
 ) -> Result<Json<DeadLetter>, ApiError> {
-    find(&api, &tenant, &id).await.map(Json)
+    let mut letter = find(&api, &tenant, &id).await?;
+    if letter.payload_key_id.is_some() {
+        // Without the key it is shown without its payload.
+        match api.client.postgres().letter_payload(&letter).await {
+            Ok(payload) => letter.payload = payload,
+            Err(error) => tracing::info!(%error, "a dead letter is shown without its payload"),
+        }
+    }
+    Ok(Json(letter))
 }
 
 async fn find(api: &Api, tenant: &TenantId, id: &str) -> Result<DeadLetter, ApiError> {
@@ -128,9 +136,8 @@ pub(super) async fn resolve(
         "replay" => {
             if let Some(payload) = &how.payload {
                 api.client.check_payload(&letter.kind, payload)?;
-                if kinds::document_of(&letter.kind, payload)
-                    != kinds::document_of(&letter.kind, &letter.payload)
-                {
+                let dead = postgres.letter_payload(&letter).await?;
+                if kinds::document_of(&letter.kind, payload) != kinds::document_of(&letter.kind, &dead) {
                     return Err(ApiError::unprocessable(
                         "invalid_job",
                         "payload.document: a replay is about the dead job's document",

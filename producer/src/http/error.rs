@@ -127,6 +127,8 @@ impl From<EnqueueError> for ApiError {
             EnqueueError::Conflict { job } => {
                 Self::new(StatusCode::CONFLICT, "idempotency_conflict", text).job(job)
             }
+            EnqueueError::UnknownBatch { .. } => Self::not_found(text),
+            EnqueueError::BatchSealed { .. } => Self::new(StatusCode::CONFLICT, "batch_sealed", text),
             EnqueueError::QueueFull { retry_after } => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", text).again(retry_after)
             }

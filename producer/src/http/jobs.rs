@@ -132,7 +132,12 @@ pub(super) async fn enqueue_many(
     Ok((StatusCode::MULTI_STATUS, Json(BatchAnswer { results })).into_response())
 }
 
-fn read(api: &Api, tenant: &TenantId, headers: &HeaderMap, request: JobRequest) -> Result<NewJob, ApiError> {
+pub(super) fn read(
+    api: &Api,
+    tenant: &TenantId,
+    headers: &HeaderMap,
+    request: JobRequest,
+) -> Result<NewJob, ApiError> {
     let invalid = |message: String| ApiError::unprocessable("invalid_job", message);
     not_for_every_tenant(&request.kind, &request.payload)?;
     let mut job = match request.queue {

@@ -1,6 +1,7 @@
 //! The HTTP API.
 
 mod auth;
+mod batches;
 mod bodies;
 mod dead_letters;
 mod documents;
@@ -85,6 +86,9 @@ pub fn router(
             "/v1/schedules/{name}",
             get(schedules::show).put(schedules::update).delete(schedules::delete).post(schedules::control),
         )
+        .route("/v1/batches", post(batches::make).layer(DefaultBodyLimit::max(many)).get(batches::list))
+        .route("/v1/batches/{id}", get(batches::show).post(batches::seal).delete(batches::cancel))
+        .route("/v1/batches/{id}/jobs", post(batches::add).layer(DefaultBodyLimit::max(many)))
         .route("/v1/search", get(documents::search))
         .route("/v1/documents/{*key}", get(documents::show))
         .route("/v1/dead-letters", get(dead_letters::list))

@@ -11,12 +11,13 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::breaker::Breakers;
+use super::{breaker::Breakers, reporter::Reporter};
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
     stores::postgres::{
         Fence,
         ending::Run,
+        progress::Progress,
         take::{StepRecord, TakenJob},
     },
 };
@@ -62,6 +63,38 @@ pub struct CallLimits {
     pub lease_margin: Duration,
 }
 
+/// Tells work that goes on beside a step that its run has to end. Clones tell the same.
+#[derive(Debug, Clone)]
+pub struct RunToken {
+    lost: CancellationToken,
+    stop: CancellationToken,
+    cancel: Option<CancellationToken>,
+}
+
+impl RunToken {
+    /// Whether the run has to end. Costs a few atomic reads: ask in loops.
+    pub fn is_cancelled(&self) -> bool {
+        self.lost.is_cancelled()
+            || self.stop.is_cancelled()
+            || self.cancel.as_ref().is_some_and(CancellationToken::is_cancelled)
+    }
+
+    /// Waits until the run has to end. Cancel-safe.
+    pub async fn cancelled(&self) {
+        let cancel = async {
+            match &self.cancel {
+                Some(cancel) => cancel.cancelled().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.lost.cancelled() => {}
+            () = self.stop.cancelled() => {}
+            () = cancel => {}
+        }
+    }
+}
+
 /// What one delivery of one job knows. Steps use it for every call that leaves the process.
 pub struct StepContext {
     /// The job, as taken.
@@ -77,6 +110,7 @@ pub struct StepContext {
     pub(super) lease: Lease,
     pub(super) breakers: Breakers,
     pub(super) limits: CallLimits,
+    reporter: Reporter,
     /// A person wants the job to end. Not heeded while compensating.
     pub(super) cancel: CancellationToken,
     /// This process wants to end.
@@ -96,6 +130,7 @@ impl StepContext {
         lease: Lease,
         breakers: Breakers,
         limits: CallLimits,
+        reporter: Reporter,
         cancel: CancellationToken,
         stop: CancellationToken,
     ) -> Self {
@@ -110,6 +145,7 @@ impl StepContext {
             lease,
             breakers,
             limits,
+            reporter,
             cancel,
             stop,
             compensating: false,
@@ -127,6 +163,34 @@ impl StepContext {
     /// fence sees the step's effect at least once.
     pub fn idempotency_key(&self, step: &str) -> String {
         format!("{}/{step}", self.saga_id)
+    }
+
+    /// Says how far the job is, for people: 0 to 100 (more counts as 100) and a message of at most 500 characters. Costs
+    /// next to nothing: it is written in the background, at most every 500 ms, the last word wins, and under the fence.
+    /// Each delivery starts anew.
+    pub fn progress(&self, percent: u8, message: impl AsRef<str>) {
+        self.reporter.report(Progress::new(self.job.id, self.job.fence, percent, message.as_ref()));
+    }
+
+    /// Whether the run has to end: a person wants it, the lease is lost, or the process stops.
+    pub fn is_cancelled(&self) -> bool {
+        self.token().is_cancelled()
+    }
+
+    /// Waits until the run has to end. Cancel-safe.
+    pub async fn cancelled(&self) {
+        self.token().cancelled().await;
+    }
+
+    /// The same for work that the engine can't drop: threads, spawned tasks. A step that only awaits needs none of it,
+    /// because the engine drops its future.
+    pub fn token(&self) -> RunToken {
+        RunToken {
+            lost: self.lease.lost(),
+            stop: self.stop.clone(),
+            // A request to cancel is not heeded while its effects are being undone.
+            cancel: (!self.compensating).then(|| self.cancel.clone()),
+        }
     }
 
     /// Who ends this run, for the log.

@@ -6,15 +6,17 @@
 pub mod breaker;
 mod context;
 mod definition;
+mod reporter;
 mod run;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 pub use breaker::Breakers;
-pub use context::{CallLimits, StepContext};
+pub use context::{CallLimits, RunToken, StepContext};
 pub use definition::{Commits, JobRetry, RetryPolicy, Saga, Step};
 use queue::{Lease, WorkerId};
+use reporter::Reporter;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -99,6 +101,7 @@ pub struct Engine {
     pub(crate) settings: EngineSettings,
     pub(crate) breakers: Breakers,
     pub(crate) worker: WorkerId,
+    reporter: Reporter,
     sagas: Arc<HashMap<&'static str, Arc<dyn AnySaga>>>,
 }
 
@@ -124,7 +127,8 @@ impl Engine {
         settings: EngineSettings,
         registry: Registry,
     ) -> Self {
-        Self { postgres, settings, breakers, worker, sagas: Arc::new(registry.0) }
+        let reporter = Reporter::new(postgres.clone());
+        Self { postgres, settings, breakers, worker, reporter, sagas: Arc::new(registry.0) }
     }
 
     /// The ledger.
@@ -173,6 +177,7 @@ impl Engine {
     pub async fn run(&self, delivery: Delivery) -> Ended {
         let job = Arc::clone(&delivery.job);
         let done = match self.sagas.get(job.kind.as_str()) {
+            _ if job.unreadable.is_some() => self.unreadable(delivery).await,
             Some(saga) => saga.drive(self, delivery).await,
             None => self.unroutable(delivery).await,
         };
@@ -183,6 +188,16 @@ impl Engine {
                 Ended::Abandoned
             }
         }
+    }
+
+    /// A payload that this worker has no key for goes back like an unknown kind: another worker may have it, or this one
+    /// after a restart with the right keys.
+    async fn unreadable(&self, delivery: Delivery) -> Result<Ended, StoreError> {
+        let job = &delivery.job;
+        let why = format!("payload: {}", job.unreadable.as_deref().unwrap_or_default());
+        tracing::warn!(job = %job.id, why, "a payload can't be read here");
+        self.postgres.note_error(job.id, job.fence, &why).await?;
+        self.unroutable(delivery).await
     }
 
     /// A kind that this worker does not know goes back uncharged, for a newer worker; it is dead only when none has
@@ -196,29 +211,43 @@ impl Engine {
             worker: self.worker.clone(),
             started_at: chrono::Utc::now(),
         };
-        if job.unroutable_for.is_some_and(|time| time >= self.settings.unroutable_after)
-            || self.settings.unroutable_after.is_zero()
+        // A run that has begun is never left half done: it waits for its key.
+        let may_die = job.unreadable.is_none() || job.saga.is_none();
+        if may_die
+            && (job.unroutable_for.is_some_and(|time| time >= self.settings.unroutable_after)
+                || self.settings.unroutable_after.is_zero())
         {
-            let error = StepError::permanent(
-                "unknown_kind",
-                format!(
-                    "no worker has known the kind {:?} for {:?}; known here: {}",
-                    job.kind,
-                    self.settings.unroutable_after,
-                    {
-                        let mut known: Vec<_> = self.sagas.keys().copied().collect();
-                        known.sort_unstable();
-                        known.join(", ")
-                    }
+            let error = match &job.unreadable {
+                Some(why) => StepError::permanent(
+                    "unreadable_payload",
+                    format!(
+                        "no worker could read the payload for {:?}: {why}",
+                        self.settings.unroutable_after
+                    ),
                 ),
-            );
+                None => StepError::permanent(
+                    "unknown_kind",
+                    format!(
+                        "no worker has known the kind {:?} for {:?}; known here: {}",
+                        job.kind,
+                        self.settings.unroutable_after,
+                        {
+                            let mut known: Vec<_> = self.sagas.keys().copied().collect();
+                            known.sort_unstable();
+                            known.join(", ")
+                        }
+                    ),
+                ),
+            };
             let kept = self.postgres.finish(&run, &Verdict::Dead { failure: failure(&error) }, &[]).await?;
             return Ok(if kept { Ended::Ack } else { Ended::Abandoned });
         }
         // Long enough not to spin, short enough that a deploy is noticed; never longer than what is left of the limit.
-        let left = self.settings.unroutable_after.saturating_sub(job.unroutable_for.unwrap_or_default());
+        let waited = job.unroutable_for.filter(|_| may_die).unwrap_or_default();
+        let left = self.settings.unroutable_after.saturating_sub(waited);
         let delay = Duration::from_secs(10).min(left).max(Duration::from_millis(100));
-        tracing::info!(job = %job.id, kind = job.kind, ?delay, "unknown kind: released uncharged");
+        let why = job.unreadable.as_deref().unwrap_or("unknown kind");
+        tracing::info!(job = %job.id, kind = job.kind, ?delay, why, "released uncharged");
         let kept = self.postgres.release(&run, delay, None, true).await?;
         Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
     }

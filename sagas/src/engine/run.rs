@@ -71,6 +71,7 @@ impl<'a, S: Saga> Drive<'a, S> {
             delivery.lease,
             engine.breakers.clone(),
             engine.settings.calls,
+            engine.reporter.clone(),
             delivery.cancel,
             delivery.stop,
         );

@@ -1,15 +1,19 @@
 //! The rules of `PROTOCOL.md` that the ledger keeps, each tested on the statements that keep it, over a real Postgres.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod batches;
 mod control;
 mod document_order;
+mod encryption;
 mod ending;
 mod keys;
 mod ledger;
 mod lock_order;
 mod outbox;
+mod progress;
 mod retention;
 mod runs;
 mod stale_writes;
+mod steps;
 mod taking;
 mod zombies;

@@ -9,12 +9,15 @@ use chrono::{DateTime, Utc};
 use queue::{JobId, Priority, QueueName, TenantId, TraceContext};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::Postgres;
-use crate::error::StoreError;
+use super::{
+    Postgres,
+    batches::{self, BatchId},
+    sealing::{self, Sealed},
+};
+use crate::{encryption::PayloadCipher, error::StoreError};
 
 /// A key under which the same request is accepted once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +76,12 @@ pub struct NewJob {
     pub parent: Option<JobId>,
     /// The dead job that this one replays.
     pub replay_of: Option<JobId>,
+    /// The open batch that this job becomes a member of.
+    #[serde(default)]
+    pub batch: Option<BatchId>,
+    /// The payload is sealed already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed: Option<Sealed>,
     /// The producer's trace.
     pub trace: Option<TraceContext>,
 }
@@ -95,19 +104,16 @@ impl NewJob {
             idempotency: None,
             parent: None,
             replay_of: None,
+            batch: None,
+            sealed: None,
             trace: None,
         }
     }
 
-    /// SHA-256 of what makes the request the same: kind, document and payload.
-    fn fingerprint(&self) -> Vec<u8> {
-        let mut hash = Sha256::new();
-        hash.update(self.kind.as_bytes());
-        hash.update([0]);
-        hash.update(self.document.as_deref().unwrap_or_default().as_bytes());
-        hash.update([0]);
-        hash.update(self.payload.to_string().as_bytes());
-        hash.finalize().to_vec()
+    /// What makes the request the same: kind, document and plain payload.
+    pub(super) fn request_bytes(&self) -> Vec<u8> {
+        let document = self.document.as_deref().unwrap_or_default();
+        format!("{}\0{document}\0{}", self.kind, self.payload).into_bytes()
     }
 }
 
@@ -122,6 +128,10 @@ pub enum Accepted {
     Conflict(JobId),
     /// No such tenant.
     UnknownTenant,
+    /// The tenant has no such batch.
+    UnknownBatch(BatchId),
+    /// The batch takes no more members.
+    BatchSealed(BatchId),
 }
 
 impl Postgres {
@@ -130,9 +140,40 @@ impl Postgres {
     /// promises to put the jobs into Redis itself; otherwise the relay does.
     pub async fn accept(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
         let mut tx = self.pool.begin().await?;
-        let replies = accept_in(&mut tx, jobs, dispatched).await?;
+        let replies = self.accept_in(&mut tx, jobs, dispatched).await?;
         tx.commit().await?;
         Ok(replies)
+    }
+
+    /// Accepts a batch inside the caller's transaction; see [`accept`](Self::accept).
+    pub(super) async fn accept_in(
+        &self,
+        connection: &mut PgConnection,
+        jobs: &[NewJob],
+        dispatched: bool,
+    ) -> Result<Vec<Accepted>, StoreError> {
+        let mut replies: Vec<Option<Accepted>> = vec![None; jobs.len()];
+        refuse_unknown_tenants(connection, jobs, &mut replies).await?;
+        already_there(connection, jobs, &mut replies).await?;
+        batches::hold_open(connection, jobs, &mut replies).await?;
+        reserve_keys(connection, &self.cipher, jobs, &mut replies).await?;
+        let fresh: Vec<&NewJob> =
+            jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
+        if !fresh.is_empty() {
+            let places = order(connection, &fresh).await?;
+            insert(connection, &self.cipher, &fresh, &places, dispatched).await?;
+        }
+        Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
+    }
+
+    /// Accepts one job inside the caller's transaction and leaves it to the relay.
+    pub(super) async fn accept_one(
+        &self,
+        connection: &mut PgConnection,
+        job: &NewJob,
+    ) -> Result<(), StoreError> {
+        let places = order(connection, &[job]).await?;
+        insert(connection, &self.cipher, &[job], &places, false).await
     }
 
     /// Brings jobs with `durability=fast` into the ledger when a worker is about to take them. Those of unknown tenants
@@ -154,25 +195,6 @@ impl Postgres {
             .await?;
         Ok(())
     }
-}
-
-/// Accepts a batch inside the caller's transaction; see [`Postgres::accept`].
-pub(super) async fn accept_in(
-    connection: &mut PgConnection,
-    jobs: &[NewJob],
-    dispatched: bool,
-) -> Result<Vec<Accepted>, sqlx::Error> {
-    let mut replies: Vec<Option<Accepted>> = vec![None; jobs.len()];
-    refuse_unknown_tenants(connection, jobs, &mut replies).await?;
-    already_there(connection, jobs, &mut replies).await?;
-    reserve_keys(connection, jobs, &mut replies).await?;
-    let fresh: Vec<&NewJob> =
-        jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
-    if !fresh.is_empty() {
-        let places = order(connection, &fresh).await?;
-        insert(connection, &fresh, &places, dispatched).await?;
-    }
-    Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
 }
 
 async fn refuse_unknown_tenants(
@@ -217,6 +239,7 @@ async fn already_there(
 /// are folded first: the first of them counts.
 async fn reserve_keys(
     connection: &mut PgConnection,
+    cipher: &PayloadCipher,
     jobs: &[NewJob],
     replies: &mut [Option<Accepted>],
 ) -> Result<(), sqlx::Error> {
@@ -231,7 +254,7 @@ async fn reserve_keys(
             continue;
         }
         let Some(key) = key_of(job) else { continue };
-        let print = job.fingerprint();
+        let Some(print) = sealing::fingerprints(cipher, job).into_iter().next() else { continue };
         match first.get(&key) {
             None => {
                 first.insert(key, (i, print));
@@ -308,9 +331,17 @@ async fn reserve_keys(
         if *holder == job.id.0 && replies[i].is_none() {
             continue;
         }
-        if !matches!(replies[i], Some(Accepted::UnknownTenant | Accepted::New(_))) {
+        if !matches!(
+            replies[i],
+            Some(
+                Accepted::UnknownTenant
+                    | Accepted::New(_)
+                    | Accepted::UnknownBatch(_)
+                    | Accepted::BatchSealed(_)
+            )
+        ) {
             let id = JobId(*holder);
-            replies[i] = Some(if *print == job.fingerprint() {
+            replies[i] = Some(if sealing::fingerprints(cipher, job).contains(print) {
                 Accepted::Duplicate(id)
             } else {
                 Accepted::Conflict(id)
@@ -367,27 +398,30 @@ async fn order(
 
 async fn insert(
     connection: &mut PgConnection,
+    cipher: &PayloadCipher,
     jobs: &[&NewJob],
     places: &[Option<(Uuid, i64)>],
     dispatched: bool,
-) -> Result<(), sqlx::Error> {
+) -> Result<(), StoreError> {
+    let (payloads, keys): (Vec<Value>, Vec<Option<String>>) =
+        jobs.iter().map(|job| sealing::seal_payload(cipher, job)).collect::<Result<_, _>>()?;
     let text = |f: &dyn Fn(&NewJob) -> String| jobs.iter().map(|job| f(job)).collect::<Vec<_>>();
     sqlx::query(
         "INSERT INTO jobs (id, kind, queue, priority, tenant, payload, run_at, max_attempts, timeout_ms, document_id,
-                           doc_order, parent, replay_of, traceparent, tracestate, dispatched_at)
+                           doc_order, parent, replay_of, traceparent, tracestate, batch_id, payload_key_id, dispatched_at)
          SELECT id, kind, queue, priority, tenant, payload, coalesce(run_at, now()), max_attempts, timeout_ms, document_id,
-                doc_order, parent, replay_of, traceparent, tracestate, CASE WHEN $16 THEN now() END
+                doc_order, parent, replay_of, traceparent, tracestate, batch_id, key_id, CASE WHEN $18 THEN now() END
          FROM unnest($1::uuid[], $2::text[], $3::text[], $4::smallint[], $5::text[], $6::jsonb[], $7::timestamptz[],
-                     $8::integer[], $9::integer[], $10::uuid[], $11::bigint[], $12::uuid[], $13::uuid[], $14::text[], $15::text[])
+                     $8::integer[], $9::integer[], $10::uuid[], $11::bigint[], $12::uuid[], $13::uuid[], $14::text[], $15::text[], $16::uuid[], $17::text[])
               AS j (id, kind, queue, priority, tenant, payload, run_at, max_attempts, timeout_ms, document_id, doc_order,
-                    parent, replay_of, traceparent, tracestate)",
+                    parent, replay_of, traceparent, tracestate, batch_id, key_id)",
     )
     .bind(jobs.iter().map(|job| job.id.0).collect::<Vec<_>>())
     .bind(text(&|job| job.kind.clone()))
     .bind(text(&|job| job.queue.to_string()))
     .bind(jobs.iter().map(|job| i16::from(job.priority.get())).collect::<Vec<_>>())
     .bind(text(&|job| job.tenant.to_string()))
-    .bind(jobs.iter().map(|job| job.payload.clone()).collect::<Vec<_>>())
+    .bind(payloads)
     .bind(jobs.iter().map(|job| job.run_at).collect::<Vec<_>>())
     .bind(jobs.iter().map(|job| job.max_attempts).collect::<Vec<_>>())
     .bind(jobs.iter().map(|job| i32::try_from(job.timeout.as_millis()).unwrap_or(i32::MAX)).collect::<Vec<_>>())
@@ -397,14 +431,10 @@ async fn insert(
     .bind(jobs.iter().map(|job| job.replay_of.map(|id| id.0)).collect::<Vec<_>>())
     .bind(jobs.iter().map(|job| job.trace.as_ref().map(|t| t.traceparent.clone())).collect::<Vec<_>>())
     .bind(jobs.iter().map(|job| job.trace.as_ref().and_then(|t| t.tracestate.clone())).collect::<Vec<_>>())
+    .bind(jobs.iter().map(|job| job.batch.map(|id| id.0)).collect::<Vec<_>>())
+    .bind(keys)
     .bind(dispatched)
     .execute(connection)
     .await?;
     Ok(())
-}
-
-/// Accepts one job inside the caller's transaction and leaves it to the relay.
-pub(super) async fn accept_one(connection: &mut PgConnection, job: &NewJob) -> Result<(), sqlx::Error> {
-    let places = order(connection, &[job]).await?;
-    insert(connection, &[job], &places, false).await
 }

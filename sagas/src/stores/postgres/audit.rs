@@ -470,10 +470,10 @@ impl Postgres {
     /// Writes the dead letter that a dead job lacks, from what the ledger still knows. `false`: there is one.
     pub(crate) async fn mend_letter(&self, job: JobId) -> Result<bool, StoreError> {
         let done = sqlx::query(
-            "INSERT INTO dead_letters (id, job_id, saga_id, tenant, kind, queue, class, reason, payload, traceparent)
+            "INSERT INTO dead_letters (id, job_id, saga_id, tenant, kind, queue, class, reason, payload, payload_key_id, traceparent)
              SELECT uuid7(), j.id, (SELECT s.id FROM sagas s WHERE s.job_id = j.id ORDER BY s.created_at DESC LIMIT 1),
                     j.tenant, j.kind, j.queue, 'letter_lost', coalesce(j.last_error, 'the reason is not recorded'),
-                    j.payload, j.traceparent
+                    j.payload, j.payload_key_id, j.traceparent
              FROM jobs j WHERE j.id = $1 AND j.state = 'dead'
              ON CONFLICT (job_id) DO NOTHING",
         )

@@ -8,7 +8,7 @@ use sqlx::{FromRow, Row};
 use std::time::Duration;
 use uuid::Uuid;
 
-use super::{Postgres, accept::NewJob};
+use super::{Postgres, accept::NewJob, batches::BatchId};
 use crate::error::{Class, Dependency, StoreError};
 
 /// A job that will not be tried again without a person.
@@ -32,8 +32,10 @@ pub struct DeadLetter {
     pub reason: String,
     /// Causes, outermost first.
     pub error_chain: Value,
-    /// The request.
+    /// The request; null if it is sealed: [`letter_payload`](Postgres::letter_payload) opens it.
     pub payload: Value,
+    /// The key it is sealed with.
+    pub payload_key_id: Option<String>,
     /// W3C trace context.
     pub traceparent: Option<String>,
     /// When the job died.
@@ -89,14 +91,20 @@ pub struct Replay {
     pub as_latest: bool,
 }
 
+/// What is sealed is of no use to people who look.
+const LETTER: &str = "SELECT id, job_id, saga_id, tenant, kind, queue, class, reason, error_chain,
+       CASE WHEN payload_key_id IS NULL THEN payload ELSE 'null' END AS payload, payload_key_id, traceparent, created_at, state,
+       resolved_at, resolved_by, note, replay_job
+  FROM dead_letters";
+
 impl Postgres {
     /// A page of dead letters, newest first.
     pub async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetter>, StoreError> {
-        Ok(sqlx::query_as(
-            "SELECT * FROM dead_letters
-             WHERE ($1::text IS NULL OR tenant = $1) AND ($2::text IS NULL OR kind = $2) AND ($3::text IS NULL OR class = $3)
-               AND ($4::text IS NULL OR state = $4) ORDER BY created_at DESC, id LIMIT $5",
-        )
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(format!(
+            "{LETTER} WHERE ($1::text IS NULL OR tenant = $1) AND ($2::text IS NULL OR kind = $2)
+                   AND ($3::text IS NULL OR class = $3) AND ($4::text IS NULL OR state = $4)
+                 ORDER BY created_at DESC, id LIMIT $5"
+        )))
         .bind(&filter.tenant)
         .bind(&filter.kind)
         .bind(&filter.class)
@@ -108,7 +116,7 @@ impl Postgres {
 
     /// One dead letter, by its own id or its job's.
     pub async fn dead_letter(&self, id: Uuid) -> Result<Option<DeadLetter>, StoreError> {
-        Ok(sqlx::query_as("SELECT * FROM dead_letters WHERE id = $1 OR job_id = $1")
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(format!("{LETTER} WHERE id = $1 OR job_id = $1")))
             .bind(id)
             .fetch_optional(&self.pool)
             .await?)
@@ -119,8 +127,8 @@ impl Postgres {
     pub async fn replay(&self, id: Uuid, how: &Replay) -> Result<Resolved, StoreError> {
         let mut tx = self.pool.begin().await?;
         let row = sqlx::query(
-            "SELECT l.id, l.state, j.id AS job, j.kind, j.queue, j.priority, j.tenant, j.payload, j.max_attempts, j.timeout_ms,
-                    j.doc_order, d.key AS document
+            "SELECT l.id, l.state, j.id AS job, j.kind, j.queue, j.priority, j.tenant, j.payload, j.payload_key_id, j.max_attempts, j.timeout_ms,
+                    j.doc_order, j.batch_id, d.key AS document
              FROM dead_letters l JOIN jobs j ON j.id = l.job_id LEFT JOIN documents d ON d.id = j.document_id
              WHERE l.id = $1 OR l.job_id = $1 FOR UPDATE OF l",
         )
@@ -144,7 +152,12 @@ impl Postgres {
         let queue: String = if new_kind == kind { row.try_get("queue")? } else { new_kind.clone() };
         let payload = match &how.payload {
             Some(payload) => payload.clone(),
-            None => row.try_get("payload")?,
+            None => {
+                let (tenant, job): (String, Uuid) = (row.try_get("tenant")?, row.try_get("job")?);
+                let key: Option<String> = row.try_get("payload_key_id")?;
+                let owner = super::sealing::payload_of(&tenant, job);
+                self.cipher.open(owner, row.try_get("payload")?, key.as_deref()).map_err(|e| odd(&e))?
+            }
         };
         let document: Option<String> = row.try_get("document")?;
         let mut job = NewJob::new(
@@ -160,7 +173,9 @@ impl Postgres {
         job.keep_order = if how.as_latest { None } else { row.try_get("doc_order")? };
         job.document = document.or_else(|| crate::kinds::document_of(&job.kind, &job.payload));
         job.replay_of = Some(JobId(row.try_get("job")?));
-        super::accept::accept_one(&mut tx, &job).await?;
+        // Takes the dead job's place in its batch, also in a sealed one.
+        job.batch = row.try_get::<Option<Uuid>, _>("batch_id")?.map(BatchId);
+        self.accept_one(&mut tx, &job).await?;
         sqlx::query(
             "UPDATE dead_letters SET state = 'replayed', resolved_at = now(), resolved_by = $2, replay_job = $3 WHERE id = $1",
         )

@@ -123,6 +123,7 @@ impl Postgres {
         result: &Value,
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
+        let sealed = self.seal_results(&[(run.job_id, result)]).await?;
         let mut tx = self.pool.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
@@ -135,9 +136,13 @@ impl Postgres {
                 .await?;
             insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
         }
-        sqlx::query("UPDATE jobs SET state = 'succeeded', result = nullif($2, 'null'::jsonb), finished_at = now(), last_error = NULL WHERE id = $1")
+        let (result, key_id) = sealed.into_iter().next().unwrap_or_default();
+        sqlx::query(
+            "UPDATE jobs SET state = 'succeeded', result = nullif($2, 'null'::jsonb), result_key_id = $3, finished_at = now(), last_error = NULL WHERE id = $1",
+        )
             .bind(run.job_id.0)
             .bind(result)
+            .bind(key_id)
             .execute(&mut *tx)
             .await?;
         tx.commit().await?;
@@ -326,8 +331,8 @@ async fn charge(connection: &mut PgConnection, run: &Run, failure: &Failure) -> 
 async fn die(connection: &mut PgConnection, run: &Run, failure: &Failure) -> Result<(), sqlx::Error> {
     sqlx::query(
         "WITH dead AS (UPDATE jobs SET state = 'dead', finished_at = now(), last_error = $2 WHERE id = $1 RETURNING *)
-         INSERT INTO dead_letters (id, job_id, saga_id, tenant, kind, queue, class, reason, error_chain, payload, traceparent)
-         SELECT uuid7(), id, $3, tenant, kind, queue, $4, $2, $5, payload, traceparent FROM dead",
+         INSERT INTO dead_letters (id, job_id, saga_id, tenant, kind, queue, class, reason, error_chain, payload, payload_key_id, traceparent)
+         SELECT uuid7(), id, $3, tenant, kind, queue, $4, $2, $5, payload, payload_key_id, traceparent FROM dead",
     )
     .bind(run.job_id.0)
     .bind(&failure.error)

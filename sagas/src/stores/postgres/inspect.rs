@@ -27,8 +27,10 @@ pub struct JobView {
     pub state: String,
     /// More on how it ended.
     pub outcome: Option<String>,
-    /// What it returned.
+    /// What it returned. A sealed one is shown for single jobs only, and where its key is.
     pub result: Option<Value>,
+    /// The key that the result is sealed with.
+    pub result_key_id: Option<String>,
     /// The caller's name of its document.
     pub document: Option<String>,
     /// Its place among that document's jobs.
@@ -51,6 +53,12 @@ pub struct JobView {
     pub parent: Option<Uuid>,
     /// The dead job that it replays.
     pub replay_of: Option<Uuid>,
+    /// The batch it is a member of.
+    pub batch_id: Option<Uuid>,
+    /// How far this delivery says it is, 0 to 100; of an ended job, how far it was.
+    pub progress: Option<i16>,
+    /// What it says about it.
+    pub progress_message: Option<String>,
     /// W3C trace context.
     pub traceparent: Option<String>,
     /// When a person asked for its end.
@@ -63,10 +71,11 @@ pub struct JobView {
     pub finished_at: Option<DateTime<Utc>>,
 }
 
-const JOB: &str = "SELECT j.id, j.kind, j.queue, j.priority, j.tenant, j.state, j.outcome, j.result, d.key AS document, j.doc_order,
+const JOB: &str = "SELECT j.id, j.kind, j.queue, j.priority, j.tenant, j.state, j.outcome, j.result, j.result_key_id, d.key AS document, j.doc_order,
        j.deliveries, j.lost_deliveries, j.attempts, j.max_attempts, j.run_at, j.worker, j.last_error, j.parent, j.replay_of,
-       j.traceparent, j.cancel_requested_at, j.created_at, j.taken_at, j.finished_at
-  FROM jobs j LEFT JOIN documents d ON d.id = j.document_id";
+       j.batch_id, p.percent AS progress, p.message AS progress_message, j.traceparent, j.cancel_requested_at, j.created_at,
+       j.taken_at, j.finished_at
+  FROM jobs j LEFT JOIN documents d ON d.id = j.document_id LEFT JOIN job_progress p ON p.job_id = j.id AND p.fence = j.fence";
 
 /// Which jobs to list; newest first.
 #[derive(Debug, Clone, Default)]
@@ -173,11 +182,12 @@ impl Postgres {
     /// One job.
     pub async fn job(&self, id: JobId, tenant: Option<&str>) -> Result<Option<JobView>, StoreError> {
         let sql = format!("{JOB} WHERE j.id = $1 AND ($2::text IS NULL OR j.tenant = $2)");
-        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        let job: Option<JobView> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(id.0)
             .bind(tenant)
             .fetch_optional(&self.pool)
-            .await?)
+            .await?;
+        Ok(job.map(|job| self.open_result(job)))
     }
 
     /// These jobs, in no order; those that are gone are absent.
@@ -192,14 +202,18 @@ impl Postgres {
             "{JOB} WHERE ($1::text IS NULL OR j.tenant = $1) AND ($2::text IS NULL OR j.state = $2)
                AND ($3::text IS NULL OR j.kind = $3) AND ($4::uuid IS NULL OR j.id < $4) ORDER BY j.id DESC LIMIT $5"
         );
-        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        let mut jobs: Vec<JobView> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(&filter.tenant)
             .bind(&filter.state)
             .bind(&filter.kind)
             .bind(filter.before)
             .bind(filter.limit)
             .fetch_all(&self.pool)
-            .await?)
+            .await?;
+        for job in jobs.iter_mut().filter(|job| job.result_key_id.is_some()) {
+            job.result = None;
+        }
+        Ok(jobs)
     }
 
     /// The states of these jobs, for waiting on many at once.

@@ -6,6 +6,8 @@
 
 pub mod accept;
 pub mod audit;
+pub mod batches;
+pub mod collecting;
 pub mod compensation;
 pub mod control;
 pub mod dead_letters;
@@ -20,10 +22,12 @@ pub mod plain;
 pub mod policies;
 #[cfg(feature = "faults")]
 mod probe;
+pub mod progress;
 pub mod publish;
 pub mod relay;
 pub mod retention;
 pub mod schedules;
+pub mod sealing;
 pub mod stage;
 pub mod take;
 pub mod tenants;
@@ -37,7 +41,10 @@ use sqlx::{
 };
 use uuid::Uuid;
 
-use crate::error::{Class, Dependency, StoreError};
+use crate::{
+    encryption::PayloadCipher,
+    error::{Class, Dependency, StoreError},
+};
 
 /// The migrations, built into the binary.
 pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
@@ -73,6 +80,7 @@ impl PostgresConfig {
 pub struct Postgres {
     pool: PgPool,
     call_timeout: Duration,
+    cipher: PayloadCipher,
 }
 
 impl Postgres {
@@ -99,7 +107,7 @@ impl Postgres {
             .acquire_timeout(config.call_timeout)
             .idle_timeout(Duration::from_secs(300))
             .connect_lazy_with(options);
-        Ok(Self { pool, call_timeout: config.call_timeout })
+        Ok(Self { pool, call_timeout: config.call_timeout, cipher: PayloadCipher::default() })
     }
 
     /// Connects once to see that the server answers, within the call's time-out.

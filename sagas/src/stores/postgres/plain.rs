@@ -41,6 +41,9 @@ impl std::fmt::Debug for PlainLedger {
     }
 }
 
+/// How long a job waits whose payload this worker can't read.
+const UNREADABLE_FOR: Duration = Duration::from_secs(10);
+
 impl PlainLedger {
     /// The ledger as `worker` sees it.
     pub fn new(postgres: Postgres, worker: WorkerId) -> Self {
@@ -61,6 +64,22 @@ impl PlainLedger {
         Self { max_result: bytes, ..self }
     }
 
+    /// A payload that this worker has no key for goes back uncharged: another worker may have it.
+    async fn unreadable(&self, job: TakenJob) -> Result<ledger::Take, LedgerError> {
+        let why = format!("payload: {}", job.unreadable.as_deref().unwrap_or_default());
+        tracing::warn!(job = %job.id, why, "a payload can't be read here: released uncharged");
+        let run = Run {
+            job_id: job.id,
+            fence: job.fence,
+            saga_id: None,
+            worker: self.worker.clone(),
+            started_at: Utc::now(),
+        };
+        self.postgres.note_error(job.id, job.fence, &why).await.map_err(ledger_error)?;
+        let kept = self.postgres.release(&run, UNREADABLE_FOR, None, true).await.map_err(ledger_error)?;
+        Ok(if kept { ledger::Take::NotYet(UNREADABLE_FOR) } else { ledger::Take::Gone })
+    }
+
     /// Whether the refused end was this delivery's own, whose answer was lost (PROTOCOL.md 20).
     async fn ended_before(&self, run: &Run) -> Result<bool, LedgerError> {
         let standing = self.postgres.standing(run.job_id).await.map_err(ledger_error)?;
@@ -79,6 +98,7 @@ impl Ledger for PlainLedger {
         };
         let item = TakeItem { id: envelope.id, fast };
         Ok(match self.take.call(item, Instant::now() + within).await.map_err(ledger_error)? {
+            Take::Taken(job) if job.unreadable.is_some() => self.unreadable(*job).await?,
             Take::Taken(job) => ledger::Take::Granted(grant(*job)),
             Take::Gone => ledger::Take::Gone,
             Take::NotYet(wait) => ledger::Take::NotYet(wait),
@@ -180,19 +200,24 @@ impl Batch for SucceedBatch {
 impl Postgres {
     /// Ends jobs without a saga as succeeded, in one statement; answers in the items' order. `false`: the fence refused.
     async fn succeed(&self, items: &[Success]) -> Result<Vec<bool>, StoreError> {
+        let given: Vec<(JobId, &Value)> = items.iter().map(|item| (item.job, &item.result)).collect();
+        let (results, keys): (Vec<Value>, Vec<Option<String>>) =
+            self.seal_results(&given).await?.into_iter().unzip();
         let rows = sqlx::query(
             "WITH alive AS (
-                SELECT j.id, held.result FROM jobs j
-                JOIN unnest($1::uuid[], $2::bigint[], $3::jsonb[]) AS held (id, fence, result) ON held.id = j.id
+                SELECT j.id, held.result, held.key_id FROM jobs j
+                JOIN unnest($1::uuid[], $2::bigint[], $3::jsonb[], $4::text[]) AS held (id, fence, result, key_id) ON held.id = j.id
                 WHERE j.fence = held.fence AND j.state = 'running'
                 ORDER BY j.id FOR NO KEY UPDATE OF j
              )
-             UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), finished_at = now(), last_error = NULL
+             UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
+                    finished_at = now(), last_error = NULL
              FROM alive WHERE j.id = alive.id RETURNING j.id",
         )
         .bind(items.iter().map(|item| item.job.0).collect::<Vec<_>>())
         .bind(items.iter().map(|item| item.fence.0).collect::<Vec<_>>())
-        .bind(items.iter().map(|item| item.result.clone()).collect::<Vec<_>>())
+        .bind(results)
+        .bind(keys)
         .fetch_all(&self.pool)
         .await?;
         let ended = rows.iter().map(|row| row.try_get("id")).collect::<Result<Vec<Uuid>, _>>()?;

@@ -44,7 +44,10 @@ impl Postgres {
         .bind(full)
         .fetch_all(&mut *tx)
         .await?;
-        let envelopes = rows.iter().map(envelope).collect::<Result<_, _>>()?;
+        let envelopes: Vec<Envelope> = rows.iter().map(envelope).collect::<Result<_, _>>()?;
+        // Committed with the dispatch.
+        let ids: Vec<Uuid> = envelopes.iter().map(|envelope| envelope.id.0).collect();
+        self.seal_plain(&mut tx, &ids).await?;
         Ok(Batch { tx, envelopes })
     }
 

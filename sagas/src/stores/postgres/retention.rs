@@ -30,9 +30,25 @@ impl Postgres {
     /// Clears the results of jobs that have ended longer than `keep` ago, at most `limit`; the jobs' records stay.
     pub async fn expire_results(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
         let done = sqlx::query(
-            "UPDATE jobs SET result = NULL WHERE id IN (
+            "UPDATE jobs SET result = NULL, result_key_id = NULL WHERE id IN (
                  SELECT id FROM jobs WHERE result IS NOT NULL AND finished_at < now() - make_interval(secs => $1)
                  ORDER BY finished_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED)",
+        )
+        .bind(keep.as_secs_f64())
+        .bind(limit)
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected())
+    }
+
+    /// Removes batches that ended longer than `keep` ago and whose members have gone; at most `limit`.
+    pub async fn expire_batches(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
+        let done = sqlx::query(
+            "DELETE FROM batches WHERE id IN (
+                 SELECT b.id FROM batches b WHERE b.finished_at < now() - make_interval(secs => $1)
+                   AND NOT EXISTS (SELECT FROM jobs j WHERE j.batch_id = b.id)
+                   AND NOT EXISTS (SELECT FROM batch_events e WHERE e.batch = b.id)
+                 ORDER BY b.finished_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
         )
         .bind(keep.as_secs_f64())
         .bind(limit)

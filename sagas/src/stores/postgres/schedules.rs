@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     Postgres,
-    accept::{self, Accepted, NewJob},
+    accept::{Accepted, NewJob},
 };
 use crate::error::{Class, StoreError};
 
@@ -149,6 +149,7 @@ pub enum Ticked {
 
 /// Due schedules, locked until [`Due::tick`] or drop: a process that dies in between leaves them to the next.
 pub struct Due {
+    postgres: Postgres,
     tx: Transaction<'static, Db>,
     /// The time that made them due.
     pub now: DateTime<Utc>,
@@ -164,7 +165,7 @@ impl Due {
         for tick in ticks {
             let jobs: Vec<NewJob> = tick.jobs.iter().map(|(_, job)| job.clone()).collect();
             let mut inner = self.tx.begin().await?;
-            let answer = match accept::accept_in(&mut inner, &jobs, false).await.map_err(StoreError::from) {
+            let answer = match self.postgres.accept_in(&mut inner, &jobs, false).await {
                 Ok(replies) => {
                     inner.commit().await?;
                     Ticked::Enqueued(replies.iter().filter(|reply| matches!(reply, Accepted::New(_))).count())
@@ -230,7 +231,7 @@ impl Postgres {
         .bind(limit)
         .fetch_all(&mut *tx)
         .await?;
-        Ok(Due { tx, now, schedules })
+        Ok(Due { postgres: self.clone(), tx, now, schedules })
     }
 
     /// How long until the next tick of any schedule; negative when it is late. `None`: there is none.

@@ -9,9 +9,10 @@ use serde_json::Value;
 use sqlx::{Row, postgres::PgRow};
 use uuid::Uuid;
 
-use super::{Fence, Postgres, accept};
+use super::{Fence, Postgres, accept, batches::BatchId, sealing};
 use crate::{
     coalescing::Batch,
+    encryption::PayloadCipher,
     error::{Dependency, StoreError},
 };
 
@@ -28,8 +29,10 @@ pub struct TakenJob {
     pub priority: i16,
     /// The owner.
     pub tenant: String,
-    /// The request.
+    /// The request; null if it is [`unreadable`](Self::unreadable).
     pub payload: Value,
+    /// Why this process can't open the sealed request. The engine runs no step of such a job.
+    pub unreadable: Option<String>,
     /// Carried by every write of this run.
     pub fence: Fence,
     /// Takes so far, this one included.
@@ -50,6 +53,8 @@ pub struct TakenJob {
     pub doc_order: Option<i64>,
     /// A person asked for its end.
     pub cancel_requested: bool,
+    /// The batch that it is a member of.
+    pub batch: Option<BatchId>,
     /// W3C trace context of the producer.
     pub traceparent: Option<String>,
     /// Since when no worker has known the kind.
@@ -163,9 +168,9 @@ impl Postgres {
                 FROM due WHERE j.id = due.id
                 RETURNING j.*, due.was_lost
              )
-             SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.fence, t.deliveries, t.lost_deliveries,
+             SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.payload_key_id, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
-                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.traceparent, t.was_lost,
+                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent, t.was_lost,
                     extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s,
                     s.id AS saga_id, s.definition_version, s.state AS saga_state, s.next_step, s.data, s.verdict,
                     s.lost_compensating
@@ -178,7 +183,7 @@ impl Postgres {
         let mut taken = HashMap::with_capacity(rows.len());
         let mut lost_compensating: Vec<Uuid> = vec![];
         for row in &rows {
-            let mut job = taken_job(row)?;
+            let mut job = taken_job(row, &self.cipher)?;
             if let Some(saga) = job.saga.as_mut()
                 && saga.compensating
                 && row.try_get("was_lost")?
@@ -230,7 +235,14 @@ impl Postgres {
     }
 }
 
-fn taken_job(row: &PgRow) -> Result<TakenJob, sqlx::Error> {
+fn taken_job(row: &PgRow, cipher: &PayloadCipher) -> Result<TakenJob, sqlx::Error> {
+    let (id, tenant): (Uuid, String) = (row.try_get("id")?, row.try_get("tenant")?);
+    let key: Option<String> = row.try_get("payload_key_id")?;
+    let opened = sealing::open_taken(cipher, &tenant, id, row.try_get("payload")?, key.as_deref());
+    let (payload, unreadable) = match opened {
+        Ok(payload) => (payload, None),
+        Err(why) => (Value::Null, Some(why.to_string())),
+    };
     let saga = match row.try_get::<Option<Uuid>, _>("saga_id")? {
         Some(id) => Some(OpenSaga {
             id,
@@ -244,12 +256,13 @@ fn taken_job(row: &PgRow) -> Result<TakenJob, sqlx::Error> {
         None => None,
     };
     Ok(TakenJob {
-        id: JobId(row.try_get("id")?),
+        id: JobId(id),
         kind: row.try_get("kind")?,
         queue: row.try_get("queue")?,
         priority: row.try_get("priority")?,
-        tenant: row.try_get("tenant")?,
-        payload: row.try_get("payload")?,
+        tenant,
+        payload,
+        unreadable,
         fence: Fence(row.try_get("fence")?),
         deliveries: row.try_get("deliveries")?,
         lost_deliveries: row.try_get("lost_deliveries")?,
@@ -260,6 +273,7 @@ fn taken_job(row: &PgRow) -> Result<TakenJob, sqlx::Error> {
         document_id: row.try_get("document_id")?,
         doc_order: row.try_get("doc_order")?,
         cancel_requested: row.try_get("cancel_requested")?,
+        batch: row.try_get::<Option<Uuid>, _>("batch_id")?.map(BatchId),
         traceparent: row.try_get("traceparent")?,
         unroutable_for: row
             .try_get::<Option<f64>, _>("unroutable_s")?

@@ -1,0 +1,86 @@
+//! A batch of 5,000 jobs over a fleet whose workers, each of which is a relay and a collector, too, are killed at random.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::time::Duration;
+
+use e2e::{Fleet, LONG, Subject, TENANT, wait_until};
+use producer::{CallbackOn, NewJob};
+use queue::TenantId;
+use serde_json::{Value, json};
+
+const MEMBERS: usize = 5000;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn protocol_17_5000_members_over_workers_killed_at_random_count_exactly_and_call_back_once() {
+    let fleet = Fleet::start().await;
+    fleet.seed(&mut [Subject::new("probe", "table", "ingest")]).await;
+    // The kills in the middle of a fold are sure; those by the test hit whatever is under way.
+    let builder = |fleet: &Fleet| {
+        fleet.worker().concurrency(16).queues(&["probe"]).faults("collector.fold.inside=kill*2")
+    };
+    let mut workers: Vec<_> = (0..3).map(|_| builder(&fleet).start()).collect();
+    let members: Vec<NewJob> = (0..MEMBERS).map(|no| fleet.job("probe", json!({ "no": no }))).collect();
+    let callback = fleet.job("probe", json!({ "mark": "callback" }));
+    let client = fleet.client();
+    let made = client
+        .batch(TenantId::new(TENANT).unwrap(), "five thousand")
+        .add(members)
+        .callback(CallbackOn::Complete, callback)
+        .seal()
+        .await
+        .unwrap();
+    assert_eq!(made.jobs.iter().filter(|job| job.is_ok()).count(), MEMBERS);
+    let mut kills = 0;
+    for done in [500, 1500, 2500, 3500, 4500] {
+        wait_until(&format!("{done} members have ended"), LONG, async || {
+            // Those that a fault point killed come back, as under any supervisor.
+            for worker in &mut workers {
+                if !worker.alive() {
+                    *worker = builder(&fleet).start();
+                }
+            }
+            let view = client.batch_state(made.id, None).await.unwrap().unwrap();
+            if view.succeeded >= done { Ok(()) } else { Err(format!("{view:?}")) }
+        })
+        .await;
+        workers[kills % 3].kill9().await;
+        workers[kills % 3] = builder(&fleet).start();
+        kills += 1;
+    }
+    let callback = made.callback.unwrap();
+    wait_until("the callback has succeeded", LONG, async || {
+        for worker in &mut workers {
+            if !worker.alive() {
+                *worker = builder(&fleet).start();
+            }
+        }
+        match fleet.postgres.job(callback, None).await.map_err(|e| e.to_string())? {
+            Some(job) if job.state == "succeeded" => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    assert!(fleet.fired("collector.fold.inside") >= 1, "no collector died in a fold");
+    let view = client.batch_state(made.id, None).await.unwrap().unwrap();
+    let counts = (view.total, view.succeeded, view.failed, view.cancelled);
+    assert_eq!(counts, (MEMBERS as i64, MEMBERS as i64, 0, 0));
+    assert_eq!((view.state.as_str(), view.callback_job), ("finished", Some(callback.0)));
+    let calls: Vec<Value> = sqlx::query_scalar("SELECT payload FROM jobs WHERE payload ? 'mark'")
+        .fetch_all(fleet.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(calls.len(), 1, "{calls:?}");
+    assert_eq!(calls[0]["batch"]["succeeded"], json!(MEMBERS));
+    // Each member's three steps have counted once, and the callback's.
+    let effects: (i64, i64) = sqlx::query_as("SELECT sum(change), count(DISTINCT (job, step)) FROM effects")
+        .fetch_one(fleet.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(effects, (3 * (MEMBERS as i64 + 1), 3 * (MEMBERS as i64 + 1)));
+    let redelivered = fleet.postgres.job_counts(None).await.unwrap().redelivered;
+    println!("{kills} workers killed from outside, {redelivered} members delivered again");
+    for worker in workers {
+        assert!(tokio::time::timeout(Duration::from_secs(60), worker.terminate()).await.is_ok());
+    }
+    fleet.end();
+}
