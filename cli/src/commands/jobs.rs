@@ -298,7 +298,9 @@ async fn change(which: &Which, bound: Bound, change: Change, action: &str, conte
         if which.ids.is_empty() {
             return format!("{} changed", output::counted(done, "job"));
         }
-        answers.iter().map(|(id, _, sentence)| format!("job {id}: {sentence}\n")).collect()
+        let lines: Vec<String> =
+            answers.iter().map(|(id, _, sentence)| format!("job {id}: {sentence}")).collect();
+        lines.join("\n")
     })?;
     Ok(Ending::fine_if(which.ids.is_empty() || done == answers.len()))
 }
