@@ -10,7 +10,7 @@ local part = KEYS[1]
 local keys, ids, answers, counts = {}, {}, {}, {}
 for i = 1, #ARGV, 2 do
   local key = part .. ':j:' .. ARGV[i]
-  local job = redis.call('HMGET', key, 's', 'x', 'n')
+  local job = redis.call('HMGET', key, 's', 'x', 'h')
   local ours = job[1] == 'l' and job[2] == ARGV[i + 1]
   if ours then
     keys[#keys + 1] = key

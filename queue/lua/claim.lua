@@ -13,8 +13,8 @@
 -- ARGV[7]  the worker
 -- ARGV[8]  '1' if nothing may be claimed before the partition has been given its policies
 -- Returns  {epoch, 1 if a further claim would find something or 2 if the policies are missing, ms until a limit lets a claim
---          go on or 0 if time alone doesn't, then 10 per job: id, token, kind, priority, tenant, run_at_ms, enqueued_at_ms,
---          traceparent, tracestate, fast record}
+--          go on or 0 if time alone doesn't, then 12 per job: id, token, kind, priority, tenant, run_at_ms, enqueued_at_ms,
+--          traceparent, tracestate, fast record, charged failures, lost leases}
 -- Complexity: O(claimed * log(leased) + dropped + parked * log(parked) + priorities); a call on an empty partition is one
 --          HMGET
 --@ partition.lua
@@ -158,7 +158,7 @@ local function serve(priority)
   while lengths[list] > 0 and may_drop > 0 do
     local id, seq = string.match(redis.call('LPOP', list), '^(%S+) (%d+)')
     lengths[list] = lengths[list] - 1
-    local job = redis.call('HMGET', job_key(id), 's', 'q', 'k', 'p', 't', 'r', 'e', 'c', 'd', 'f')
+    local job = redis.call('HMGET', job_key(id), 's', 'q', 'k', 'p', 't', 'r', 'e', 'c', 'd', 'f', 'a', 'n')
     if job[1] == 'w' and job[2] == seq then
       served(priority, tenant, rule, lengths[list] > 0)
       return id, job, rule and rule.concurrency
@@ -216,15 +216,15 @@ while claimed < max and may_drop > 0 do
     claimed = claimed + 1
     local token = nonce .. ':' .. claimed
     if counts then
-      redis.call('HSET', job_key(id), 's', 'l', 'x', token, 'o', worker, 'n', job[5])
+      redis.call('HSET', job_key(id), 's', 'l', 'x', token, 'o', worker, 'h', job[5])
     else
       redis.call('HSET', job_key(id), 's', 'l', 'x', token, 'o', worker)
     end
     leases[#leases + 1] = expiry
     leases[#leases + 1] = id
-    for _, value in ipairs({ id, token, job[3], job[4], job[5], job[6], job[7], job[8], job[9], job[10] }) do
-      answer[#answer + 1] = value
-    end
+    answer[#answer + 1] = id
+    answer[#answer + 1] = token
+    for field = 3, 12 do answer[#answer + 1] = job[field] end
     add('w' .. priority, -1)
     add_tenant(job[5], -1)
     count.tick = (count.tick + 1) % 4

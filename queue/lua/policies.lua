@@ -15,7 +15,7 @@
 --                                 limit over all partitions) and cb (how much the lender wants to be in use at most), see
 --                                 grant.lua
 --   T:b                    zset   parked tenants by the time when they may go on, ms; NEVER if something else must happen
---   T:j:<id>               one more field: n, the tenant, if the lease counts towards its concurrency
+--   T:j:<id>               one more field: h, the tenant, if the lease counts towards its concurrency
 --
 -- A tenant that waits is, for each priority, either in the ring or in its own `b`, never in both. So a claim meets a
 -- blocked tenant once per priority, and not again before it has come back.

@@ -25,14 +25,15 @@ answer[4] = #expired == max and 1 or 0
 for i = #expired, 1, -1 do
   local id = expired[i]
   local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'p', 't', 'w', 'n')
+  local job = redis.call('HMGET', key, 's', 'p', 't', 'w', 'h')
   if job[1] == 'l' then
     local since = job[4] or now
     local seq = enter_list(id, job[2], job[3], since, true)
-    redis.call('HDEL', key, 'x', 'o', 'n')
+    redis.call('HDEL', key, 'x', 'o', 'h')
     freed = true
     if job[5] then counts[job[5]] = (counts[job[5]] or 0) + 1 end
     redis.call('HSET', key, 's', 'w', 'q', seq, 'w', since)
+    redis.call('HINCRBY', key, 'n', 1)
     add_tenant(job[3], 1)
     answer[#answer + 1] = id
   end

@@ -3,7 +3,8 @@
 --
 -- KEYS[1]  the partition
 -- ARGV[1]  now_ms, or '' for Redis' clock
--- ARGV[2…] 3 per job: id, token, delay in ms (0: wait at the front)
+-- ARGV[2]  1 if the jobs are charged with a failure, else 0
+-- ARGV[3…] 3 per job: id, token, delay in ms (0: wait at the front)
 -- Returns  one number per job: 1 given back, 0 not ours
 -- Complexity: O(jobs * log(leased + scheduled)); the caller sends at most 500 jobs
 --@ partition.lua
@@ -11,16 +12,17 @@
 local now = clock(ARGV[1])
 local answers, counts = {}, {}
 -- From the last to the first, so that jobs released together keep their order in front.
-for i = #ARGV - 2, 2, -3 do
+for i = #ARGV - 2, 3, -3 do
   local id, delay = ARGV[i], tonumber(ARGV[i + 2])
   local key = job_key(id)
-  local job = redis.call('HMGET', key, 's', 'x', 'p', 't', 'w', 'n')
+  local job = redis.call('HMGET', key, 's', 'x', 'p', 't', 'w', 'h')
   local ours = job[1] == 'l' and job[2] == ARGV[i + 1]
   if ours then
     redis.call('ZREM', LEASES, id)
-    redis.call('HDEL', key, 'x', 'o', 'n')
+    redis.call('HDEL', key, 'x', 'o', 'h')
     freed = true
     if job[6] then counts[job[6]] = (counts[job[6]] or 0) + 1 end
+    if ARGV[2] == '1' then redis.call('HINCRBY', key, 'a', 1) end
     if delay > 0 then
       redis.call('ZADD', SCHEDULE, now + delay, id)
       redis.call('HSET', key, 's', 's')
@@ -31,7 +33,7 @@ for i = #ARGV - 2, 2, -3 do
     end
     add_tenant(job[4], 1)
   end
-  answers[(i + 1) / 3] = ours and 1 or 0
+  answers[i / 3] = ours and 1 or 0
 end
 if ended(counts) then grown = true end
 save()

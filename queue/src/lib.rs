@@ -12,6 +12,7 @@ pub mod heartbeat;
 pub mod ids;
 mod inspect;
 pub mod lease;
+pub mod ledger;
 pub mod lender;
 mod link;
 mod outage;
@@ -22,12 +23,13 @@ pub mod queue;
 pub mod reaper;
 mod record;
 mod reply;
+pub mod retries;
 pub mod scheduler;
 mod scripts;
 mod upkeep;
 mod wakeups;
 
-pub use ack_layer::AckLayer;
+pub use ack_layer::{AckLayer, NotRun};
 pub use acker::{Acker, Done};
 pub use backend::QueueBackend;
 pub use claimer::{Claimer, ClaimerConfig, Job};
@@ -43,10 +45,12 @@ pub use ids::{
     TenantId, WorkerId,
 };
 pub use lease::{Lease, LeaseLost};
+pub use ledger::{Ledger, NoLedger};
 pub use lender::Lender;
 pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use reaper::Reaper;
+pub use retries::Retries;
 pub use scheduler::Scheduler;
 
 /// At how many tenants per priority [`PriorityStats::oldest_ms`] looks.
