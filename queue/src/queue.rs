@@ -231,17 +231,15 @@ impl Queue {
         if max == 0 {
             return Ok(Claimed::nothing(true));
         }
-        let required = match self.shared.copies.required() {
-            false => None,
-            true => {
-                let run = self.shared.link.run_id().await?;
-                if !self.shared.copies.has(queue, partition, &run) {
-                    self.shared.copies.want(queue);
-                    return Ok(Claimed::without_policies());
-                }
-                Some(run)
+        let mut required = None;
+        if self.shared.copies.required() {
+            let run = self.shared.link.run_id().await?;
+            if !self.shared.copies.has(queue, partition, &run) {
+                self.shared.copies.want(queue);
+                return Ok(Claimed::without_policies());
             }
-        };
+            required = Some(run);
+        }
         let config = self.config();
         let args = [
             self.now(),
