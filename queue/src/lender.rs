@@ -362,3 +362,51 @@ impl Queue {
         Reply::new(self.shared.link.script(&scripts::LEND, &key, &args).await?.value)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use devstack::{RedisOptions, testing::TestServices};
+
+    use super::*;
+    use crate::{Envelope, QueueConfig, QueuePolicy, WorkerId};
+
+    async fn queue() -> (TestServices, Queue, QueueName) {
+        let services = TestServices::builder().redis_queue_with(RedisOptions::queue()).start().await.unwrap();
+        let url = services.redis_queue().url().to_owned();
+        let queue =
+            Queue::connect(QueueConfig { url, partitions: 2, ..QueueConfig::default() }).await.unwrap();
+        let name = QueueName::new("ingest").unwrap();
+        let policy = QueuePolicy { max_concurrency: Some(8), ..QueuePolicy::default() };
+        queue.set_policy(&name, &policy, 1).await.unwrap();
+        (services, queue, name)
+    }
+
+    #[tokio::test]
+    async fn rule_21_a_partition_takes_only_a_newer_grant_and_none_of_before_a_fence() {
+        let (_services, queue, name) = queue().await;
+        let tell = async |words: &[&str]| queue.grant(&name, 0, None, words).await.unwrap();
+        assert_eq!(tell(&["set", "5", "7"]).await.has, 5);
+        assert_eq!(tell(&["set", "8", "6"]).await.has, 5, "an older one");
+        assert_eq!(tell(&["set", "8", "7"]).await.has, 5, "another of the same version");
+        let fenced = tell(&["fence"]).await;
+        assert_eq!(tell(&["set", "8", "8"]).await.has, 5, "one that was on its way");
+        let newer = (fenced.version + 1).to_string();
+        assert_eq!(tell(&["set", "8", &newer]).await.has, 8);
+    }
+
+    #[tokio::test]
+    async fn rule_21_a_partition_gives_back_only_what_it_does_not_use() {
+        let (_services, queue, name) = queue().await;
+        let tell = async |words: &[&str]| queue.grant(&name, 0, None, words).await.unwrap();
+        tell(&["set", "5", "1"]).await;
+        let tenant = TenantId::new("acme").unwrap();
+        let jobs: Vec<_> = (0..40).map(|_| Envelope::new("x", name.clone(), tenant.clone())).collect();
+        queue.push(&jobs).await.unwrap();
+        let claims = queue.claim_partition(&name, 0, &WorkerId::new("test:1"), 4).await.unwrap().claims;
+        assert_eq!(claims.len(), 4);
+        let left = tell(&["give", "3", "1"]).await;
+        assert_eq!((left.has, left.version, left.used), (4, 2, 4));
+        assert_eq!(tell(&["give", "3", "1"]).await.version, 2, "its version is another now");
+    }
+}
