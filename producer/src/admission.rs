@@ -88,27 +88,23 @@ impl Admission {
             let near = (depth.read + depth.since).saturating_mul(2) >= limit;
             depth.at.elapsed() < if near { NEAR } else { FAR }
         });
-        let depth = match believed {
-            Some(depth) => depth,
-            None => {
-                let Some(redis) = dispatch.open() else { return false };
-                let (tenant, queue) = place;
-                let answer = match tenant {
-                    Some(tenant) => redis.tenant_depth(queue, tenant).await,
-                    None => redis.depth(queue).await,
-                };
-                dispatch.learn(&answer);
-                let Ok(read) = answer else { return false };
-                let depth = Depth { read, at: Instant::now(), since: 0 };
-                let mut depths = self.depths.lock().unwrap_or_else(PoisonError::into_inner);
-                if depths.len() >= REMEMBERED {
-                    depths.clear();
-                }
-                depths.insert(place.clone(), depth);
-                depth
-            }
+        if let Some(depth) = believed {
+            return depth.read + depth.since >= limit;
+        }
+        let Some(redis) = dispatch.open() else { return false };
+        let (tenant, queue) = place;
+        let answer = match tenant {
+            Some(tenant) => redis.tenant_depth(queue, tenant).await,
+            None => redis.depth(queue).await,
         };
-        depth.read + depth.since >= limit
+        dispatch.learn(&answer);
+        let Ok(read) = answer else { return false };
+        let mut depths = self.depths.lock().unwrap_or_else(PoisonError::into_inner);
+        if depths.len() >= REMEMBERED {
+            depths.clear();
+        }
+        depths.insert(place.clone(), Depth { read, at: Instant::now(), since: 0 });
+        read >= limit
     }
 
     /// The policies as of at most a second ago. One caller at a time looks; the others go on with what is known. When the

@@ -203,7 +203,7 @@ async fn what_the_ledger_holds_of_a_policy_comes_back_as_it_was_set() {
     let error = stage
         .postgres
         .edit_queue_policy(&name("report"), "tester", "queues.test", |policy| {
-            policy.max_concurrency = Some(0)
+            policy.max_concurrency = Some(0);
         })
         .await
         .unwrap_err();

@@ -44,7 +44,8 @@ pub struct Lender {
 struct Grant {
     /// The limit over all partitions; `None`: this partition lends nothing.
     limit: Option<i64>,
-    grant: i64,
+    /// What it may use.
+    has: i64,
     version: i64,
     used: i64,
     needs: bool,
@@ -157,7 +158,7 @@ impl Queue {
         let record = self.record(queue, tenant, &mut grants).await?;
         let mut spare = limit;
         for (partition, (grant, &(lent, _))) in (0..).zip(grants.iter_mut().zip(&record)) {
-            let has = if grant.limit.is_some() { grant.grant } else { 0 };
+            let has = if grant.limit.is_some() { grant.has } else { 0 };
             if has < lent {
                 // A raise that never arrived, or a lowering that the record never heard of. Nothing that is still on its
                 // way counts after the fence, so the record may say what the partition has.
@@ -176,7 +177,7 @@ impl Queue {
         // What nobody uses comes back when somebody needs it, or when the limit has become lower.
         if spare < 0 || spare < needy.len() as i64 && !needy.is_empty() {
             for (partition, grant) in (0..).zip(grants.iter_mut()) {
-                let surplus = grant.grant - grant.used;
+                let surplus = grant.has - grant.used;
                 if grant.limit.is_some() && surplus > 0 {
                     spare += self.collect(queue, tenant, partition, surplus, grant).await?;
                 }
@@ -200,10 +201,10 @@ impl Queue {
                 continue;
             }
             let grant = &mut grants[usize::from(partition)];
-            let before = grant.grant;
+            let before = grant.has;
             let seen = grant.version;
             self.raise(queue, tenant, limit, (partition, part, seen), grant).await?;
-            spare -= grant.grant - before;
+            spare -= grant.has - before;
         }
         self.call_back(queue, tenant, limit, spare, &grants).await?;
         let needs = !needy.is_empty() || spare < 0;
@@ -230,7 +231,7 @@ impl Queue {
             let mut args = vec![text("adopt")];
             for (partition, grant) in (0..).zip(grants.iter_mut()) {
                 *grant = self.grant(queue, partition, tenant, &["fence"]).await?;
-                let lent = if grant.limit.is_some() { grant.grant } else { 0 };
+                let lent = if grant.limit.is_some() { grant.has } else { 0 };
                 args.extend([text(lent), text(grant.version)]);
             }
             self.lending(queue, tenant, args).await?;
@@ -274,7 +275,7 @@ impl Queue {
             return Ok(0);
         }
         let taken = self.lower(queue, tenant, partition, grant).await?;
-        Ok(if taken { before.grant - grant.grant } else { 0 })
+        Ok(if taken { before.has - grant.has } else { 0 })
     }
 
     /// Tells the record what a partition has given back. Returns whether it took that over.
@@ -285,7 +286,7 @@ impl Queue {
         partition: u16,
         grant: &Grant,
     ) -> Result<bool, QueueError> {
-        let has = if grant.limit.is_some() { grant.grant } else { 0 };
+        let has = if grant.limit.is_some() { grant.has } else { 0 };
         let args = vec![text("lower"), text(partition), text(has), text(grant.version)];
         let mut reply = self.lending(queue, tenant, args).await?;
         Ok(!reply.is_empty() && reply.integer()? == 1)
@@ -301,19 +302,19 @@ impl Queue {
         spare: i64,
         grants: &[Grant],
     ) -> Result<(), QueueError> {
-        let poor = grants.iter().filter(|grant| grant.needs && grant.grant == 0).count() as i64;
+        let poor = grants.iter().filter(|grant| grant.needs && grant.has == 0).count() as i64;
         let mut wanted = if spare < 0 { -spare } else { (poor - spare).max(0) };
         // What was lent just now and is not used yet is not called back: somebody may be on the way to use it.
         let mut rich: Vec<(u16, Grant)> =
-            (0..).zip(grants.iter().copied()).filter(|(_, grant)| grant.used >= grant.grant).collect();
-        rich.sort_by_key(|(_, grant)| std::cmp::Reverse(grant.grant));
+            (0..).zip(grants.iter().copied()).filter(|(_, grant)| grant.used >= grant.has).collect();
+        rich.sort_by_key(|(_, grant)| std::cmp::Reverse(grant.has));
         let fair = (limit / grants.len() as i64).max(0);
         for (partition, grant) in rich {
             // With a limit below the number of partitions the grants go round.
-            let most = if spare < 0 { grant.grant } else { (grant.grant - fair).max(i64::from(fair == 0)) };
-            let by = wanted.min(most).min(grant.grant);
+            let most = if spare < 0 { grant.has } else { (grant.has - fair).max(i64::from(fair == 0)) };
+            let by = wanted.min(most).min(grant.has);
             if by > 0 {
-                let target = (grant.grant - by).to_string();
+                let target = (grant.has - by).to_string();
                 self.grant(queue, partition, tenant, &["back", &target]).await?;
                 wanted -= by;
             }
@@ -344,7 +345,7 @@ impl Queue {
         let limit = reply.integer()?;
         Ok(Grant {
             limit: (limit >= 0).then_some(limit),
-            grant: reply.integer()?,
+            has: reply.integer()?,
             version: reply.integer()?,
             used: reply.integer()?,
             needs: reply.integer()? == 1,
@@ -359,5 +360,53 @@ impl Queue {
     ) -> Result<Reply, QueueError> {
         let key = self.subject_key(queue, tenant);
         Reply::new(self.shared.link.script(&scripts::LEND, &key, &args).await?.value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use devstack::{RedisOptions, testing::TestServices};
+
+    use super::*;
+    use crate::{Envelope, QueueConfig, QueuePolicy, WorkerId};
+
+    async fn queue() -> (TestServices, Queue, QueueName) {
+        let services = TestServices::builder().redis_queue_with(RedisOptions::queue()).start().await.unwrap();
+        let url = services.redis_queue().url().to_owned();
+        let queue =
+            Queue::connect(QueueConfig { url, partitions: 2, ..QueueConfig::default() }).await.unwrap();
+        let name = QueueName::new("ingest").unwrap();
+        let policy = QueuePolicy { max_concurrency: Some(8), ..QueuePolicy::default() };
+        queue.set_policy(&name, &policy, 1).await.unwrap();
+        (services, queue, name)
+    }
+
+    #[tokio::test]
+    async fn rule_21_a_partition_takes_only_a_newer_grant_and_none_of_before_a_fence() {
+        let (_services, queue, name) = queue().await;
+        let tell = async |words: &[&str]| queue.grant(&name, 0, None, words).await.unwrap();
+        assert_eq!(tell(&["set", "5", "7"]).await.has, 5);
+        assert_eq!(tell(&["set", "8", "6"]).await.has, 5, "an older one");
+        assert_eq!(tell(&["set", "8", "7"]).await.has, 5, "another of the same version");
+        let fenced = tell(&["fence"]).await;
+        assert_eq!(tell(&["set", "8", "8"]).await.has, 5, "one that was on its way");
+        let newer = (fenced.version + 1).to_string();
+        assert_eq!(tell(&["set", "8", &newer]).await.has, 8);
+    }
+
+    #[tokio::test]
+    async fn rule_21_a_partition_gives_back_only_what_it_does_not_use() {
+        let (_services, queue, name) = queue().await;
+        let tell = async |words: &[&str]| queue.grant(&name, 0, None, words).await.unwrap();
+        tell(&["set", "5", "1"]).await;
+        let tenant = TenantId::new("acme").unwrap();
+        let jobs: Vec<_> = (0..40).map(|_| Envelope::new("x", name.clone(), tenant.clone())).collect();
+        queue.push(&jobs).await.unwrap();
+        let claims = queue.claim_partition(&name, 0, &WorkerId::new("test:1"), 4).await.unwrap().claims;
+        assert_eq!(claims.len(), 4);
+        let left = tell(&["give", "3", "1"]).await;
+        assert_eq!((left.has, left.version, left.used), (4, 2, 4));
+        assert_eq!(tell(&["give", "3", "1"]).await.version, 2, "its version is another now");
     }
 }

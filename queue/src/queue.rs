@@ -236,17 +236,15 @@ impl Queue {
         if max == 0 {
             return Ok(Claimed::nothing(true));
         }
-        let required = match self.shared.copies.required() {
-            false => None,
-            true => {
-                let run = self.server_run_id(queue, partition).await?;
-                if !self.shared.copies.has(queue, partition, &run) {
-                    self.shared.copies.want(queue);
-                    return Ok(Claimed::without_policies());
-                }
-                Some(run)
+        let mut required = None;
+        if self.shared.copies.required() {
+            let run = self.server_run_id(queue, partition).await?;
+            if !self.shared.copies.has(queue, partition, &run) {
+                self.shared.copies.want(queue);
+                return Ok(Claimed::without_policies());
             }
-        };
+            required = Some(run);
+        }
         let config = self.config();
         let nonce = nonce();
         let tokens = String::from_utf8_lossy(&nonce).into_owned();

@@ -93,6 +93,24 @@ async fn rule_21_a_limit_below_the_number_of_partitions_goes_round() {
 }
 
 #[tokio::test]
+async fn rule_21_a_partition_that_has_nothing_calls_a_grant_back_from_a_busy_one() {
+    let stage = Stage::with(|config| config.partitions = 2).await;
+    stage.queue.set_policy(&name(), &limit(1), 1).await.unwrap();
+    stage.queue.push(&jobs(60)).await.unwrap();
+    let mut served = Vec::new();
+    for _ in 0..20 {
+        let mut claims = stage.claim(10).await;
+        stage.queue.lend(&name()).await.unwrap();
+        claims.extend(stage.claim(10).await);
+        assert!(claims.len() <= 1, "{} jobs are leased", claims.len());
+        served.extend(claims.iter().map(|claim| claim.partition));
+        ack(&stage.queue, &claims).await;
+    }
+    served.truncate(6);
+    assert!(served.contains(&0) && served.contains(&1), "one partition has the only grant: {served:?}");
+}
+
+#[tokio::test]
 async fn rule_21_a_tenants_concurrency_holds_over_all_partitions() {
     let stage = stage().await;
     let policy = TenantPolicy { max_concurrency: Some(3), ..TenantPolicy::default() };

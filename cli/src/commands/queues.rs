@@ -124,9 +124,12 @@ impl Limits {
     }
 }
 
+/// What a command does to a policy.
+type Change = Box<dyn FnOnce(&mut QueuePolicy) + Send>;
+
 pub async fn run(command: Command, context: &Context) -> Outcome {
     let postgres = context.postgres().await?;
-    let (queue, action, change): (QueueName, &str, Box<dyn FnOnce(&mut QueuePolicy) + Send>) = match command {
+    let (queue, action, change): (QueueName, &str, Change) = match command {
         Command::List => {
             let rows = postgres.policies_since(0).await?.queues;
             context.out.data(&rows, || {
