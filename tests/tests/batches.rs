@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use e2e::{Fleet, LONG, Subject, TENANT, wait_until};
+use e2e::{Fleet, LONG, TENANT, wait_until};
 use producer::{CallbackOn, NewJob};
 use queue::TenantId;
 use serde_json::{Value, json};
@@ -13,7 +13,16 @@ const MEMBERS: usize = 5000;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn protocol_17_5000_members_over_workers_killed_at_random_count_exactly_and_call_back_once() {
     let fleet = Fleet::start().await;
-    fleet.seed(&mut [Subject::new("probe", "table", "ingest")]).await;
+    // The table in which the steps of `probe` leave their effects.
+    sqlx::query(
+        "CREATE TABLE effects (
+            seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, job uuid NOT NULL, step text NOT NULL, key text NOT NULL,
+            fence bigint NOT NULL, change integer NOT NULL)",
+    )
+    .execute(fleet.postgres.pool())
+    .await
+    .unwrap();
+    sqlx::query("CREATE INDEX effects_key ON effects (key)").execute(fleet.postgres.pool()).await.unwrap();
     // The kills in the middle of a fold are sure; those by the test hit whatever is under way.
     let builder = |fleet: &Fleet| {
         fleet.worker().concurrency(16).queues(&["probe"]).faults("collector.fold.inside=kill*2")
