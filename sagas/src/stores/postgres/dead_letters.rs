@@ -150,14 +150,13 @@ impl Postgres {
         let kind: String = row.try_get("kind")?;
         let new_kind = how.kind.clone().unwrap_or_else(|| kind.clone());
         let queue: String = if new_kind == kind { row.try_get("queue")? } else { new_kind.clone() };
-        let payload = match &how.payload {
-            Some(payload) => payload.clone(),
-            None => {
-                let (tenant, job): (String, Uuid) = (row.try_get("tenant")?, row.try_get("job")?);
-                let key: Option<String> = row.try_get("payload_key_id")?;
-                let owner = super::sealing::payload_of(&tenant, job);
-                self.cipher.open(owner, row.try_get("payload")?, key.as_deref()).map_err(|e| odd(&e))?
-            }
+        let payload = if let Some(mended) = &how.payload {
+            mended.clone()
+        } else {
+            let (tenant, job): (String, Uuid) = (row.try_get("tenant")?, row.try_get("job")?);
+            let key: Option<String> = row.try_get("payload_key_id")?;
+            let owner = super::sealing::payload_of(&tenant, job);
+            self.cipher.open(owner, row.try_get("payload")?, key.as_deref()).map_err(|e| odd(&e))?
         };
         let document: Option<String> = row.try_get("document")?;
         let mut job = NewJob::new(
