@@ -3,6 +3,7 @@
 pub mod ack_layer;
 pub mod acker;
 pub mod backend;
+pub mod board;
 pub mod claimer;
 pub mod config;
 pub mod envelope;
@@ -13,12 +14,15 @@ pub mod ids;
 mod inspect;
 pub mod lease;
 mod link;
+mod listing;
 mod outage;
 mod partition;
 pub mod queue;
 pub mod reaper;
 mod record;
+pub mod registry;
 mod reply;
+pub mod roles;
 pub mod scheduler;
 mod scripts;
 mod upkeep;
@@ -27,6 +31,7 @@ mod wakeups;
 pub use ack_layer::AckLayer;
 pub use acker::{Acker, Done};
 pub use backend::QueueBackend;
+pub use board::{Board, JsonCodec};
 pub use claimer::{Claimer, ClaimerConfig, Job};
 pub use config::QueueConfig;
 pub use envelope::{
@@ -41,7 +46,10 @@ pub use ids::{
 };
 pub use lease::{Lease, LeaseLost};
 pub use queue::Queue;
+pub use listing::{Listed, ListedState};
 pub use reaper::Reaper;
+pub use registry::{LivingWorker, Presence};
+pub use roles::{Roles, RolesConfig};
 pub use scheduler::Scheduler;
 
 /// At how many tenants per priority [`PriorityStats::oldest_ms`] looks.

@@ -20,6 +20,7 @@ use crate::{
     link::{Answer, Link},
     partition::{partition_key, partition_of},
     record::{push_record, read_record},
+    registry::Told,
     reply::{self, Reply},
     scripts::{self, Script},
 };
@@ -53,6 +54,7 @@ pub(crate) struct Shared {
     pub(crate) link: Link,
     probe: Link,
     rotation: AtomicUsize,
+    pub(crate) told: Told,
 }
 
 /// What one claim in one partition brought.
@@ -84,7 +86,7 @@ impl Queue {
         let connect = config.connect_timeout.min(PROBE_DEADLINE);
         let probe = Link::with_deadlines(&config, connect, config.response_timeout.min(PROBE_DEADLINE))?;
         Ok(Self {
-            shared: Arc::new(Shared { config, link, probe, rotation: AtomicUsize::new(0) }),
+            shared: Arc::new(Shared { config, link, probe, rotation: AtomicUsize::new(0), told: Told::default() }),
             now_ms: None,
         })
     }
@@ -147,6 +149,7 @@ impl Queue {
                 },
             )
             .await?;
+        self.note(envelopes.iter().map(|envelope| &envelope.queue)).await;
         answers
             .into_iter()
             .map(|answer| match answer {

@@ -44,6 +44,8 @@ scripts! {
     FORGET = "forget.lua";
     REPRIORITISE = "reprioritise.lua";
     STATS = "stats.lua";
+    LIST = "list.lua";
+    REGISTER = "register.lua";
 }
 
 #[cfg(test)]
