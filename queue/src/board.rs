@@ -5,6 +5,7 @@
 use std::{
     marker::PhantomData,
     pin::Pin,
+    sync::{Mutex, PoisonError},
     task::{Context, Poll, ready},
 };
 
@@ -64,7 +65,8 @@ pub struct Board<T> {
     kind: String,
     tenant: TenantId,
     outgoing: Vec<Envelope>,
-    sending: Option<BoxFuture<'static, Result<(), QueueError>>>,
+    /// Never locked: the mutex makes the board shareable, and only its owner sends.
+    sending: Mutex<Option<BoxFuture<'static, Result<(), QueueError>>>>,
     args: PhantomData<fn() -> T>,
 }
 
@@ -89,7 +91,7 @@ impl<T> Board<T> {
             kind: kind.into(),
             tenant,
             outgoing: Vec::new(),
-            sending: None,
+            sending: Mutex::new(None),
             args: PhantomData,
         }
     }
@@ -336,17 +338,18 @@ impl<T> Sink<Task<Value>> for Board<T> {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), QueueError>> {
         let this = self.get_mut();
+        let under_way = this.sending.get_mut().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some(sending) = &mut this.sending {
+            if let Some(sending) = under_way {
                 let sent = ready!(sending.as_mut().poll(cx));
-                this.sending = None;
+                *under_way = None;
                 sent?;
             }
             if this.outgoing.is_empty() {
                 return Poll::Ready(Ok(()));
             }
             let (queue, envelopes) = (this.queue.clone(), std::mem::take(&mut this.outgoing));
-            this.sending = Some(Box::pin(async move {
+            *under_way = Some(Box::pin(async move {
                 let pushed = queue.push(&envelopes).await?;
                 if pushed.contains(&Pushed::Full) { Err(QueueError::Full) } else { Ok(()) }
             }));
