@@ -20,11 +20,13 @@ use apalis_core::{
     },
     task::{builder::TaskBuilder, status::Status, task_id::TaskId},
 };
+use axum::{body::Body, http::Request};
 use queue::{Board, Envelope, Job, JobId, QueueConfig, QueueName, Roles, RolesConfig, TenantId, WorkerId};
 use serde::{Deserialize, Serialize};
 use support::{Stage, eventually, job, jobs, name, worker};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
 
 #[allow(dead_code)] // its `main` reads the environment
 #[path = "../examples/plain.rs"]
@@ -282,23 +284,20 @@ async fn apalis_own_sink_pushes_jobs() {
 async fn the_board_speaks_apalis_http_interface() {
     let stage = Stage::new().await;
     let routes = board::routes(stage.queue.clone()).unwrap();
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
-    let base = format!("http://{}/api/v1", listener.local_addr().unwrap());
-    let serving = tokio::spawn(async move { axum::serve(listener, routes).await });
-    let http = reqwest::Client::new();
-    let get = async |path: &str| -> serde_json::Value {
-        let answer = http.get(format!("{base}{path}")).send().await.unwrap();
+    let ask = async |request: Request<Body>| -> serde_json::Value {
+        let path = request.uri().clone();
+        let answer = routes.clone().oneshot(request).await.unwrap();
         assert!(answer.status().is_success(), "{path}: {}", answer.status());
-        answer.json().await.unwrap()
+        let body = axum::body::to_bytes(answer.into_body(), 1 << 20).await.unwrap();
+        serde_json::from_slice(&body).unwrap()
     };
-    let answer = http
-        .put(format!("{base}/queues/mails/tasks"))
+    let get = async |path: &str| ask(Request::get(format!("/api/v1{path}")).body(Body::empty()).unwrap()).await;
+    let task = Request::put("/api/v1/queues/mails/tasks")
         .header("x-task-priority", "7")
-        .json(&serde_json::json!({ "to": "board" }))
-        .send()
-        .await
+        .header("content-type", "application/json")
+        .body(Body::from(r#"{ "to": "board" }"#))
         .unwrap();
-    assert!(answer.status().is_success(), "{}", answer.status());
+    ask(task).await;
     let tasks = get("/queues/mails/tasks?status=Pending").await;
     assert_eq!(tasks[0]["args"], serde_json::json!({ "to": "board" }), "{tasks}");
     let id = tasks[0]["ctx"]["task_id"].as_str().unwrap_or_else(|| panic!("{tasks}"));
@@ -309,7 +308,6 @@ async fn the_board_speaks_apalis_http_interface() {
     assert_eq!(get("/workers").await, serde_json::json!([]));
     assert_eq!(get("/queues/mails/workers").await, serde_json::json!([]));
     assert_eq!(get("/tasks").await.as_array().map(Vec::len), Some(1));
-    serving.abort();
 }
 
 #[tokio::test]

@@ -88,7 +88,7 @@ fn between_two_jobs_of_a_tenant_every_other_tenant_of_its_priority_has_its_turn(
     check(32, bursts, async |queue, bursts| {
         let queue = queue.at(NOW);
         let mut turns = Turns::default();
-        let mut serve = async |turns: &mut Turns| match one(&queue).await {
+        let serve = async |turns: &mut Turns| match one(&queue).await {
             Some(claim) => {
                 turns.serve(claim.envelope.priority.get(), claim.envelope.tenant.as_str());
                 queue.ack(&[claim.lease_ref()]).await.unwrap();
