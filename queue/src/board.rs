@@ -145,7 +145,10 @@ impl<T> Board<T> {
 
     async fn living(&self) -> Result<Vec<RunningWorker>, QueueError> {
         let workers = self.queue.workers().await?;
-        Ok(workers.iter().flat_map(|worker| worker.queues.iter().map(|queue| running(worker, queue))).collect())
+        Ok(workers
+            .iter()
+            .flat_map(|worker| worker.queues.iter().map(|queue| running(worker, queue)))
+            .collect())
     }
 }
 

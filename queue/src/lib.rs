@@ -45,8 +45,8 @@ pub use ids::{
     TenantId, WorkerId,
 };
 pub use lease::{Lease, LeaseLost};
-pub use queue::Queue;
 pub use listing::{Listed, ListedState};
+pub use queue::Queue;
 pub use reaper::Reaper;
 pub use registry::{LivingWorker, Presence};
 pub use roles::{Roles, RolesConfig};

@@ -86,7 +86,13 @@ impl Queue {
         let connect = config.connect_timeout.min(PROBE_DEADLINE);
         let probe = Link::with_deadlines(&config, connect, config.response_timeout.min(PROBE_DEADLINE))?;
         Ok(Self {
-            shared: Arc::new(Shared { config, link, probe, rotation: AtomicUsize::new(0), told: Told::default() }),
+            shared: Arc::new(Shared {
+                config,
+                link,
+                probe,
+                rotation: AtomicUsize::new(0),
+                told: Told::default(),
+            }),
             now_ms: None,
         })
     }

@@ -15,9 +15,7 @@ use apalis::{
     prelude::{BoxDynError, Data, Monitor, WorkerBuilder},
 };
 use apalis_core::{
-    backend::{
-        FetchById, Filter, ListAllTasks, ListQueues, ListTasks, ListWorkers, Metrics, TaskSink,
-    },
+    backend::{FetchById, Filter, ListAllTasks, ListQueues, ListTasks, ListWorkers, Metrics, TaskSink},
     task::{builder::TaskBuilder, status::Status, task_id::TaskId},
 };
 use axum::{body::Body, http::Request};
@@ -148,7 +146,12 @@ async fn a_monitor_runs_two_workers_through_panics_and_timeouts_and_stops_withou
         (0..40).map(|_| Envelope { kind: "long".to_owned(), ..job("acme", 5) }).collect();
     stage.queue.push(&long).await.unwrap();
     let ran = || long.iter().filter(|job| log.runs.lock().unwrap().contains_key(&job.id)).count();
-    eventually(Duration::from_secs(5), async || (ran() >= 8).then_some(()), async || format!("{} ran", ran())).await;
+    eventually(
+        Duration::from_secs(5),
+        async || (ran() >= 8).then_some(()),
+        async || format!("{} ran", ran()),
+    )
+    .await;
     stop.send(()).unwrap();
     timeout(Duration::from_secs(15), running).await.expect("the monitor doesn't stop").unwrap().unwrap();
     one.join().await;
@@ -217,7 +220,12 @@ async fn the_board_lists_queues_tasks_and_workers() {
 async fn workers_are_listed_while_they_are_heard_of() {
     let stage = Stage::new().await;
     let (board, shutdown) = (view(&stage), CancellationToken::new());
-    let (roles, _backend) = Roles::spawn(&stage.queue, RolesConfig { heartbeat: queue::HeartbeatConfig::default(), ..config(1, "here") }, &shutdown).unwrap();
+    let (roles, _backend) = Roles::spawn(
+        &stage.queue,
+        RolesConfig { heartbeat: queue::HeartbeatConfig::default(), ..config(1, "here") },
+        &shutdown,
+    )
+    .unwrap();
     let listed = eventually(
         Duration::from_secs(5),
         async || Some(board.list_workers().await.unwrap()).filter(|workers| !workers.is_empty()),
@@ -291,7 +299,8 @@ async fn the_board_speaks_apalis_http_interface() {
         let body = axum::body::to_bytes(answer.into_body(), 1 << 20).await.unwrap();
         serde_json::from_slice(&body).unwrap()
     };
-    let get = async |path: &str| ask(Request::get(format!("/api/v1{path}")).body(Body::empty()).unwrap()).await;
+    let get =
+        async |path: &str| ask(Request::get(format!("/api/v1{path}")).body(Body::empty()).unwrap()).await;
     let task = Request::put("/api/v1/queues/mails/tasks")
         .header("x-task-priority", "7")
         .header("content-type", "application/json")
@@ -313,7 +322,10 @@ async fn the_board_speaks_apalis_http_interface() {
 #[tokio::test]
 async fn the_plain_example_works() {
     let stage = Stage::new().await;
-    timeout(Duration::from_secs(30), plain::run(stage.config.clone())).await.expect("it doesn't end").unwrap();
+    timeout(Duration::from_secs(30), plain::run(stage.config.clone()))
+        .await
+        .expect("it doesn't end")
+        .unwrap();
     let stats = stage.queue.stats(&QueueName::new("mails").unwrap()).await.unwrap();
     assert_eq!((stats.depth(), stats.in_flight), (0, 0));
 }

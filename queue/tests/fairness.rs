@@ -133,7 +133,10 @@ fn an_old_job_of_low_priority_is_reached_in_four_claims_for_each_that_is_older()
             for claim in claims {
                 served += 1;
                 if let Some(age) = ages.remove(&claim.envelope.id) {
-                    assert!(served <= 4 * (age + 1), "the job that {age} are older than came as number {served}");
+                    assert!(
+                        served <= 4 * (age + 1),
+                        "the job that {age} are older than came as number {served}"
+                    );
                 }
             }
             assert!(served <= 4 * old.len() + batch, "{} old jobs were never reached", ages.len());
