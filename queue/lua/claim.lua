@@ -10,8 +10,8 @@
 -- ARGV[5]  how many stale entries to drop at most
 -- ARGV[6]  random text, unique to this claim: the tokens are made from it
 -- ARGV[7]  the worker
--- Returns  {epoch, 1 if a further claim would find something, then 10 per job: id, token, kind, priority, tenant,
---          run_at_ms, enqueued_at_ms, traceparent, tracestate, fast record}
+-- Returns  {epoch, 1 if a further claim would find something, then 12 per job: id, token, kind, priority, tenant,
+--          run_at_ms, enqueued_at_ms, traceparent, tracestate, fast record, charged failures, lost leases}
 -- Complexity: O(claimed * log(leased) + dropped + priorities); a call on an empty partition is one HMGET
 --@ partition.lua
 begin_epoch(ARGV[6])
@@ -54,7 +54,7 @@ local function serve(priority)
   while lengths[list] > 0 and may_drop > 0 do
     local id, seq = string.match(redis.call('LPOP', list), '^(%S+) (%d+)')
     lengths[list] = lengths[list] - 1
-    local job = redis.call('HMGET', job_key(id), 's', 'q', 'k', 'p', 't', 'r', 'e', 'c', 'd', 'f')
+    local job = redis.call('HMGET', job_key(id), 's', 'q', 'k', 'p', 't', 'r', 'e', 'c', 'd', 'f', 'a', 'n')
     if job[1] == 'w' and job[2] == seq then
       end_turn(priority, tenant, lengths[list] > 0)
       return id, job
@@ -90,9 +90,9 @@ while claimed < max and may_drop > 0 do
     redis.call('HSET', job_key(id), 's', 'l', 'x', token, 'o', worker)
     leases[#leases + 1] = expiry
     leases[#leases + 1] = id
-    for _, value in ipairs({ id, token, job[3], job[4], job[5], job[6], job[7], job[8], job[9], job[10] }) do
-      answer[#answer + 1] = value
-    end
+    answer[#answer + 1] = id
+    answer[#answer + 1] = token
+    for field = 3, 12 do answer[#answer + 1] = job[field] end
     add('w' .. priority, -1)
     add_tenant(job[5], -1)
     count.tick = (count.tick + 1) % 4

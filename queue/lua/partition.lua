@@ -5,7 +5,8 @@
 --   T                      hash   counters: seq, tick, w0..w9 (waiting by priority), z (stale list entries), epoch
 --   T:j:<id>               hash   one job: s state (w waiting, s scheduled, l leased), q sequence of its list entry,
 --                                 p priority, t tenant, w waiting since, k kind, e enqueued at, r run at, c traceparent,
---                                 d tracestate, f fast record, x lease token, o owner (worker)
+--                                 d tracestate, f fast record, x lease token, o owner (worker),
+--                                 a charged failures, n lost leases (absent at 0; they count only without a ledger)
 --   T:w:<priority>:<tenant> list  entries "<id> <sequence> <waiting since>"
 --   T:r:<priority>         list   the ring: each tenant with a non-empty list once; its head is served next
 --   T:l                    zset   leases by expiry, ms

@@ -30,6 +30,7 @@ for i = #expired, 1, -1 do
     local seq = enter_list(id, job[2], job[3], since, true)
     redis.call('HDEL', key, 'x', 'o')
     redis.call('HSET', key, 's', 'w', 'q', seq, 'w', since)
+    redis.call('HINCRBY', key, 'n', 1)
     add_tenant(job[3], 1)
     answer[#answer + 1] = id
   end

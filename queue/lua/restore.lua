@@ -6,8 +6,8 @@
 -- ARGV[1]  now_ms, or '' for Redis' clock
 -- ARGV[2]  lease, ms
 -- ARGV[3]  a random name for this life of the data, if it has none yet
--- ARGV[4…] 10 per job: id, token, kind, priority, tenant, run_at_ms or '', enqueued_at_ms, traceparent or '',
---          tracestate or '', fast record or ''
+-- ARGV[4…] 12 per job: id, token, kind, priority, tenant, run_at_ms or '', enqueued_at_ms, traceparent or '',
+--          tracestate or '', fast record or '', charged failures or '', lost leases or ''
 -- Returns  one number per job: 2 registered again, 0 lost
 -- Complexity: O(jobs * log(leased)); the caller sends at most 500 jobs
 --@ partition.lua
@@ -15,7 +15,7 @@ local now = clock(ARGV[1])
 local expiry = now + tonumber(ARGV[2])
 begin_epoch(ARGV[3])
 local answers = {}
-for i = 4, #ARGV, 10 do
+for i = 4, #ARGV, 12 do
   local id, token = ARGV[i], ARGV[i + 1]
   local key = job_key(id)
   local job = redis.call('HMGET', key, 's', 'p', 't')
@@ -28,7 +28,7 @@ for i = 4, #ARGV, 10 do
     answer = 2
   elseif not job[1] then
     local fields = { 'k', ARGV[i + 2], 'p', ARGV[i + 3], 't', ARGV[i + 4], 'e', ARGV[i + 6] }
-    for offset, name in pairs({ [5] = 'r', [7] = 'c', [8] = 'd', [9] = 'f' }) do
+    for offset, name in pairs({ [5] = 'r', [7] = 'c', [8] = 'd', [9] = 'f', [10] = 'a', [11] = 'n' }) do
       if ARGV[i + offset] ~= '' then
         fields[#fields + 1] = name
         fields[#fields + 1] = ARGV[i + offset]

@@ -13,6 +13,7 @@ pub mod heartbeat;
 pub mod ids;
 mod inspect;
 pub mod lease;
+pub mod ledger;
 mod link;
 mod listing;
 mod outage;
@@ -22,13 +23,14 @@ pub mod reaper;
 mod record;
 pub mod registry;
 mod reply;
+pub mod retries;
 pub mod roles;
 pub mod scheduler;
 mod scripts;
 mod upkeep;
 mod wakeups;
 
-pub use ack_layer::AckLayer;
+pub use ack_layer::{AckLayer, NotRun};
 pub use acker::{Acker, Done};
 pub use backend::QueueBackend;
 pub use board::{Board, JsonCodec};
@@ -45,10 +47,12 @@ pub use ids::{
     TenantId, WorkerId,
 };
 pub use lease::{Lease, LeaseLost};
+pub use ledger::{Ledger, NoLedger};
 pub use listing::{Listed, ListedState};
 pub use queue::Queue;
 pub use reaper::Reaper;
 pub use registry::{LivingWorker, Presence};
+pub use retries::Retries;
 pub use roles::{Roles, RolesConfig};
 pub use scheduler::Scheduler;
 

@@ -43,6 +43,7 @@ pub(crate) fn read_record(reply: &mut Reply, id: JobId, queue: &QueueName) -> Re
                 QueueError::Protocol(format!("the record of job {id} is no JSON: {error}"))
             })?),
         };
+    let (attempts, lost) = (count(reply, "charged failures")?, count(reply, "lost leases")?);
     Ok(Envelope {
         id,
         kind,
@@ -53,5 +54,15 @@ pub(crate) fn read_record(reply: &mut Reply, id: JobId, queue: &QueueName) -> Re
         enqueued_at_ms,
         trace: traceparent.map(|traceparent| TraceContext { traceparent, tracestate }),
         fast,
+        attempts,
+        lost,
     })
+}
+
+/// A number that is absent at 0.
+fn count(reply: &mut Reply, what: &str) -> Result<u32, QueueError> {
+    match reply.optional()? {
+        None => Ok(0),
+        Some(text) => text.parse().map_err(|_| QueueError::Protocol(format!("{what} is {text:?}"))),
+    }
 }

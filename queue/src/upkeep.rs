@@ -78,6 +78,8 @@ impl Queue {
                     |args, lease| {
                         args.extend([text(lease.id), text(lease.token.as_str())]);
                         push_record(args, &lease.envelope);
+                        let count = |count: u32| optional((count > 0).then_some(count));
+                        args.extend([count(lease.envelope.attempts), count(lease.envelope.lost)]);
                     },
                 )
                 .await?;
