@@ -6,7 +6,7 @@
 -- ARGV[2]  how many to skip
 -- ARGV[3]  how many at most, up to 500
 -- ARGV[4]  at how many tenants per priority to look
--- Returns  {jobs in that state, then 11 per job: id, owner, end of lease or due time or '', and the record as in claim.lua}
+-- Returns  {jobs in that state, then 13 per job: id, owner, end of lease or due time or '', and the record as in claim.lua}
 -- Complexity: O(priorities * tenants looked at + page * log n). A waiting page skips entries that are stale, so it may
 --          be short.
 --@ partition.lua
@@ -14,10 +14,10 @@ local state, skip, limit = ARGV[1], tonumber(ARGV[2]), math.min(tonumber(ARGV[3]
 local answer = {}
 
 local function put(id, at)
-  local job = redis.call('HMGET', job_key(id), 's', 'o', 'k', 'p', 't', 'r', 'e', 'c', 'd', 'f')
+  local job = redis.call('HMGET', job_key(id), 's', 'o', 'k', 'p', 't', 'r', 'e', 'c', 'd', 'f', 'a', 'n')
   if job[1] ~= state then return end
   for _, value in ipairs({ id, job[2] or '', at }) do answer[#answer + 1] = value end
-  for field = 3, 10 do answer[#answer + 1] = job[field] end
+  for field = 3, 12 do answer[#answer + 1] = job[field] end
 end
 
 if state == 'w' then

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Values per job in the answer of `list.lua`.
-const FIELDS: usize = 11;
+const FIELDS: usize = 13;
 
 /// Where a listed job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +86,7 @@ impl Queue {
         let key = partition_key(self.config(), queue, self.partition_of(id));
         let mut get = redis::cmd("HMGET");
         get.arg(format!("{key}:j:{id}"));
-        for field in ["s", "o", "k", "p", "t", "r", "e", "c", "d", "f"] {
+        for field in ["s", "o", "k", "p", "t", "r", "e", "c", "d", "f", "a", "n"] {
             get.arg(field);
         }
         let mut reply = Reply::new(self.shared.link.command(&get).await?.value)?;
