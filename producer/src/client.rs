@@ -239,11 +239,14 @@ impl Client {
         let Some(queue) = dispatch.open() else { return Ok(()) };
         let postgres = self.postgres();
         let Some(job) = within(postgres.call_timeout(), postgres.job(id, None)).await? else { return Ok(()) };
+        if answer == Cancel::Requested && job.state != "waiting" {
+            // Its worker hears of it. If its lease was lost it waits in Redis, and must stay there to be ended.
+            return Ok(());
+        }
         let Ok(name) = QueueName::new(job.queue) else { return Ok(()) };
         let told = async {
             queue.forget(&[(name, id)]).await?;
             if answer == Cancel::Requested
-                && job.state == "waiting"
                 && let Ok(Some(envelope)) = postgres.envelope(id).await
             {
                 queue.push_accepted(&[envelope]).await?;

@@ -18,10 +18,7 @@ use apalis::{
     layers::WorkerBuilderExt,
     prelude::{BoxDynError, Data, WorkerBuilder},
 };
-use queue::{
-    AckLayer, Acker, Claimer, ClaimerConfig, Envelope, Gates, Heartbeat, HeartbeatConfig, Job, Priority,
-    Queue, QueueBackend, QueueConfig, QueueName, Reaper, Scheduler, TenantId, WorkerId,
-};
+use queue::{Envelope, Job, Priority, Queue, QueueConfig, QueueName, Roles, RolesConfig, TenantId};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -50,11 +47,13 @@ async fn send(job: Job, outbox: Data<Outbox>) -> Result<(), BoxDynError> {
 
 #[tokio::main]
 async fn main() -> Result<(), BoxDynError> {
-    let config = QueueConfig { prefix: "plain-example".to_owned(), ..QueueConfig::from_env()? };
-    let queue = Queue::connect(config.clone()).await?;
-    let mails = QueueName::new("mails")?;
+    run(QueueConfig { prefix: "plain-example".to_owned(), ..QueueConfig::from_env()? }).await
+}
 
-    // Enqueue.
+/// Enqueues, works, stops.
+pub async fn run(config: QueueConfig) -> Result<(), BoxDynError> {
+    let queue = Queue::connect(config).await?;
+    let mails = QueueName::new("mails")?;
     let mut envelopes = Vec::new();
     for number in 0..10_u8 {
         let mail = Mail { to: format!("user{number}@example.org"), text: "Hello".to_owned() };
@@ -64,31 +63,22 @@ async fn main() -> Result<(), BoxDynError> {
             ..Envelope::new("mail", mails.clone(), TenantId::new("acme")?)
         });
     }
-    let pushed = queue.push(&envelopes).await?;
-    println!("enqueued {} mails", pushed.len());
+    queue.push(&envelopes).await?;
 
-    // The roles of a worker.
     let shutdown = CancellationToken::new();
-    let heartbeat = Heartbeat::spawn(config, HeartbeatConfig::default())?;
-    let acker = Acker::spawn(queue.clone(), heartbeat.clone());
-    let queues = vec![mails];
-    let _reaper = Reaper::spawn(queue.clone(), queues.clone(), shutdown.clone());
-    let _scheduler = Scheduler::spawn(queue.clone(), queues.clone(), shutdown.clone());
-    let claimer = ClaimerConfig { queues, worker: WorkerId::for_this_process(), batch: 16, slots: 8 };
-    let (claimer, jobs) = Claimer::spawn(queue, heartbeat, claimer, Gates::new(), shutdown.clone());
-
-    // apalis, with its layers. `AckLayer` acks what succeeds and tries the rest again after five seconds.
-    let outbox = Outbox { left: Arc::new(AtomicU32::new(10)), shutdown };
+    let (roles, backend) = Roles::spawn(&queue, RolesConfig::new(vec![mails]), &shutdown)?;
     WorkerBuilder::new("mailer")
-        .backend(QueueBackend::new(claimer, jobs, acker.clone()))
+        .backend(backend)
         // Outside of the acks: a job that panics comes back when its lease has run out.
         .catch_panic()
-        .layer(AckLayer::new(acker, Duration::from_secs(5)))
+        // What fails is tried again after five seconds.
+        .layer(roles.acks(Duration::from_secs(5)))
         .concurrency(4)
-        .data(outbox)
+        .data(Outbox { left: Arc::new(AtomicU32::new(10)), shutdown })
         .build(send)
         .run()
         .await?;
+    roles.join().await;
     println!("all sent");
     Ok(())
 }

@@ -22,6 +22,7 @@ use crate::{
     policies::Copies,
     policy::wait_of,
     record::{push_record, read_record},
+    registry::Told,
     reply::{self, Reply},
     scripts::{self, Script},
 };
@@ -58,6 +59,7 @@ pub(crate) struct Shared {
     probe: Link,
     rotation: AtomicUsize,
     pub(crate) copies: Copies,
+    pub(crate) told: Told,
 }
 
 /// What one claim in one partition brought.
@@ -108,6 +110,7 @@ impl Queue {
                 probe,
                 rotation: AtomicUsize::new(0),
                 copies: Copies::default(),
+                told: Told::default(),
             }),
             now_ms: None,
         })
@@ -181,6 +184,7 @@ impl Queue {
                 },
             )
             .await?;
+        self.note(envelopes.iter().map(|envelope| &envelope.queue)).await;
         answers
             .into_iter()
             .map(|answer| match answer {

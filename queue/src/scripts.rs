@@ -50,6 +50,8 @@ scripts! {
     POLICY = "policy.lua";
     GRANT = "grant.lua";
     LEND = "lend.lua";
+    LIST = "list.lua";
+    REGISTER = "register.lua";
 }
 
 #[cfg(test)]

@@ -13,12 +13,12 @@ local part, first, many, tenant, priority = KEYS[1], tonumber(ARGV[1]), tonumber
 local list, entries = part .. ':w:' .. priority .. ':' .. tenant, {}
 for n = first, first + many - 1 do
   local id = string.format('00000000-0000-7000-8000-%012x', n)
-  redis.call('HSET', part .. ':j:' .. id, 's', 'w', 'q', n, 'w', 1, 'k', 'ingest', 'p', priority, 't', tenant, 'e', 1)
-  entries[#entries + 1] = id .. ' ' .. n .. ' 1'
+  redis.call('HSET', part .. ':j', id, (n + 1) .. ' ' .. priority .. ' 1 ' .. tenant .. '\\n6:ingest0:1:10:0:')
+  entries[#entries + 1] = id .. ' ' .. (n + 1) .. ' 1'
 end
 if redis.call('RPUSH', list, unpack(entries)) == many then redis.call('RPUSH', part .. ':r:' .. priority, tenant) end
 redis.call('HINCRBY', part, 'w' .. priority, many)
-redis.call('HSET', part, 'seq', first + many)
+redis.call('HSET', part, 'seq', first + many + 1)
 redis.call('HINCRBY', part .. ':t', tenant, many)
 return many";
 

@@ -1,0 +1,110 @@
+//! Pages of the jobs in one state, for people.
+
+use redis::Value;
+
+use crate::{
+    STATS_TENANTS,
+    envelope::Envelope,
+    error::QueueError,
+    ids::{JobId, QueueName},
+    partition::partition_key,
+    queue::{CHUNK, Queue, text},
+    record::read_record,
+    reply::Reply,
+    scripts,
+};
+
+/// Values per job in the answer of `list.lua`.
+const FIELDS: usize = 4;
+
+/// Where a listed job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ListedState {
+    /// In a list.
+    Waiting,
+    /// Until its time comes.
+    Scheduled,
+    /// With a worker.
+    Leased,
+}
+
+impl ListedState {
+    fn letter(self) -> &'static str {
+        match self {
+            Self::Waiting => "w",
+            Self::Scheduled => "s",
+            Self::Leased => "l",
+        }
+    }
+}
+
+/// One job of a page.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Listed {
+    /// What it is.
+    pub envelope: Envelope,
+    /// Where it is.
+    pub state: ListedState,
+    /// The worker that has it, if it is leased.
+    pub owner: Option<String>,
+    /// When it is due, or when its lease ends, in unix ms of Redis' clock.
+    pub at_ms: Option<i64>,
+}
+
+impl Queue {
+    /// A page of the jobs in one state: at most `limit` (500) after `skip`. Waiting jobs come by priority, then tenant
+    /// (the first [`STATS_TENANTS`] of a priority); the others by time; all of it per partition, one after the other.
+    /// The queue moves on between two pages, so a job may be on both or on neither.
+    pub async fn list(
+        &self,
+        queue: &QueueName,
+        state: ListedState,
+        skip: u64,
+        limit: usize,
+    ) -> Result<Vec<Listed>, QueueError> {
+        let (mut skip, limit) = (skip, limit.min(CHUNK));
+        let mut page = Vec::new();
+        for partition in 0..self.config().partitions {
+            if page.len() >= limit {
+                break;
+            }
+            let args = [text(state.letter()), text(skip), text(limit - page.len()), text(STATS_TENANTS)];
+            let mut reply = Reply::new(self.script(&scripts::LIST, queue, partition, &args).await?.value)?;
+            let held = reply.integer()?.unsigned_abs();
+            while !reply.is_empty() {
+                let mut record = reply.take(FIELDS)?;
+                let id: JobId = record.parsed("a job id")?;
+                let owner = owner_of(&record.text()?);
+                let at_ms = record.text()?.parse().ok();
+                page.push(Listed { envelope: read_record(&record.bytes()?, id, queue)?, state, owner, at_ms });
+            }
+            skip = skip.saturating_sub(held);
+        }
+        Ok(page)
+    }
+
+    /// One job that Redis knows, wherever it is.
+    pub async fn find(&self, queue: &QueueName, id: JobId) -> Result<Option<Listed>, QueueError> {
+        let key = partition_key(self.config(), queue, self.partition_of(id));
+        let mut ask = redis::pipe();
+        for hash in ["j", "x"] {
+            ask.cmd("HGET").arg(format!("{key}:{hash}")).arg(id.to_string());
+        }
+        let mut reply = Reply::new(Value::Array(self.shared.link.pipeline(&ask).await?))?;
+        let Some(record) = reply.optional()? else { return Ok(None) };
+        let holder = reply.optional()?;
+        let state = match &holder {
+            Some(_) => ListedState::Leased,
+            // The sequence of a scheduled job is 0; see `lua/partition.lua`.
+            None if record.starts_with("0 ") => ListedState::Scheduled,
+            None => ListedState::Waiting,
+        };
+        let owner = holder.as_deref().and_then(owner_of);
+        Ok(Some(Listed { envelope: read_record(record.as_bytes(), id, queue)?, state, owner, at_ms: None }))
+    }
+}
+
+/// The worker in a holder, which is `<token> <tenant or nothing> <worker>`. A restored lease names none.
+fn owner_of(holder: &str) -> Option<String> {
+    holder.splitn(3, ' ').nth(2).filter(|owner| !owner.is_empty()).map(str::to_owned)
+}

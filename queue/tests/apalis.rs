@@ -1,0 +1,331 @@
+//! What apalis' users and its board expect of a backend: the roles in one call, a monitor over two workers, layers, the
+//! listings, pushing by apalis' own sink, and the examples.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use apalis::{
+    layers::WorkerBuilderExt,
+    prelude::{BoxDynError, Data, Monitor, WorkerBuilder},
+};
+use apalis_core::{
+    backend::{FetchById, Filter, ListAllTasks, ListQueues, ListTasks, ListWorkers, Metrics, TaskSink},
+    task::{builder::TaskBuilder, status::Status, task_id::TaskId},
+};
+use axum::{body::Body, http::Request};
+use queue::{Board, Envelope, Job, JobId, QueueConfig, QueueName, Roles, RolesConfig, TenantId, WorkerId};
+use serde::{Deserialize, Serialize};
+use support::{Stage, eventually, job, jobs, name, worker};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+#[allow(dead_code)] // its `main` reads the environment
+#[path = "../examples/plain.rs"]
+mod plain;
+
+#[allow(dead_code)]
+#[path = "../examples/board.rs"]
+mod board;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Mail {
+    to: String,
+}
+
+fn view(stage: &Stage) -> Board<Mail> {
+    Board::new(stage.queue.clone(), name(), "mail", TenantId::new("acme").unwrap())
+}
+
+fn filter(status: Option<Status>, page: u32, size: u32) -> Filter {
+    Filter { status, page, page_size: Some(size) }
+}
+
+fn quick(config: &mut QueueConfig) {
+    config.lease = Duration::from_secs(2);
+    config.safety_poll = Duration::from_millis(200);
+}
+
+#[derive(Clone, Default)]
+struct Log {
+    runs: Arc<Mutex<HashMap<JobId, u32>>>,
+    now: Arc<Mutex<u32>>,
+}
+
+async fn handle(job: Job, log: Data<Log>) -> Result<(), BoxDynError> {
+    let id = job.envelope.id;
+    let run = {
+        let mut runs = log.runs.lock().unwrap();
+        let count = runs.entry(id).or_insert(0);
+        *count += 1;
+        *count
+    };
+    *log.now.lock().unwrap() += 1;
+    match job.envelope.kind.as_str() {
+        "panic" if run < 2 => panic!("a handler's bug"),
+        // Longer than the timeout layer allows, the first time.
+        "slow" if run < 2 => sleep(Duration::from_secs(30)).await,
+        "long" => sleep(Duration::from_millis(300)).await,
+        _ => {}
+    }
+    *log.now.lock().unwrap() -= 1;
+    Ok(())
+}
+
+fn config(slots: usize, who: &str) -> RolesConfig {
+    RolesConfig {
+        slots,
+        worker: WorkerId::new(who),
+        heartbeat: queue::HeartbeatConfig { interval: Duration::from_millis(500) },
+        ..RolesConfig::new(vec![name()])
+    }
+}
+
+#[tokio::test]
+async fn a_monitor_runs_two_workers_through_panics_and_timeouts_and_stops_without_losing_a_job() {
+    let stage = Stage::with(quick).await;
+    let (log, shutdown) = (Log::default(), CancellationToken::new());
+    let (one, first) = Roles::spawn(&stage.queue, config(8, "one"), &shutdown).unwrap();
+    let (two, second) = Roles::spawn(&stage.queue, config(8, "two"), &shutdown).unwrap();
+    let (first, second) = (Mutex::new(Some(first)), Mutex::new(Some(second)));
+    let (acks, more_acks) = (one.acks(Duration::from_millis(50)), two.acks(Duration::from_millis(50)));
+    let (data, more_data) = (log.clone(), log.clone());
+    // A backend can't be made twice: workers that a monitor starts again take new roles.
+    let monitor = Monitor::new()
+        .register(move |_| {
+            WorkerBuilder::new("one")
+                .backend(first.lock().unwrap().take().expect("not started again"))
+                .catch_panic()
+                .layer(acks.clone())
+                .timeout(Duration::from_millis(900))
+                .concurrency(4)
+                .data(data.clone())
+                .build(handle)
+        })
+        .register(move |_| {
+            WorkerBuilder::new("two")
+                .backend(second.lock().unwrap().take().expect("not started again"))
+                .catch_panic()
+                .layer(more_acks.clone())
+                .timeout(Duration::from_millis(900))
+                .concurrency(4)
+                .data(more_data.clone())
+                .build(handle)
+        });
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let running = tokio::spawn(monitor.run_with_signal(async move {
+        stopped.await.ok();
+        Ok(())
+    }));
+
+    let mut all = jobs(100);
+    all.extend(["panic", "slow"].map(|kind| Envelope { kind: kind.to_owned(), ..job("acme", 9) }));
+    stage.queue.push(&all).await.unwrap();
+    let drained = async || {
+        let stats = stage.queue.stats(&name()).await.unwrap();
+        (stats.depth() + stats.scheduled + stats.in_flight == 0).then_some(())
+    };
+    let state = async || {
+        let runs = log.runs.lock().unwrap().len();
+        format!("{runs} ran; {:?}", stage.queue.stats(&name()).await)
+    };
+    eventually(Duration::from_secs(30), drained, state).await;
+    for envelope in &all {
+        let expected = if matches!(envelope.kind.as_str(), "panic" | "slow") { 2 } else { 1 };
+        assert_eq!(log.runs.lock().unwrap()[&envelope.id], expected, "{}", envelope.kind);
+    }
+
+    // Stopped in the middle of long jobs.
+    let long: Vec<Envelope> =
+        (0..40).map(|_| Envelope { kind: "long".to_owned(), ..job("acme", 5) }).collect();
+    stage.queue.push(&long).await.unwrap();
+    let ran = || long.iter().filter(|job| log.runs.lock().unwrap().contains_key(&job.id)).count();
+    eventually(
+        Duration::from_secs(5),
+        async || (ran() >= 8).then_some(()),
+        async || format!("{} ran", ran()),
+    )
+    .await;
+    stop.send(()).unwrap();
+    timeout(Duration::from_secs(15), running).await.expect("the monitor doesn't stop").unwrap().unwrap();
+    one.join().await;
+    two.join().await;
+    let stats = stage.queue.stats(&name()).await.unwrap();
+    assert_eq!((stats.depth() as usize, stats.in_flight), (40 - ran(), 0), "what didn't run waits again");
+    assert!(stage.queue.workers().await.unwrap().is_empty(), "workers that stopped are still listed");
+}
+
+#[tokio::test]
+async fn the_board_lists_queues_tasks_and_workers() {
+    let stage = Stage::new().await;
+    let (now, mut board) = (chrono::Utc::now().timestamp_millis(), view(&stage));
+    let mut all: Vec<Envelope> = (0..30)
+        .map(|number| Envelope {
+            fast: Some(serde_json::json!({ "to": format!("user{number}") })),
+            ..job(if number % 2 == 0 { "even" } else { "odd" }, number % 10)
+        })
+        .collect();
+    all.push(Envelope { run_at_ms: Some(now + 3_600_000), ..all[0].clone() });
+    all[30].id = JobId::new();
+    stage.queue.push(&all).await.unwrap();
+    let other = QueueName::new("other").unwrap();
+    stage.queue.push(&[Envelope { queue: other.clone(), ..job("acme", 1) }]).await.unwrap();
+    let leased = stage.claim(5).await;
+
+    // Pages cover every job once, the highest priority first.
+    let mut seen = Vec::new();
+    for page in 1..=4 {
+        seen.extend(board.list_tasks(&filter(Some(Status::Pending), page, 7)).await.unwrap());
+    }
+    let priorities: Vec<_> = seen[..25].iter().map(|task| task.ctx().priority().unwrap()).collect();
+    assert!(priorities.is_sorted_by(|a, b| a >= b), "{priorities:?}");
+    let mut ids: Vec<String> = seen.iter().map(|task| task.ctx().task_id().unwrap().to_string()).collect();
+    ids.sort();
+    let held: Vec<JobId> = support::ids(&leased);
+    let mut expected: Vec<String> =
+        all.iter().map(|job| job.id).filter(|id| !held.contains(id)).map(|id| id.to_string()).collect();
+    expected.sort();
+    assert_eq!(ids, expected);
+    let running = board.list_tasks(&filter(Some(Status::Running), 1, 50)).await.unwrap();
+    assert_eq!(running.len(), 5);
+    assert_eq!(running[0].ctx().lock_by(), Some(worker().as_str()));
+    assert!(board.list_tasks(&filter(Some(Status::Done), 1, 50)).await.unwrap().is_empty());
+    assert_eq!(board.list_tasks(&filter(None, 1, 100)).await.unwrap().len(), 31);
+    assert_eq!(board.list_all_tasks(&filter(None, 1, 100)).await.unwrap().len(), 32);
+    assert_eq!(board.list_all_tasks(&filter(None, 1, 10)).await.unwrap().len(), 10);
+
+    let found = board.fetch_by_id(&TaskId::from_string(all[3].id.to_string())).await.unwrap().unwrap();
+    assert_eq!(found.args, serde_json::json!({ "to": "user3" }));
+    assert!(board.fetch_by_id(&TaskId::from_string("unknown")).await.unwrap().is_none());
+
+    let queues = board.list_queues().await.unwrap();
+    assert_eq!(queues.iter().map(|queue| queue.name.as_str()).collect::<Vec<_>>(), ["ingest", "other"]);
+    let value = |stats: &[apalis_core::backend::Statistic], title: &str| {
+        stats.iter().find(|stat| stat.title == title).map(|stat| stat.value.clone())
+    };
+    let stats = board.fetch_by_queue().await.unwrap();
+    assert_eq!(value(&stats, "Waiting").as_deref(), Some("25"));
+    assert_eq!(value(&stats, "Running").as_deref(), Some("5"));
+    assert_eq!(value(&stats, "Scheduled").as_deref(), Some("1"));
+    assert_eq!(value(&board.global().await.unwrap(), "Waiting").as_deref(), Some("26"));
+}
+
+#[tokio::test]
+async fn workers_are_listed_while_they_are_heard_of() {
+    let stage = Stage::new().await;
+    let (board, shutdown) = (view(&stage), CancellationToken::new());
+    let (roles, _backend) = Roles::spawn(
+        &stage.queue,
+        RolesConfig { heartbeat: queue::HeartbeatConfig::default(), ..config(1, "here") },
+        &shutdown,
+    )
+    .unwrap();
+    let listed = eventually(
+        Duration::from_secs(5),
+        async || Some(board.list_workers().await.unwrap()).filter(|workers| !workers.is_empty()),
+        async || "no worker is listed".to_owned(),
+    )
+    .await;
+    assert_eq!((listed[0].id.as_str(), listed[0].queue.as_str()), ("here", "ingest"));
+    assert_eq!(board.list_queues().await.unwrap()[0].workers, ["here"]);
+    assert_eq!(board.list_all_workers().await.unwrap().len(), 1);
+    // Silence, seen from a later time.
+    let later = stage.queue.at(chrono::Utc::now().timestamp_millis() + 61_000);
+    assert!(later.workers().await.unwrap().is_empty());
+    later.register(None, &[name()]).await.unwrap();
+    assert!(stage.queue.workers().await.unwrap().is_empty(), "who is silent is forgotten");
+    roles.join().await;
+}
+
+#[tokio::test]
+async fn the_registry_stays_small() {
+    let stage = Stage::new().await;
+    let start = chrono::Utc::now().timestamp_millis();
+    for number in 0..1100_i64 {
+        let living = queue::LivingWorker {
+            worker: WorkerId::new(format!("w{number}")),
+            queues: vec![name()],
+            started_at_ms: start,
+            last_seen_ms: 0,
+        };
+        stage.queue.at(start + number % 7).register(Some(&living), &[name()]).await.unwrap();
+    }
+    let mut raw = stage.raw().await;
+    for (command, key) in [("ZCARD", "w"), ("HLEN", "i")] {
+        let count: u64 = redis::cmd(command)
+            .arg(format!("{{{}:registry}}:{key}", stage.config.prefix))
+            .query_async(&mut raw)
+            .await
+            .unwrap();
+        assert_eq!(count, 1000, "{key}");
+    }
+}
+
+#[tokio::test]
+async fn apalis_own_sink_pushes_jobs() {
+    let stage = Stage::new().await;
+    let mut board = view(&stage);
+    board.push(Mail { to: "one".to_owned() }).await.unwrap();
+    board.push_bulk((0..1200).map(|n| Mail { to: n.to_string() }).collect()).await.unwrap();
+    let id = JobId::new();
+    let task = TaskBuilder::new(Mail { to: "urgent".to_owned() })
+        .task_id(TaskId::from_string(id.to_string()))
+        .priority(9)
+        .build();
+    board.push_task(task).await.unwrap();
+    let later = TaskBuilder::new(Mail { to: "later".to_owned() }).run_in_hours(1).build();
+    board.push_task(later).await.unwrap();
+    let stats = stage.queue.stats(&name()).await.unwrap();
+    assert_eq!((stats.depth(), stats.scheduled), (1202, 1));
+    let first = &stage.claim(1).await[0].envelope;
+    assert_eq!((first.id, first.kind.as_str()), (id, "mail"));
+    assert_eq!(first.fast, Some(serde_json::json!({ "to": "urgent" })));
+}
+
+#[tokio::test]
+async fn the_board_speaks_apalis_http_interface() {
+    let stage = Stage::new().await;
+    let routes = board::routes(stage.queue.clone()).unwrap();
+    let ask = async |request: Request<Body>| -> serde_json::Value {
+        let path = request.uri().clone();
+        let answer = routes.clone().oneshot(request).await.unwrap();
+        assert!(answer.status().is_success(), "{path}: {}", answer.status());
+        let body = axum::body::to_bytes(answer.into_body(), 1 << 20).await.unwrap();
+        serde_json::from_slice(&body).unwrap()
+    };
+    let get =
+        async |path: &str| ask(Request::get(format!("/api/v1{path}")).body(Body::empty()).unwrap()).await;
+    let task = Request::put("/api/v1/queues/mails/tasks")
+        .header("x-task-priority", "7")
+        .header("content-type", "application/json")
+        .body(Body::from(r#"{ "to": "board" }"#))
+        .unwrap();
+    ask(task).await;
+    let tasks = get("/queues/mails/tasks?status=Pending").await;
+    assert_eq!(tasks[0]["args"], serde_json::json!({ "to": "board" }), "{tasks}");
+    let id = tasks[0]["ctx"]["task_id"].as_str().unwrap_or_else(|| panic!("{tasks}"));
+    assert_eq!(get(&format!("/queues/mails/tasks/{id}")).await["args"]["to"], "board");
+    assert_eq!(get("/queues").await[0]["name"], "mails");
+    assert_eq!(get("/queues/mails/stats").await[0]["value"], "1");
+    assert_eq!(get("/overview").await[0]["value"], "1");
+    assert_eq!(get("/workers").await, serde_json::json!([]));
+    assert_eq!(get("/queues/mails/workers").await, serde_json::json!([]));
+    assert_eq!(get("/tasks").await.as_array().map(Vec::len), Some(1));
+}
+
+#[tokio::test]
+async fn the_plain_example_works() {
+    let stage = Stage::new().await;
+    timeout(Duration::from_secs(30), plain::run(stage.config.clone()))
+        .await
+        .expect("it doesn't end")
+        .unwrap();
+    let stats = stage.queue.stats(&QueueName::new("mails").unwrap()).await.unwrap();
+    assert_eq!((stats.depth(), stats.in_flight), (0, 0));
+}
