@@ -28,6 +28,9 @@ local JOBS, HOLDERS = part .. ':j', part .. ':x'
 local function list_key(priority, tenant) return part .. ':w:' .. priority .. ':' .. tenant end
 local function ring_key(priority) return part .. ':r:' .. priority end
 
+-- A whole number as text. Much cheaper than leaving it to Lua or Redis, which format every number as a fraction.
+local function whole(number) return string.format('%d', number) end
+
 -- Redis' own clock in ms. `given` is empty except in tests.
 local function clock(given)
   if given ~= '' then return tonumber(given) end
@@ -47,9 +50,13 @@ for i, name in ipairs(NAMES) do
   before[name] = count[name]
 end
 
+-- The counter of each priority's waiting jobs, by the priority as a number and as text.
+local WAITING = { [0] = 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', 'w7', 'w8', 'w9' }
+for priority = 0, 9 do WAITING[string.sub(WAITING[priority], 2)] = WAITING[priority] end
+
 local function depth(of)
   local sum = 0
-  for priority = 0, 9 do sum = sum + of['w' .. priority] end
+  for priority = 0, 9 do sum = sum + of[WAITING[priority]] end
   return sum
 end
 
@@ -75,9 +82,8 @@ end
 
 -- Whether the lease is the one with this token, and the tenant whose concurrency it counts for, if any.
 local function held_by(holder, token)
-  if not holder or string.sub(holder, 1, #token + 1) ~= token .. ' ' then return false end
-  local counts = string.match(holder, '^ (%S*) ', #token + 1)
-  return true, counts ~= '' and counts or nil
+  if not holder or string.find(holder, token, 1, true) ~= 1 or string.byte(holder, #token + 1) ~= 32 then return false end
+  return true, string.match(holder, '^(%S+) ', #token + 2)
 end
 
 local function into_ring(priority, tenant)
@@ -90,8 +96,8 @@ end
 local entering = {}
 local function enter_list(id, priority, tenant, since, front)
   count.seq = count.seq + 1
-  local list = list_key(priority, tenant)
-  local entry = id .. ' ' .. count.seq .. ' ' .. since
+  local list, seq = list_key(priority, tenant), whole(count.seq)
+  local entry = id .. ' ' .. seq .. ' ' .. since
   if front then
     if redis.call('LPUSH', list, entry) == 1 then into_ring(priority, tenant) end
   else
@@ -102,8 +108,8 @@ local function enter_list(id, priority, tenant, since, front)
     end
     group[#group + 1] = entry
   end
-  add('w' .. priority, 1)
-  return count.seq
+  add(WAITING[priority], 1)
+  return seq
 end
 
 local function enter_gathered()
@@ -124,7 +130,7 @@ local function save_tenants()
     local jobs = tonumber(held[i] or 0) + tenants[tenant]
     if jobs > 0 then
       set[#set + 1] = tenant
-      set[#set + 1] = jobs
+      set[#set + 1] = whole(jobs)
     elseif held[i] then
       gone[#gone + 1] = tenant
     end
@@ -145,7 +151,7 @@ local function save()
   for name, value in pairs(count) do
     if value ~= before[name] then
       changed[#changed + 1] = name
-      changed[#changed + 1] = value
+      changed[#changed + 1] = whole(value)
     end
   end
   if #changed > 0 then redis.call('HSET', part, unpack(changed)) end

@@ -8,6 +8,7 @@ pub mod config;
 pub mod envelope;
 pub mod error;
 pub mod gates;
+pub mod hand_over;
 pub mod heartbeat;
 pub mod ids;
 mod inspect;
@@ -36,6 +37,7 @@ pub use envelope::{
 };
 pub use error::QueueError;
 pub use gates::Gates;
+pub use hand_over::Jobs;
 pub use heartbeat::{Heartbeat, HeartbeatConfig};
 pub use ids::{
     InvalidPriority, InvalidQueueName, InvalidTenant, JobId, LeaseToken, MAX_NAME, Priority, QueueName,
