@@ -14,8 +14,8 @@ use telemetry::{Telemetry, TelemetryConfig};
 
 use crate::{
     commands::{
-        audit, bench, dev, dlq, documents, enqueue, import, jobs, keys, migrate, producer, sagas, search,
-        stats, tenants, worker,
+        audit, bench, dev, dlq, documents, enqueue, import, jobs, keys, migrate, producer, queues, sagas,
+        search, stats, tenants, worker,
     },
     config::{Settings, StoreArgs},
     context::Context,
@@ -51,7 +51,10 @@ enum Command {
     Producer(producer::Args),
     /// Run jobs: claim them from the queues, run each as a saga, drain on SIGTERM
     Worker(worker::Args),
-    /// Make and show tenants, the owners of documents and jobs
+    /// Pause, resume, drain and limit queues
+    #[command(subcommand)]
+    Queues(queues::Command),
+    /// Make, show, pause and limit tenants, the owners of documents and jobs
     #[command(subcommand)]
     Tenants(tenants::Command),
     /// Make and revoke API keys
@@ -127,6 +130,7 @@ async fn dispatch(command: Command, context: Context, telemetry: &Telemetry) -> 
         Command::Migrate(command) => migrate::run(command, &context).await,
         Command::Producer(args) => Box::pin(producer::run(args, &context, telemetry)).await,
         Command::Worker(args) => Box::pin(worker::run(args, &context, telemetry)).await,
+        Command::Queues(command) => queues::run(command, &context).await,
         Command::Tenants(command) => tenants::run(command, &context).await,
         Command::Keys(command) => keys::run(command, &context).await,
         Command::Enqueue(args) => Box::pin(enqueue::run(args, &context)).await,

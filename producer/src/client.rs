@@ -227,7 +227,7 @@ impl Client {
                 && job.state == "waiting"
                 && let Ok(Some(envelope)) = postgres.envelope(id).await
             {
-                queue.push(&[envelope]).await?;
+                queue.push_accepted(&[envelope]).await?;
             }
             Ok(())
         }
@@ -280,7 +280,11 @@ impl Client {
                 jobs.iter()
                     .zip(pushed)
                     .map(|(job, pushed)| match pushed {
-                        Pushed::Full => Err(full()),
+                        Pushed::Full | Pushed::QueueFull => Err(full()),
+                        Pushed::TenantFull => {
+                            Err(EnqueueError::TenantFull { retry_after: self.settings().full_retry_after })
+                        }
+                        Pushed::Draining => Err(EnqueueError::Draining { queue: job.queue.clone() }),
                         Pushed::Queued | Pushed::Present => receipt(job, Accepted::New(job.id)),
                     })
                     .collect(),

@@ -58,7 +58,7 @@ impl Dispatch {
             return;
         }
         let envelopes: Vec<Envelope> = jobs.iter().map(|job| envelope(job)).collect();
-        let answer = queue.push(&envelopes).await;
+        let answer = queue.push_accepted(&envelopes).await;
         self.learn(&answer);
         let left: Vec<JobId> = match answer {
             Ok(pushed) => {

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use queue::{JobId, QueueError};
+use queue::{JobId, QueueError, QueueName};
 use sagas::StoreError;
 
 /// Why a job was not accepted.
@@ -31,11 +31,23 @@ pub enum EnqueueError {
         /// The job of the other request.
         job: JobId,
     },
-    /// The tenant, or the queue, has as many waiting jobs as it may have.
+    /// The queue, or Redis, has as many waiting jobs as it may have.
     #[error("the queue is full: try again in {} s", retry_after.as_secs().max(1))]
     QueueFull {
         /// When to try again.
         retry_after: Duration,
+    },
+    /// The tenant has as many waiting jobs in this queue as it may have.
+    #[error("the tenant has as many waiting jobs in this queue as it may have: try again in {} s", retry_after.as_secs().max(1))]
+    TenantFull {
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// The queue takes no new jobs.
+    #[error("queue {queue} is being drained and takes no new jobs until `flotilla queues resume {queue}`")]
+    Draining {
+        /// The queue.
+        queue: QueueName,
     },
     /// The ledger can't be reached. Nothing was accepted.
     #[error("jobs can't be accepted now, because the ledger can't be reached: try again in {} s", retry_after.as_secs().max(1))]
@@ -124,6 +136,7 @@ impl EnqueueError {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::QueueFull { retry_after }
+            | Self::TenantFull { retry_after }
             | Self::Unavailable { retry_after }
             | Self::OutcomeUnknown { retry_after, .. } => Some(*retry_after),
             _ => None,

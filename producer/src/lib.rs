@@ -9,6 +9,7 @@ pub mod error;
 pub mod http;
 pub mod maintain;
 mod pacing;
+mod policies;
 mod reconciler;
 mod relay;
 pub mod settings;

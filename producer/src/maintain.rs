@@ -1,4 +1,4 @@
-//! The loops that keep ledger and queue agreed: relay, reconciler, and the gauges. Every producer and every worker runs
+//! The loops that keep ledger and queue agreed: relay, reconciler, policies, lender, and the gauges. Every producer and every worker runs
 //! them, so that a fleet of either kind alone dispatches what the ledger holds.
 
 use std::time::Duration;
@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::{
     error::MaintainError,
     pacing::{Growing, pause, within},
+    policies::Policies,
     reconciler::Reconciler,
     relay::Relay,
     settings::MaintainSettings,
@@ -35,7 +36,12 @@ pub async fn maintain(
     let mut loops: JoinSet<Result<(), MaintainError>> = JoinSet::new();
     let relay = Relay::new(postgres.clone(), queue.clone(), settings.clone());
     let stats = Stats::new(postgres.clone(), queue.clone(), settings.clone());
-    let (for_relay, for_stats) = (stop.clone(), stop.clone());
+    let policies = Policies::new(postgres.clone(), queue.clone(), &settings);
+    let (for_relay, for_stats, for_policies) = (stop.clone(), stop.clone(), stop.clone());
+    loops.spawn(async move {
+        policies.run(for_policies).await;
+        Ok(())
+    });
     loops.spawn(async move {
         relay.run(for_relay).await;
         Ok(())
@@ -44,6 +50,8 @@ pub async fn maintain(
         stats.run(for_stats).await;
         Ok(())
     });
+    // With one partition it ends at once.
+    let lending = queue::Lender::spawn(queue.clone(), settings.queues.clone(), stop.clone());
     loops.spawn(Reconciler { postgres, queue, settings, ledger }.run(stop.clone()));
     let mut outcome = Ok(());
     while let Some(ended) = loops.join_next().await {
@@ -55,6 +63,9 @@ pub async fn maintain(
             }
             Err(error) => tracing::error!(%error, "a maintenance loop ended; other processes run it, too"),
         }
+    }
+    if let Err(error) = lending.await {
+        tracing::error!(%error, "the lender ended; other processes run one, too");
     }
     outcome
 }

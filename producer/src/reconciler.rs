@@ -172,7 +172,7 @@ impl Reconciler {
             return Ok(0);
         }
         let again: Vec<Envelope> = page.iter().filter(|job| missing.contains(&job.id)).cloned().collect();
-        let pushed = self.queue.push(&again).await?;
+        let pushed = self.queue.push_accepted(&again).await?;
         let took = pushed.iter().filter(|pushed| **pushed == Pushed::Queued).count();
         metrics::counter!("reconciler_redispatched_total").increment(took as u64);
         let full: Vec<JobId> = again

@@ -76,12 +76,13 @@ impl Relay {
         if batch.envelopes.is_empty() {
             return Ok(0);
         }
-        let pushed = self.queue.push(&batch.envelopes).await?;
+        let pushed = self.queue.push_accepted(&batch.envelopes).await?;
         let mut there: Vec<JobId> = Vec::with_capacity(pushed.len());
         for (envelope, pushed) in batch.envelopes.iter().zip(pushed) {
             match pushed {
                 Pushed::Queued | Pushed::Present => there.push(envelope.id),
-                Pushed::Full => {
+                // Accepted jobs are not subject to policies; only the window refuses them.
+                Pushed::Full | Pushed::QueueFull | Pushed::TenantFull | Pushed::Draining => {
                     self.full.insert(envelope.queue.to_string(), now + FULL_PAUSE);
                 }
             }

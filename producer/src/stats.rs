@@ -50,6 +50,8 @@ impl Stats {
             }
             gauge!("queue_in_flight", "queue" => name.to_string()).set(stats.in_flight as f64);
             gauge!("queue_scheduled", "queue" => name.to_string()).set(stats.scheduled as f64);
+            gauge!("queue_paused", "queue" => name.to_string()).set(f64::from(u8::from(stats.paused)));
+            gauge!("queue_blocked_tenants", "queue" => name.to_string()).set(stats.blocked_tenants as f64);
         }
         Ok(())
     }

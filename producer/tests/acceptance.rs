@@ -144,7 +144,7 @@ async fn a_tenant_over_its_limit_waits_until_its_jobs_have_left() {
     for durability in [Durability::Durable, Durability::Fast] {
         let error = stage.client.enqueue(report(3), durability).await.unwrap_err();
         assert!(
-            matches!(error, EnqueueError::QueueFull { retry_after } if !retry_after.is_zero()),
+            matches!(error, EnqueueError::TenantFull { retry_after } if !retry_after.is_zero()),
             "{error:?}"
         );
     }
@@ -183,7 +183,7 @@ async fn a_tenants_own_limit_comes_before_the_default() {
         stage.client.enqueue_many((0..3).map(report).collect(), Durability::Durable).await.unwrap();
     assert!(outcomes[0].is_ok());
     assert!(
-        outcomes[1..].iter().all(|outcome| matches!(outcome, Err(EnqueueError::QueueFull { .. }))),
+        outcomes[1..].iter().all(|outcome| matches!(outcome, Err(EnqueueError::TenantFull { .. }))),
         "{outcomes:?}"
     );
 }

@@ -280,12 +280,12 @@ async fn without_a_valid_key_it_is_401() {
 }
 
 #[tokio::test]
-async fn a_full_queue_is_429_with_retry_after() {
+async fn a_tenant_with_too_many_jobs_gets_429_with_retry_after() {
     let settings = ClientSettings { max_waiting_per_tenant: 1, ..ClientSettings::default() };
     let api = Api::with(settings, Auth::ApiKeys).await;
     assert_eq!(api.enqueue(&job()).await.status, StatusCode::ACCEPTED);
     let answer = api.enqueue(&job()).await;
-    assert_eq!((answer.status, answer.code()), (StatusCode::TOO_MANY_REQUESTS, "queue_full"));
+    assert_eq!((answer.status, answer.code()), (StatusCode::TOO_MANY_REQUESTS, "tenant_full"));
     assert_eq!(answer.headers[header::RETRY_AFTER], "5");
 }
 

@@ -47,12 +47,13 @@ local function numbers(text)
   return list
 end
 if policies > 0 then
-  queue = redis.call('HMGET', part .. ':p', 'pause', 'weights', 'conc', 'rate', 'burst', 'tok', 'at', 'pass', 'turn')
+  queue = redis.call('HMGET', part .. ':p', 'pause', 'weights', 'conc', 'rate', 'burst', 'tok', 'at', 'pass', 'turn', 'cb')
   if queue[1] then return answer end
   weights = queue[2] and numbers(queue[2])
   ahead = weights and numbers(queue[8] or '0,0,0,0,0,0,0,0,0,0')
   turn = numbers(queue[9] or '0,0,0,0,0,0,0,0,0,0')
-  room = queue[3] and math.max(0, tonumber(queue[3]) - redis.call('ZCARD', LEASES)) or NEVER
+  local most = queue[3] and math.min(tonumber(queue[3]), tonumber(queue[10]) or NEVER)
+  room = most and math.max(0, most - redis.call('ZCARD', LEASES)) or NEVER
   if queue[4] then
     queue[4], queue[5] = tonumber(queue[4]), tonumber(queue[5])
     tokens = refill(queue[4], queue[5], tonumber(queue[6]), tonumber(queue[7]))
@@ -93,11 +94,12 @@ local function rule_of(tenant)
   local rule = rules[tenant]
   if rule == nil then
     local raw =
-      redis.call('HMGET', policy_key(tenant), 'rev', 'pause', 'w', 'conc', 'rate', 'burst', 'tok', 'at', 'n', 'b')
+      redis.call('HMGET', policy_key(tenant), 'rev', 'pause', 'w', 'conc', 'rate', 'burst', 'tok', 'at', 'n', 'b', 'cb', 'lim')
     rule = raw[1] and {
       paused = raw[2],
       weight = tonumber(raw[3]) or 1,
-      concurrency = tonumber(raw[4]),
+      concurrency = raw[4] and math.min(tonumber(raw[4]), tonumber(raw[11]) or NEVER),
+      lent = raw[12],
       rate = tonumber(raw[5]),
       held = tonumber(raw[9]) or 0,
       left = raw[10] or '',
@@ -123,6 +125,7 @@ local function park(priority, tenant, rule)
   rule.left = rule.left .. priority
   redis.call('HSET', policy_key(tenant), 'b', rule.left, 'y', why)
   redis.call('ZADD', PARKED, ready, tenant)
+  if why == 'c' and rule.lent then redis.call('ZADD', part .. ':need', 0, tenant) end
   end_turn(priority, tenant, false)
   may_drop = may_drop - 1
   return true

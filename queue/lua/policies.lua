@@ -11,6 +11,9 @@
 --   T:p:<tenant>           hash   a tenant's policy: rev, pause, w (weight), conc, cv, rate, burst, depth; tok and at; n (its
 --                                 leases that count); b (the priorities whose ring it left), y (why: p pause, c concurrency,
 --                                 r rate)
+--   T:need                 zset   tenants whose lent concurrency should be looked at; a lent limit also has the fields lim (the
+--                                 limit over all partitions) and cb (how much the lender wants to be in use at most), see
+--                                 grant.lua
 --   T:b                    zset   parked tenants by the time when they may go on, ms; NEVER if something else must happen
 --   T:x                    names the tenant, if the lease counts towards its concurrency
 --
@@ -38,8 +41,9 @@ local function ended(counts)
     local key = policy_key(tenant)
     local left = redis.call('HINCRBY', key, 'n', -by)
     if left <= 0 then redis.call('HDEL', key, 'n') end
-    local policy = redis.call('HMGET', key, 'y', 'b', 'conc')
-    if policy[1] == 'c' and left < (tonumber(policy[3]) or NEVER) then back = unpark(tenant, policy[2]) or back end
+    local policy = redis.call('HMGET', key, 'y', 'b', 'conc', 'cb')
+    local most = math.min(tonumber(policy[3]) or NEVER, tonumber(policy[4]) or NEVER)
+    if policy[1] == 'c' and left < most then back = unpark(tenant, policy[2]) or back end
   end
   return back
 end

@@ -6,7 +6,7 @@
 -- ARGV[1]  a random name for this life of the data, if it has none yet
 -- ARGV[2]  '1' if the partition has all its policies after this call, else ''
 -- ARGV[3…10] the queue's: revision, or '' if it isn't given, paused, draining, weights, concurrency, rate per second, burst,
---          depth; a flag is '1' or '', an absent limit is '', a concurrency that the lender lends is 'lend'
+--          depth; a flag is '1' or '', an absent limit is '', a concurrency that is lent is 'lend <limit>'
 -- ARGV[11…] 8 per tenant: tenant, revision, paused, weight, concurrency, rate per second, burst, depth
 -- Returns  {how many policies were newer than what was there}
 -- Complexity: O(tenants * log(parked)); the caller sends at most 500 tenants
@@ -22,13 +22,16 @@ local function store(key, names, first)
   local set, holds = { 'rev', ARGV[first] }, false
   for i, name in ipairs(names) do
     local value = ARGV[first + i]
+    local lent = string.match(value, '^lend (%d+)$')
     if value ~= '' then holds = true end
     if value == '' then
       redis.call('HDEL', key, name)
-      if name == 'conc' then redis.call('HDEL', key, 'cv') end
+      if name == 'conc' then redis.call('HDEL', key, 'cv', 'cb', 'lim') end
       if name == 'rate' then redis.call('HDEL', key, 'tok', 'at') end
       if name == 'weights' then redis.call('HDEL', key, 'pass') end
-    elseif value == 'lend' then
+    elseif lent then
+      set[#set + 1] = 'lim'
+      set[#set + 1] = lent
       -- Nothing is lent yet, unless a limit was lent before. A whole limit of before is no loan.
       if not redis.call('HGET', key, 'cv') then
         set[#set + 1] = 'conc'
@@ -55,7 +58,10 @@ for i = 11, #ARGV, 8 do
   newer, holds = store(key, { 'pause', 'w', 'conc', 'rate', 'burst', 'depth' }, i + 1)
   -- Once a tenant had a policy the bit stays: leases may be counted.
   if holds and bits < 2 then bits = bits + 2 end
-  if newer then unpark(ARGV[i], redis.call('HGET', key, 'b')) end
+  if newer then
+    unpark(ARGV[i], redis.call('HGET', key, 'b'))
+    if redis.call('HEXISTS', key, 'lim') == 1 then redis.call('ZADD', part .. ':need', 0, ARGV[i]) end
+  end
 end
 if bits ~= policies then redis.call('HSET', part, 'pol', bits) end
 local complete = ARGV[2] == '1' and not synced

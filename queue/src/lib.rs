@@ -13,6 +13,7 @@ pub mod heartbeat;
 pub mod ids;
 mod inspect;
 pub mod lease;
+pub mod lender;
 mod link;
 mod outage;
 mod partition;
@@ -44,6 +45,7 @@ pub use ids::{
     TenantId, WorkerId,
 };
 pub use lease::{Lease, LeaseLost};
+pub use lender::Lender;
 pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use reaper::Reaper;

@@ -1,7 +1,7 @@
 //! Storing policies in Redis, and knowing which queues have their copy.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -30,8 +30,8 @@ const TENANTS_AT_ONCE: usize = 500;
 #[derive(Default)]
 pub(crate) struct Copies {
     required: AtomicBool,
-    /// The server on which each queue's copy was completed.
-    stored: Mutex<HashMap<QueueName, Arc<str>>>,
+    /// The server on which each partition's copy was completed.
+    stored: Mutex<HashMap<(QueueName, u16), Arc<str>>>,
     wanted: Mutex<HashSet<QueueName>>,
     told: Notify,
 }
@@ -41,9 +41,19 @@ impl Copies {
         self.required.load(Ordering::Acquire)
     }
 
-    pub(crate) fn has(&self, queue: &QueueName, run_id: &str) -> bool {
+    pub(crate) fn has(&self, queue: &QueueName, partition: u16, run_id: &str) -> bool {
         let stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
-        stored.get(queue).is_some_and(|run| run.as_ref() == run_id)
+        stored.get(&(queue.clone(), partition)).is_some_and(|run| run.as_ref() == run_id)
+    }
+
+    /// The queues whose copy this process has completed.
+    pub(crate) fn queues(&self) -> BTreeSet<QueueName> {
+        self.stored
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .keys()
+            .map(|(queue, _)| queue.clone())
+            .collect()
     }
 
     /// Asks whoever waits in [`Queue::policies_wanted`] for the queue's policies.
@@ -52,8 +62,9 @@ impl Copies {
         self.told.notify_one();
     }
 
-    fn stored(&self, queue: &QueueName, run_id: Arc<str>) {
-        self.stored.lock().unwrap_or_else(PoisonError::into_inner).insert(queue.clone(), run_id);
+    fn stored(&self, queue: &QueueName, partition: u16, run_id: Arc<str>) {
+        let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        stored.insert((queue.clone(), partition), run_id);
     }
 }
 
@@ -122,8 +133,8 @@ impl Queue {
         policy.map_or(Ok(()), |(policy, _)| policy.check())?;
         tenants.iter().try_for_each(|(_, policy, _)| policy.check())?;
         let partitions = self.config().partitions;
-        let mut servers = HashSet::new();
         for partition in 0..partitions {
+            let mut servers = HashSet::new();
             let mut chunks = tenants.chunks(TENANTS_AT_ONCE).peekable();
             loop {
                 let chunk = chunks.next().unwrap_or_default();
@@ -150,12 +161,13 @@ impl Queue {
                     break;
                 }
             }
-        }
-        if complete && let Some(run_id) = servers.iter().next()
-            // A server that changed in the middle may lack the first part.
-            && servers.len() == 1
-        {
-            self.shared.copies.stored(queue, Arc::clone(run_id));
+            if complete
+                && let Some(run_id) = servers.iter().next()
+                // A server that changed in the middle may lack the first part.
+                && servers.len() == 1
+            {
+                self.shared.copies.stored(queue, partition, Arc::clone(run_id));
+            }
         }
         Ok(())
     }

@@ -174,7 +174,7 @@ fn write_limits(
 ) {
     let rate = rate.map(|rate| rate.part(partitions));
     let texts = [
-        concurrency.map(|limit| if partitions == 1 { limit.to_string() } else { "lend".to_owned() }),
+        concurrency.map(|limit| if partitions == 1 { limit.to_string() } else { format!("lend {limit}") }),
         rate.map(|rate| rate.per_second.to_string()),
         rate.map(|rate| rate.burst.to_string()),
         depth.map(|depth| depth.div_ceil(u64::from(partitions)).to_string()),
@@ -219,6 +219,6 @@ mod tests {
         assert_eq!(Rate::per_second(0.5).burst, 1);
         let mut args = Vec::new();
         write_limits(&mut args, Some(8), None, Some(10), 4);
-        assert_eq!(args, [b"lend".to_vec(), vec![], vec![], b"3".to_vec()]);
+        assert_eq!(args, [b"lend 8".to_vec(), vec![], vec![], b"3".to_vec()]);
     }
 }

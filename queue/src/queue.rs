@@ -36,6 +36,8 @@ const CLAIM_FIELDS: usize = 2;
 const MAX_STALE: usize = 1000;
 /// Script calls of one operation that are under way together.
 const CALLS_AT_ONCE: usize = 8;
+/// When a claim that found no policies is tried again.
+const POLICIES_WAIT: Duration = Duration::from_millis(200);
 /// The probe's deadline: shorter than any answer's, so that an outage is told from one slow call.
 const PROBE_DEADLINE: Duration = Duration::from_millis(500);
 
@@ -70,6 +72,11 @@ pub(crate) struct Claimed {
 impl Claimed {
     fn nothing(more: bool) -> Self {
         Self { claims: Vec::new(), more, wait: None }
+    }
+
+    /// The policies are on their way.
+    fn without_policies() -> Self {
+        Self { wait: Some(POLICIES_WAIT), ..Self::nothing(false) }
     }
 }
 
@@ -228,9 +235,9 @@ impl Queue {
             false => None,
             true => {
                 let run = self.shared.link.run_id().await?;
-                if !self.shared.copies.has(queue, &run) {
+                if !self.shared.copies.has(queue, partition, &run) {
                     self.shared.copies.want(queue);
-                    return Ok(Claimed::nothing(false));
+                    return Ok(Claimed::without_policies());
                 }
                 Some(run)
             }
@@ -256,6 +263,7 @@ impl Queue {
         let (more, wait) = (found == 1, wait_of(reply.integer()?));
         if found == 2 {
             self.shared.copies.want(queue);
+            return Ok(Claimed::without_policies());
         }
         let mut claims = Vec::with_capacity(reply.len() / CLAIM_FIELDS);
         let mut number = 0;
@@ -286,7 +294,7 @@ impl Queue {
             self.shared.copies.want(queue);
             let back: Vec<_> = claims.iter().map(|claim| (claim.lease_ref(), Duration::ZERO)).collect();
             self.release(&back).await?;
-            return Ok(Claimed::nothing(false));
+            return Ok(Claimed::without_policies());
         }
         metrics::histogram!("queue_claim_seconds").record(sent_at.elapsed().as_secs_f64());
         if !claims.is_empty() {

@@ -48,6 +48,8 @@ scripts! {
     REPRIORITISE = "reprioritise.lua";
     STATS = "stats.lua";
     POLICY = "policy.lua";
+    GRANT = "grant.lua";
+    LEND = "lend.lua";
 }
 
 #[cfg(test)]

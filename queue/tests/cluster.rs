@@ -10,7 +10,9 @@ use std::{
     time::Duration,
 };
 
-use queue::{Beat, Envelope, Priority, Pushed, Queue, QueueConfig, TenantId};
+use queue::{
+    Beat, Envelope, Mode, Priority, Pushed, Queue, QueueConfig, QueuePolicy, Rate, TenantId, TenantPolicy,
+};
 use support::{eventually, ids, job, jobs, name, worker};
 use uuid::Uuid;
 
@@ -112,6 +114,35 @@ async fn rule_21_every_operation_stays_in_the_slot_of_its_partition() {
         .await
         .unwrap();
     queue.missing(&left).await.unwrap();
+    // Policies that hold nothing back here, each with its keys.
+    let (rate, tenant) = (Some(Rate::per_second(1e6)), TenantId::new("acme").unwrap());
+    let all_of = QueuePolicy {
+        mode: Mode::Weighted([1; 10]),
+        max_concurrency: Some(1000),
+        rate,
+        max_depth: Some(1000),
+        ..QueuePolicy::default()
+    };
+    queue.set_policy(&name(), &all_of, 1).await.unwrap();
+    let limits = TenantPolicy {
+        weight: 2,
+        max_concurrency: Some(1000),
+        rate,
+        max_depth: Some(1000),
+        ..TenantPolicy::default()
+    };
+    queue.set_tenant_policy(&name(), &tenant, &limits, 1).await.unwrap();
+    queue.lend(&name()).await.unwrap();
+    assert_eq!(queue.push(&jobs(1)).await.unwrap(), [Pushed::Queued]);
+    let limited = queue.claim(&name(), &worker(), 30).await.unwrap();
+    assert!(!limited.is_empty());
+    queue.lend(&name()).await.unwrap();
+    let back: Vec<_> = limited.iter().map(|claim| (claim.lease_ref(), Duration::ZERO)).collect();
+    assert!(queue.release(&back).await.unwrap().iter().all(|released| *released));
+    queue.set_policy(&name(), &QueuePolicy::default(), 2).await.unwrap();
+    queue.set_tenant_policy(&name(), &tenant, &TenantPolicy::default(), 2).await.unwrap();
+    queue.lend(&name()).await.unwrap();
+    assert!(queue.depth(&name()).await.unwrap() > 0);
     let stats = queue.stats(&name()).await.unwrap();
     assert_eq!(stats.in_flight, 10);
     assert_eq!(queue.leases(&name()).await.unwrap().len(), 10);

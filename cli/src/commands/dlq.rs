@@ -232,7 +232,7 @@ async fn replay(ids: &[Uuid], how: &Replay, postgres: &Postgres, context: &Conte
 async fn dispatch(job: queue::JobId, postgres: &Postgres, context: &Context) {
     let pushed = async {
         let envelope = postgres.envelope(job).await?.into_iter().collect::<Vec<_>>();
-        context.lazy_queue()?.push(&envelope).await?;
+        context.lazy_queue()?.push_accepted(&envelope).await?;
         anyhow::Ok(())
     };
     if let Err(error) = pushed.await {

@@ -11,6 +11,7 @@ pub mod jobs;
 pub mod keys;
 pub mod migrate;
 pub mod producer;
+pub mod queues;
 pub mod sagas;
 pub mod search;
 pub mod stats;

@@ -41,6 +41,8 @@ const LEASE_MARGIN: Duration = Duration::from_secs(2);
 pub async fn run(args: Args, context: &Context, telemetry: &Telemetry) -> Outcome {
     let postgres = context.migrated_postgres().await?;
     let queue = context.queue().await?;
+    // The maintenance loops store the policies; until they have, this worker claims nothing.
+    queue.require_policies();
     let stores = context.stores(postgres.clone())?;
     let settings = worker_settings(&args, context, queue.config().lease)?;
     let maintain = MaintainSettings::from_lookup(|name| context.settings.get(name))?;

@@ -130,6 +130,10 @@ impl From<EnqueueError> for ApiError {
             EnqueueError::QueueFull { retry_after } => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", text).again(retry_after)
             }
+            EnqueueError::TenantFull { retry_after } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "tenant_full", text).again(retry_after)
+            }
+            EnqueueError::Draining { .. } => Self::new(StatusCode::CONFLICT, "queue_draining", text),
             EnqueueError::Unavailable { retry_after } => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", text).again(retry_after)
             }

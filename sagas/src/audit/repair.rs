@@ -149,7 +149,7 @@ async fn push(stores: &Stores, queue: Option<&Queue>, job: JobId) -> Mended {
     let Some(queue) = queue else { return Ok(Err("the queue is not part of this audit".to_owned())) };
     // Idempotent: a job that came back meanwhile stays as it is, and one that has ended is dropped at the take.
     let Some(envelope) = stores.postgres.envelope(job).await? else { return Ok(Ok(())) };
-    Ok(match queue.push(&[envelope]).await?.first() {
+    Ok(match queue.push_accepted(&[envelope]).await?.first() {
         Some(queue::Pushed::Full) => Err("the queue's window is full".to_owned()),
         _ => Ok(()),
     })

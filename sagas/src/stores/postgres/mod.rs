@@ -15,6 +15,7 @@ pub mod fenced;
 pub mod inspect;
 pub mod janitor;
 pub mod ledger;
+pub mod policies;
 #[cfg(feature = "faults")]
 mod probe;
 pub mod publish;

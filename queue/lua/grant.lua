@@ -1,0 +1,49 @@
+#!lua flags=allow-oom
+-- A partition's side of a lent concurrency: how much of a limit over the whole queue it may use.
+--
+-- KEYS[1]  the partition
+-- ARGV[1]  the tenant whose limit it is, or '' for the queue's
+-- ARGV[2]  what to do:
+--   'look'                 nothing
+--   'set' grant, version   takes a grant that is newer than what it has, and wakes whoever waited for it
+--   'give' by, version     gives back at most `by` of what is not in use, if its version is still this one
+--   'back' target          lets leases end without new ones until no more than `target` is in use
+--   'fence'                makes every grant that is on its way too old
+--   'done'                 takes the tenant off the list of those that need more
+-- Returns  {limit or -1 if none is lent, grant, version, in use, 1 if it needs more}, as of after the call
+-- Complexity: O(log(parked)); O(priorities) where a tenant comes back
+--@ partition.lua
+--@ policies.lua
+local tenant, verb = ARGV[1], ARGV[2]
+local key = tenant == '' and part .. ':p' or policy_key(tenant)
+local policy = redis.call('HMGET', key, 'lim', 'conc', 'cv', 'n', 'y', 'b')
+local limit, grant, version = tonumber(policy[1] or -1), tonumber(policy[2] or 0), tonumber(policy[3] or 0)
+local used = tenant == '' and redis.call('ZCARD', LEASES) or tonumber(policy[4] or 0)
+if limit >= 0 then
+  if verb == 'set' and tonumber(ARGV[4]) > version then
+    grant, version = tonumber(ARGV[3]), tonumber(ARGV[4])
+    redis.call('HSET', key, 'conc', grant, 'cv', version)
+    redis.call('HDEL', key, 'cb')
+    if used < grant then
+      freed = true
+      if policy[5] == 'c' then
+        grown = unpark(tenant, policy[6]) or grown
+        policy[5] = false
+      end
+    end
+  elseif verb == 'give' and tonumber(ARGV[4]) == version then
+    grant, version = math.max(math.min(grant, used), grant - tonumber(ARGV[3])), version + 1
+    redis.call('HSET', key, 'conc', grant, 'cv', version)
+    redis.call('HDEL', key, 'cb')
+  elseif verb == 'back' then
+    redis.call('HSET', key, 'cb', ARGV[3])
+  elseif verb == 'fence' then
+    version = version + 1000000
+    redis.call('HSET', key, 'cv', version)
+  end
+end
+if verb == 'done' then redis.call('ZREM', part .. ':need', tenant) end
+local needs
+if tenant == '' then needs = count.i == 2 and used >= grant else needs = policy[5] == 'c' end
+save()
+return { limit, grant, version, used, needs and 1 or 0 }

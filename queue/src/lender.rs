@@ -1,0 +1,363 @@
+//! Lends the concurrency of a queue or a tenant to the partitions (PROTOCOL.md 21).
+//!
+//! A script sees one partition, so a limit over several is divided: each partition has a grant and never uses more. A
+//! record in a slot of its own says what is lent. Its sum never exceeds the limit, and a partition never has more than the
+//! record says, because a grant is raised in the record first and lowered in the partition first, and a partition takes
+//! only newer versions. Whoever dies in between leaves the record too high, never too low; the next round mends that.
+//! Grants follow demand: what one partition doesn't use goes to another that needs more, and where all is in use, one that
+//! has nothing calls some back.
+
+use std::time::Duration;
+
+use rand::seq::SliceRandom;
+use tokio::{task::JoinHandle, time::sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    error::QueueError,
+    ids::{QueueName, TenantId},
+    outage::Outage,
+    partition::partition_key,
+    queue::{Queue, nonce, text},
+    reply::{self, Reply},
+    scripts,
+};
+
+/// How often a lender looks while something needs more, and while nothing does.
+const BUSY: Duration = Duration::from_millis(100);
+const IDLE: Duration = Duration::from_secs(1);
+/// How long the role is one process' own. Only for thrift: several lenders at once break nothing.
+const ROLE: Duration = Duration::from_secs(3);
+/// Tenants that one round looks at per partition.
+const TENANTS: usize = 100;
+
+/// The lender. Every process that keeps policies in step runs one; one at a time does the work, and with one partition none.
+pub struct Lender {
+    queue: Queue,
+    queues: Vec<QueueName>,
+    /// Marks the role as ours.
+    name: Vec<u8>,
+}
+
+/// What one partition has of a limit, and what it does with it.
+#[derive(Debug, Clone, Copy)]
+struct Grant {
+    /// The limit over all partitions; `None`: this partition lends nothing.
+    limit: Option<i64>,
+    grant: i64,
+    version: i64,
+    used: i64,
+    needs: bool,
+}
+
+impl Lender {
+    /// Looks until shutdown at these queues, and at those whose policies this process keeps in step.
+    pub fn spawn(queue: Queue, queues: Vec<QueueName>, shutdown: CancellationToken) -> JoinHandle<()> {
+        tokio::spawn(Self::new(queue, queues).run(shutdown))
+    }
+
+    fn new(queue: Queue, queues: Vec<QueueName>) -> Self {
+        Self { queue, queues, name: nonce() }
+    }
+
+    async fn run(self, shutdown: CancellationToken) {
+        if self.queue.config().partitions == 1 {
+            return;
+        }
+        let mut outage = Outage::new("lender");
+        loop {
+            let wait = match self.round().await {
+                Ok(busy) => {
+                    outage.over();
+                    if busy { BUSY } else { IDLE }
+                }
+                Err(error) => outage.wait(&error),
+            };
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = sleep(wait) => {}
+            }
+        }
+    }
+
+    /// Looks once at every queue. Returns whether something needs more.
+    async fn round(&self) -> Result<bool, QueueError> {
+        let mut busy = false;
+        let mut queues = self.queue.shared.copies.queues();
+        queues.extend(self.queues.iter().cloned());
+        for queue in queues {
+            if self.leads(&queue).await? {
+                busy |= self.queue.lend(&queue).await?;
+            }
+        }
+        Ok(busy)
+    }
+
+    async fn leads(&self, queue: &QueueName) -> Result<bool, QueueError> {
+        let key = format!("{}:role", self.queue.record_key(queue));
+        let mut set = redis::cmd("SET");
+        set.arg(&key).arg(&self.name).arg("NX").arg("GET").arg("PX").arg(ROLE.as_millis() as u64);
+        let leader = match self.queue.shared.link.command(&set).await?.value {
+            redis::Value::Nil => return Ok(true),
+            value => reply::text(value)?,
+        };
+        if leader.as_bytes() != self.name {
+            return Ok(false);
+        }
+        let mut keep = redis::cmd("PEXPIRE");
+        keep.arg(&key).arg(ROLE.as_millis() as u64);
+        self.queue.shared.link.command(&keep).await?;
+        Ok(true)
+    }
+}
+
+impl Queue {
+    fn record_key(&self, queue: &QueueName) -> String {
+        format!("{{{}:{queue}:lend}}", self.config().prefix)
+    }
+
+    fn subject_key(&self, queue: &QueueName, tenant: Option<&TenantId>) -> String {
+        let subject = tenant.map_or(String::new(), |tenant| format!(":{tenant}"));
+        format!("{}{subject}", self.record_key(queue))
+    }
+
+    /// Lends what a queue's and its tenants' limits allow to the partitions that need it. The [`Lender`] calls it; any
+    /// number may at once. Returns whether somebody still needs more.
+    pub async fn lend(&self, queue: &QueueName) -> Result<bool, QueueError> {
+        let mut busy = self.lend_one(queue, None).await?;
+        let mut tenants = std::collections::BTreeSet::new();
+        for partition in 0..self.config().partitions {
+            let mut range = redis::cmd("ZRANGE");
+            range.arg(format!("{}:need", partition_key(self.config(), queue, partition)));
+            range.arg(0).arg(TENANTS - 1);
+            let mut reply = Reply::new(self.shared.link.command(&range).await?.value)?;
+            while !reply.is_empty() {
+                tenants.insert(reply.parsed::<TenantId>("a tenant")?);
+            }
+        }
+        for tenant in &tenants {
+            busy |= self.lend_one(queue, Some(tenant)).await?;
+        }
+        Ok(busy)
+    }
+
+    /// One limit.
+    async fn lend_one(&self, queue: &QueueName, tenant: Option<&TenantId>) -> Result<bool, QueueError> {
+        let mut grants = Vec::new();
+        for partition in 0..self.config().partitions {
+            grants.push(self.grant(queue, partition, tenant, &["look"]).await?);
+        }
+        // A partition that doesn't know of the limit yet, or any more, gets nothing.
+        let Some(limit) = grants.iter().filter_map(|grant| grant.limit).min() else {
+            let mut forget = redis::cmd("DEL");
+            forget.arg(self.subject_key(queue, tenant));
+            self.shared.link.command(&forget).await?;
+            return self.settle(queue, tenant).await.map(|()| false);
+        };
+        let record = self.record(queue, tenant, &mut grants).await?;
+        let mut spare = limit;
+        for (partition, (grant, &(lent, _))) in (0..).zip(grants.iter_mut().zip(&record)) {
+            let has = if grant.limit.is_some() { grant.grant } else { 0 };
+            if has < lent {
+                // A raise that never arrived, or a lowering that the record never heard of. Nothing that is still on its
+                // way counts after the fence, so the record may say what the partition has.
+                *grant = self.grant(queue, partition, tenant, &["fence"]).await?;
+                self.lower(queue, tenant, partition, grant).await?;
+            } else if has > lent {
+                // An old copy of the partition came back.
+                let seen = grant.version;
+                self.raise(queue, tenant, limit, (partition, 0, seen), grant).await?;
+            }
+            spare -= has.max(lent);
+        }
+        let mut needy: Vec<u16> =
+            (0..).zip(&grants).filter(|(_, grant)| grant.needs).map(|(p, _)| p).collect();
+        needy.shuffle(&mut rand::rng());
+        // What nobody uses comes back when somebody needs it, or when the limit has become lower.
+        if spare < 0 || spare < needy.len() as i64 && !needy.is_empty() {
+            for (partition, grant) in (0..).zip(grants.iter_mut()) {
+                let surplus = grant.grant - grant.used;
+                if grant.limit.is_some() && surplus > 0 {
+                    spare += self.collect(queue, tenant, partition, surplus, grant).await?;
+                }
+            }
+        }
+        if needy.is_empty() && spare >= grants.len() as i64 {
+            // Nobody waits, so everybody gets the same in advance.
+            let part = spare / grants.len() as i64;
+            for (partition, grant) in (0..).zip(grants.iter_mut()).filter(|(_, grant)| grant.limit.is_some())
+            {
+                let seen = grant.version;
+                self.raise(queue, tenant, limit, (partition, part, seen), grant).await?;
+            }
+            spare %= grants.len() as i64;
+        }
+        let mut hungry = needy.len() as i64;
+        for &partition in &needy {
+            let part = if spare > 0 { (spare + hungry - 1) / hungry } else { 0 };
+            hungry -= 1;
+            if part == 0 {
+                continue;
+            }
+            let grant = &mut grants[usize::from(partition)];
+            let before = grant.grant;
+            let seen = grant.version;
+            self.raise(queue, tenant, limit, (partition, part, seen), grant).await?;
+            spare -= grant.grant - before;
+        }
+        self.call_back(queue, tenant, limit, spare, &grants).await?;
+        let needs = !needy.is_empty() || spare < 0;
+        if !needs {
+            self.settle(queue, tenant).await?;
+        }
+        Ok(needs)
+    }
+
+    /// What the record says. One that is missing is made from what the partitions have, after which no grant of the
+    /// record before it can arrive any more.
+    async fn record(
+        &self,
+        queue: &QueueName,
+        tenant: Option<&TenantId>,
+        grants: &mut [Grant],
+    ) -> Result<Vec<(i64, i64)>, QueueError> {
+        let partitions = text(grants.len());
+        loop {
+            let mut reply = self.lending(queue, tenant, vec![text("show"), partitions.clone()]).await?;
+            if !reply.is_empty() {
+                return (0..grants.len()).map(|_| Ok((reply.integer()?, reply.integer()?))).collect();
+            }
+            let mut args = vec![text("adopt")];
+            for (partition, grant) in (0..).zip(grants.iter_mut()) {
+                *grant = self.grant(queue, partition, tenant, &["fence"]).await?;
+                let lent = if grant.limit.is_some() { grant.grant } else { 0 };
+                args.extend([text(lent), text(grant.version)]);
+            }
+            self.lending(queue, tenant, args).await?;
+        }
+    }
+
+    /// Raises a grant by `by` in the record and then in the partition.
+    async fn raise(
+        &self,
+        queue: &QueueName,
+        tenant: Option<&TenantId>,
+        limit: i64,
+        (partition, by, seen): (u16, i64, i64),
+        grant: &mut Grant,
+    ) -> Result<(), QueueError> {
+        let args = vec![text("raise"), text(limit), text(partition), text(by), text(seen)];
+        let mut reply = self.lending(queue, tenant, args).await?;
+        if reply.is_empty() {
+            // The record vanished just now; the next round makes another.
+            return Ok(());
+        }
+        let (lent, version) = (reply.integer()?.to_string(), reply.integer()?.to_string());
+        *grant = self.grant(queue, partition, tenant, &["set", &lent, &version]).await?;
+        Ok(())
+    }
+
+    /// Takes back what a partition doesn't use, in the partition first. Returns how much.
+    async fn collect(
+        &self,
+        queue: &QueueName,
+        tenant: Option<&TenantId>,
+        partition: u16,
+        by: i64,
+        grant: &mut Grant,
+    ) -> Result<i64, QueueError> {
+        let before = *grant;
+        let (by, version) = (by.to_string(), before.version.to_string());
+        *grant = self.grant(queue, partition, tenant, &["give", &by, &version]).await?;
+        if grant.version != before.version + 1 {
+            // Somebody else was there meanwhile.
+            return Ok(0);
+        }
+        let taken = self.lower(queue, tenant, partition, grant).await?;
+        Ok(if taken { before.grant - grant.grant } else { 0 })
+    }
+
+    /// Tells the record what a partition has given back. Returns whether it took that over.
+    async fn lower(
+        &self,
+        queue: &QueueName,
+        tenant: Option<&TenantId>,
+        partition: u16,
+        grant: &Grant,
+    ) -> Result<bool, QueueError> {
+        let has = if grant.limit.is_some() { grant.grant } else { 0 };
+        let args = vec![text("lower"), text(partition), text(has), text(grant.version)];
+        let mut reply = self.lending(queue, tenant, args).await?;
+        Ok(!reply.is_empty() && reply.integer()? == 1)
+    }
+
+    /// Where nothing is spare: partitions that have none, or a limit that became lower, call back from those that have
+    /// most. What comes back as leases end is lent anew in a later round.
+    async fn call_back(
+        &self,
+        queue: &QueueName,
+        tenant: Option<&TenantId>,
+        limit: i64,
+        spare: i64,
+        grants: &[Grant],
+    ) -> Result<(), QueueError> {
+        let poor = grants.iter().filter(|grant| grant.needs && grant.grant == 0).count() as i64;
+        let mut wanted = if spare < 0 { -spare } else { (poor - spare).max(0) };
+        // What was lent just now and is not used yet is not called back: somebody may be on the way to use it.
+        let mut rich: Vec<(u16, Grant)> =
+            (0..).zip(grants.iter().copied()).filter(|(_, grant)| grant.used >= grant.grant).collect();
+        rich.sort_by_key(|(_, grant)| std::cmp::Reverse(grant.grant));
+        let fair = (limit / grants.len() as i64).max(0);
+        for (partition, grant) in rich {
+            // With a limit below the number of partitions the grants go round.
+            let most = if spare < 0 { grant.grant } else { (grant.grant - fair).max(i64::from(fair == 0)) };
+            let by = wanted.min(most).min(grant.grant);
+            if by > 0 {
+                let target = (grant.grant - by).to_string();
+                self.grant(queue, partition, tenant, &["back", &target]).await?;
+                wanted -= by;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a tenant off the lists of those that need more.
+    async fn settle(&self, queue: &QueueName, tenant: Option<&TenantId>) -> Result<(), QueueError> {
+        if tenant.is_some() {
+            for partition in 0..self.config().partitions {
+                self.grant(queue, partition, tenant, &["done"]).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn grant(
+        &self,
+        queue: &QueueName,
+        partition: u16,
+        tenant: Option<&TenantId>,
+        words: &[&str],
+    ) -> Result<Grant, QueueError> {
+        let mut args = vec![tenant.map(text).unwrap_or_default()];
+        args.extend(words.iter().map(text));
+        let mut reply = Reply::new(self.script(&scripts::GRANT, queue, partition, &args).await?.value)?;
+        let limit = reply.integer()?;
+        Ok(Grant {
+            limit: (limit >= 0).then_some(limit),
+            grant: reply.integer()?,
+            version: reply.integer()?,
+            used: reply.integer()?,
+            needs: reply.integer()? == 1,
+        })
+    }
+
+    async fn lending(
+        &self,
+        queue: &QueueName,
+        tenant: Option<&TenantId>,
+        args: Vec<Vec<u8>>,
+    ) -> Result<Reply, QueueError> {
+        let key = self.subject_key(queue, tenant);
+        Reply::new(self.shared.link.script(&scripts::LEND, &key, &args).await?.value)
+    }
+}

@@ -1,0 +1,274 @@
+//! PROTOCOL.md 21: a limit over several partitions is lent to them; the sum of what they may use never exceeds it.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use std::{collections::HashMap, time::Duration};
+
+use proptest::prelude::*;
+use queue::{Claim, Envelope, Lender, Queue, QueueConfig, QueuePolicy, TenantId, TenantPolicy};
+use support::{Stage, eventually, job, jobs, name, worker};
+use tokio_util::sync::CancellationToken;
+
+const PARTITIONS: u16 = 4;
+
+fn limit(limit: u32) -> QueuePolicy {
+    QueuePolicy { max_concurrency: Some(limit), ..QueuePolicy::default() }
+}
+
+async fn stage() -> Stage {
+    Stage::with(|config| config.partitions = PARTITIONS).await
+}
+
+async fn ack(queue: &Queue, claims: &[Claim]) {
+    let refs: Vec<_> = claims.iter().map(Claim::lease_ref).collect();
+    queue.ack(&refs).await.unwrap();
+}
+
+/// What each partition may use, and what the record says it may.
+async fn grants(queue: &Queue, raw: &mut redis::aio::MultiplexedConnection) -> (Vec<i64>, Vec<i64>) {
+    let prefix = &queue.config().prefix;
+    let (mut has, mut lent) = (Vec::new(), Vec::new());
+    for partition in 0..PARTITIONS {
+        let grant: Option<i64> = redis::cmd("HGET")
+            .arg(format!("{{{prefix}:ingest:{partition}}}:p"))
+            .arg("conc")
+            .query_async(raw)
+            .await
+            .unwrap();
+        has.push(grant.unwrap_or(0));
+        let record: Option<i64> = redis::cmd("HGET")
+            .arg(format!("{{{prefix}:ingest:lend}}"))
+            .arg(format!("g{partition}"))
+            .query_async(raw)
+            .await
+            .unwrap();
+        lent.push(record.unwrap_or(0));
+    }
+    (has, lent)
+}
+
+#[tokio::test]
+async fn rule_21_a_queues_concurrency_holds_over_all_partitions_and_all_of_it_is_used() {
+    let stage = stage().await;
+    stage.queue.set_policy(&name(), &limit(10), 1).await.unwrap();
+    stage.queue.push(&jobs(200)).await.unwrap();
+    let (mut held, mut done) = (Vec::new(), 0);
+    for _ in 0..200 {
+        held.extend(stage.claim(50).await);
+        assert!(held.len() <= 10, "{} jobs are leased", held.len());
+        stage.queue.lend(&name()).await.unwrap();
+        held.extend(stage.claim(50).await);
+        assert!(held.len() <= 10, "{} jobs are leased", held.len());
+        if held.len() == 10 {
+            done += 5;
+            let ended: Vec<Claim> = held.drain(..5).collect();
+            ack(&stage.queue, &ended).await;
+        }
+        if done >= 150 {
+            return;
+        }
+    }
+    panic!("only {done} of 150 jobs were done: the limit is not used");
+}
+
+#[tokio::test]
+async fn rule_21_a_limit_below_the_number_of_partitions_goes_round() {
+    let stage = stage().await;
+    stage.queue.set_policy(&name(), &limit(1), 1).await.unwrap();
+    stage.queue.push(&jobs(60)).await.unwrap();
+    let mut by_partition: HashMap<u16, u32> = HashMap::new();
+    for _ in 0..400 {
+        let mut claims = stage.claim(10).await;
+        // Lent while the job runs, so that nothing is spare.
+        stage.queue.lend(&name()).await.unwrap();
+        claims.extend(stage.claim(10).await);
+        assert!(claims.len() <= 1, "{} jobs are leased", claims.len());
+        for claim in &claims {
+            *by_partition.entry(claim.partition).or_default() += 1;
+        }
+        ack(&stage.queue, &claims).await;
+    }
+    assert_eq!(by_partition.values().sum::<u32>(), 60, "every partition's jobs are done: {by_partition:?}");
+}
+
+#[tokio::test]
+async fn rule_21_a_tenants_concurrency_holds_over_all_partitions() {
+    let stage = stage().await;
+    let policy = TenantPolicy { max_concurrency: Some(3), ..TenantPolicy::default() };
+    let few = TenantId::new("few").unwrap();
+    stage.queue.set_tenant_policy(&name(), &few, &policy, 1).await.unwrap();
+    let mut all: Vec<Envelope> = (0..40).map(|_| job("few", 5)).collect();
+    all.extend((0..40).map(|_| job("other", 1)));
+    stage.queue.push(&all).await.unwrap();
+    let (mut running, mut done, mut others) = (Vec::new(), 0, 0);
+    for _ in 0..200 {
+        stage.queue.lend(&name()).await.unwrap();
+        let (mine, theirs): (Vec<Claim>, Vec<Claim>) =
+            stage.claim(20).await.into_iter().partition(|claim| claim.envelope.tenant == few);
+        others += theirs.len();
+        ack(&stage.queue, &theirs).await;
+        running.extend(mine);
+        assert!(running.len() <= 3, "{} jobs of the tenant are leased", running.len());
+        if !running.is_empty() {
+            ack(&stage.queue, &running[..1]).await;
+            running.remove(0);
+            done += 1;
+        }
+        if done == 40 {
+            assert_eq!(others, 40);
+            return;
+        }
+    }
+    panic!("only {done} of the tenant's 40 jobs were done");
+}
+
+#[tokio::test]
+async fn rule_21_a_lost_record_is_made_again_and_what_was_on_its_way_is_refused() {
+    let stage = stage().await;
+    let mut raw = stage.raw().await;
+    stage.queue.set_policy(&name(), &limit(8), 1).await.unwrap();
+    stage.queue.lend(&name()).await.unwrap();
+    assert_eq!(grants(&stage.queue, &mut raw).await, (vec![2; 4], vec![2; 4]));
+    let () = redis::cmd("DEL").arg("{flotilla:ingest:lend}").query_async(&mut raw).await.unwrap();
+    stage.queue.lend(&name()).await.unwrap();
+    let (has, lent) = grants(&stage.queue, &mut raw).await;
+    assert_eq!((has.iter().sum::<i64>(), &has), (8, &lent));
+}
+
+#[tokio::test]
+async fn rule_21_the_role_serves_workers_and_ends_on_shutdown() {
+    let stage = stage().await;
+    let stop = CancellationToken::new();
+    let lender = Lender::spawn(stage.queue.clone(), vec![name()], stop.clone());
+    stage.queue.set_policy(&name(), &limit(6), 1).await.unwrap();
+    stage.queue.push(&jobs(100)).await.unwrap();
+    let mut held = Vec::new();
+    eventually(
+        Duration::from_secs(10),
+        async || {
+            held.extend(stage.claim(50).await);
+            assert!(held.len() <= 6, "{} jobs are leased", held.len());
+            (held.len() == 6).then_some(())
+        },
+        async || "the whole limit was never lent".to_owned(),
+    )
+    .await;
+    stop.cancel();
+    tokio::time::timeout(Duration::from_secs(5), lender).await.unwrap().unwrap();
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Limit(Option<u32>),
+    Push(u8),
+    Claim(u8),
+    Ack(u8),
+    Lend,
+    /// Two lenders at once.
+    LendTwice,
+    /// The record is lost.
+    Forget,
+    /// A partition is lost with everything in it.
+    Lose(u16),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        2 => proptest::option::weighted(0.9, 1..12_u32).prop_map(Step::Limit),
+        3 => (1..30_u8).prop_map(Step::Push),
+        5 => (1..12_u8).prop_map(Step::Claim),
+        5 => (1..6_u8).prop_map(Step::Ack),
+        5 => Just(Step::Lend),
+        2 => Just(Step::LendTwice),
+        1 => Just(Step::Forget),
+        1 => (0..PARTITIONS).prop_map(Step::Lose),
+    ]
+}
+
+async fn run(config: QueueConfig, steps: Vec<Step>) {
+    let queue = Queue::connect(config.clone()).await.unwrap();
+    let mut raw =
+        redis::Client::open(config.url.as_str()).unwrap().get_multiplexed_async_connection().await.unwrap();
+    let mut held: Vec<Claim> = Vec::new();
+    let (mut now, mut revision) = (None, 0);
+    // The highest limit since the sum was last seen within the present one: a lower limit takes rounds to come into force.
+    let mut allowed: i64 = i64::MAX;
+    for step in steps {
+        match step {
+            Step::Limit(to) => {
+                revision += 1;
+                now = to.map(i64::from);
+                allowed = allowed.max(now.unwrap_or(i64::MAX));
+                let policy = to.map(limit).unwrap_or_default();
+                queue.set_policy(&name(), &policy, revision).await.unwrap();
+            }
+            Step::Push(count) => drop(queue.push(&jobs(usize::from(count))).await.unwrap()),
+            Step::Claim(max) => {
+                held.extend(queue.claim(&name(), &worker(), usize::from(max)).await.unwrap());
+            }
+            Step::Ack(count) => {
+                let ended: Vec<Claim> = held.drain(..usize::from(count).min(held.len())).collect();
+                ack(&queue, &ended).await;
+            }
+            Step::Lend => drop(queue.lend(&name()).await.unwrap()),
+            Step::LendTwice => {
+                let name = name();
+                let (one, other) = tokio::join!(queue.lend(&name), queue.lend(&name));
+                one.unwrap();
+                other.unwrap();
+            }
+            Step::Forget => {
+                let key = format!("{{{}:ingest:lend}}", config.prefix);
+                let () = redis::cmd("DEL").arg(key).query_async(&mut raw).await.unwrap();
+            }
+            Step::Lose(partition) => {
+                let keys: Vec<String> = redis::cmd("KEYS")
+                    .arg(format!("{{{}:ingest:{partition}}}*", config.prefix))
+                    .query_async(&mut raw)
+                    .await
+                    .unwrap();
+                if !keys.is_empty() {
+                    let () = redis::cmd("DEL").arg(keys).query_async(&mut raw).await.unwrap();
+                }
+                held.retain(|claim| claim.partition != partition);
+                let policy = now.map(|now| limit(now as u32)).unwrap_or_default();
+                queue.set_policy(&name(), &policy, revision).await.unwrap();
+            }
+        }
+        let (has, lent) = grants(&queue, &mut raw).await;
+        let sum: i64 = lent.iter().sum::<i64>().max(has.iter().sum());
+        if now.is_some_and(|now| sum <= now) {
+            allowed = now.unwrap_or(i64::MAX);
+        }
+        if now.is_some() {
+            assert!(sum <= allowed, "lent {lent:?}, the partitions have {has:?}, allowed are {allowed}");
+            assert!(
+                lent.iter().sum::<i64>() == 0 || has.iter().zip(&lent).all(|(has, lent)| has <= lent),
+                "a partition has more than the record says: {has:?}, lent {lent:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn rule_21_no_interleaving_lends_more_than_the_limit() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let stage = runtime.block_on(stage());
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 40,
+        failure_persistence: None,
+        max_shrink_iters: 200,
+        ..ProptestConfig::default()
+    });
+    let number = std::cell::Cell::new(0);
+    let outcome = runner.run(&proptest::collection::vec(step(), 1..60), |steps| {
+        number.set(number.get() + 1);
+        let config = QueueConfig { prefix: format!("case{}", number.get()), ..stage.config.clone() };
+        runtime.block_on(run(config, steps));
+        Ok(())
+    });
+    if let Err(error) = outcome {
+        panic!("{error}");
+    }
+}
