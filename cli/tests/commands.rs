@@ -32,6 +32,8 @@ impl Cli {
             .envs(self.services.env())
             .envs([("FLOTILLA_EMBEDDER", "hash"), ("USER", "tester"), ("FLOTILLA_HEARTBEAT_MS", "500")])
             .envs([("FLOTILLA_LEASE_MS", "4000"), ("FLOTILLA_UNROUTABLE_AFTER_MS", "100")])
+            // A command that meets a pause of this busy machine must not fail for it.
+            .envs([("FLOTILLA_REDIS_CONNECT_MS", "10000"), ("FLOTILLA_REDIS_RESPONSE_MS", "10000")])
             .stdin(Stdio::null())
             .current_dir(self.services.dir());
         command

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devstack::testing::TestServices;
+use devstack::testing::{Port, TestServices};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -140,9 +140,8 @@ async fn one_trace_goes_through_producer_queue_and_worker() {
     let migrated =
         Command::new(env!("CARGO_BIN_EXE_flotilla")).args(["migrate", "up"]).envs(services.env()).status();
     assert!(migrated.unwrap().success());
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let addr = free.local_addr().unwrap().to_string();
-    drop(free);
+    let port = Port::free().unwrap();
+    let addr = format!("127.0.0.1:{}", port.number());
     let producer = Server::start(&services, &endpoint, &["producer", "--addr", &addr]);
     let worker = Server::start(&services, &endpoint, &["worker", "--addr", "127.0.0.1:0"]);
     until("the producer", || {

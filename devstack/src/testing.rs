@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::cluster;
 use crate::error::{IoContext, StartError};
+use crate::ports::PortLease;
 use crate::postgres::{Postgres, PostgresOptions};
 use crate::process::ProcessId;
 use crate::redis::{Redis, RedisOptions};
@@ -172,6 +173,24 @@ impl TestServices {
 fn chosen<'a, S>(service: Option<&'a S>, name: &str) -> &'a S {
     // A mistake in the test's own code, not a condition to handle.
     service.unwrap_or_else(|| panic!("this test did not choose {name}: call .{name}() on the builder"))
+}
+
+/// A free loopback port for a server that the test itself starts; no other test is given it while this lives.
+///
+/// A port that a listener was given and has left may be somebody else's before the server listens on it.
+#[derive(Debug)]
+pub struct Port(PortLease);
+
+impl Port {
+    /// Reserves one.
+    pub fn free() -> Result<Self, StartError> {
+        PortLease::free().map(Self)
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u16 {
+        self.0.port
+    }
 }
 
 /// A directory named after the process that uses it.

@@ -95,5 +95,7 @@ pub(crate) fn envelope(job: &NewJob) -> Envelope {
         enqueued_at_ms: chrono::Utc::now().timestamp_millis(),
         trace: job.trace.clone(),
         fast: None,
+        attempts: 0,
+        lost: 0,
     }
 }

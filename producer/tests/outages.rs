@@ -122,39 +122,46 @@ async fn with_the_queue_down_a_durable_enqueue_goes_on_and_the_relay_dispatches_
     assert_eq!(stage.rows().await, 8);
     assert_eq!(stage.postgres.undispatched_count().await.unwrap(), 7);
     stage.services.redis_queue().restart().await.unwrap();
+    // All eight: a killed Redis may have lost even the first, which it had not written yet; then the reconciler finds it.
     eventually(|| async {
         let left = stage.postgres.undispatched_count().await.unwrap();
-        if left == 0 { Ok(()) } else { Err(format!("{left} jobs are not relayed")) }
+        if left > 0 {
+            return Err(format!("{left} jobs are not relayed"));
+        }
+        let depth = stage.depth("report").await;
+        if depth == 8 { Ok(()) } else { Err(format!("depth {depth}")) }
     })
     .await;
-    assert_eq!(stage.depth("report").await, 8);
     maintenance.stop().await;
 }
 
 #[tokio::test]
 async fn a_hung_queue_delays_the_first_enqueue_only() {
+    // Long enough not to be mistaken for a commit on a busy machine.
+    const HANG: Duration = Duration::from_secs(3);
     let stage = Stage::with(ClientSettings::default(), |config| {
-        config.response_timeout = Duration::from_millis(500);
-        config.connect_timeout = Duration::from_millis(500);
+        config.response_timeout = HANG;
+        config.connect_timeout = HANG;
     })
     .await;
     stage.client.enqueue(report(0), Durability::Durable).await.unwrap();
     stage.services.redis_queue().pause().await.unwrap();
     let first = Instant::now();
     stage.client.enqueue(report(1), Durability::Durable).await.unwrap();
-    assert!(first.elapsed() < Duration::from_secs(5), "{:?}", first.elapsed());
-    let next = Instant::now();
-    stage.client.enqueue(report(2), Durability::Durable).await.unwrap();
-    assert!(
-        next.elapsed() < Duration::from_millis(500),
-        "{:?}: waited for a queue known to hang",
-        next.elapsed()
-    );
+    assert!(first.elapsed() < HANG * 2, "{:?}: waited more than once", first.elapsed());
+    // Not each of them: after two seconds one caller tries the queue again, and those may be over on a busy machine.
+    let mut quickest = Duration::MAX;
+    for number in 2..5 {
+        let next = Instant::now();
+        stage.client.enqueue(report(number), Durability::Durable).await.unwrap();
+        quickest = quickest.min(next.elapsed());
+    }
+    assert!(quickest < HANG, "{quickest:?}: waited for a queue known to hang");
     stage.services.redis_queue().resume().await.unwrap();
     let maintenance = stage.maintain(quick());
     eventually(|| async {
-        let depth = stage.depth("report").await;
-        if depth == 3 { Ok(()) } else { Err(format!("depth {depth}")) }
+        let stats = stage.queue.stats(&support::name("report")).await.map_err(|error| error.to_string())?;
+        if stats.depth() == 5 { Ok(()) } else { Err(format!("{stats:?}")) }
     })
     .await;
     maintenance.stop().await;
@@ -162,8 +169,7 @@ async fn a_hung_queue_delays_the_first_enqueue_only() {
 
 #[tokio::test]
 async fn without_the_ledger_enqueue_says_so_in_time_and_nothing_was_accepted() {
-    let settings = ClientSettings { connect_within: Duration::from_millis(500), ..ClientSettings::default() };
-    let stage = Stage::with(settings, |_| ()).await;
+    let stage = Stage::new().await;
     stage.client.enqueue(report(0), Durability::Durable).await.unwrap();
     for hang in [true, false] {
         if hang {
@@ -177,7 +183,8 @@ async fn without_the_ledger_enqueue_says_so_in_time_and_nothing_was_accepted() {
         assert!(error.retry_after().is_some_and(|after| !after.is_zero()));
         let error = stage.client.enqueue_many(vec![report(2)], Durability::Durable).await.unwrap_err();
         assert!(matches!(error, EnqueueError::Unavailable { .. }), "hang {hang}: {error:?}");
-        assert!(begun.elapsed() < Duration::from_secs(4), "hang {hang}: {:?}", begun.elapsed());
+        // Twice `connect_within`; an acceptance that was begun would be asked for much longer.
+        assert!(begun.elapsed() < Duration::from_secs(10), "hang {hang}: {:?}", begun.elapsed());
         // Accepted means nothing but Redis here, and Redis is there.
         stage.client.enqueue(report(3), Durability::Fast).await.unwrap();
         if hang {

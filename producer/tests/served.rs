@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use devstack::testing::TestServices;
+use devstack::testing::{Port, TestServices};
 use producer::{Auth, Client, ClientSettings, ProducerSettings, ServeError, serve};
 use queue::{Queue, QueueConfig, WorkerId};
 use sagas::{
@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use worker::WorkerSettings;
 
 fn stores(postgres: Postgres, services: &TestServices) -> Stores {
-    let call_timeout = Duration::from_secs(2);
+    let call_timeout = Duration::from_secs(10);
     let vectors = Vectors::lazy(&VectorsConfig {
         url: services.vectors().url().to_owned(),
         api_key: None,
@@ -48,10 +48,6 @@ fn stores(postgres: Postgres, services: &TestServices) -> Stores {
     .unwrap();
     let embedder = Arc::new(embedding::hashing::HashingEmbedder::new());
     Stores::new(postgres, vectors, cache, embedder, vec![], DocumentSettings::default())
-}
-
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 /// One request on a connection of its own: status and body.
@@ -75,6 +71,7 @@ struct Deployment {
     api: JoinHandle<Result<(), ServeError>>,
     worker: JoinHandle<Result<(), worker::WorkerError>>,
     maintenance: Maintenance,
+    _port: Port,
     _services: TestServices,
 }
 
@@ -87,7 +84,8 @@ impl Deployment {
             Queue::lazy(QueueConfig { lease: Duration::from_secs(4), ..queue_config(&services) }).unwrap();
         let client = Client::new(postgres.clone(), Some(queue.clone()), ClientSettings::default());
         let stop = CancellationToken::new();
-        let addr = free_address();
+        let port = Port::free().unwrap();
+        let addr = SocketAddr::from(([127, 0, 0, 1], port.number()));
         let settings = ProducerSettings { addr, auth: Auth::Open, ..ProducerSettings::default() };
         let api = tokio::spawn(serve(settings, client, stores.clone(), String::new, stop.clone()));
         let settings = WorkerSettings {
@@ -103,7 +101,7 @@ impl Deployment {
         let worker =
             tokio::spawn(worker::run(settings, stores, queue.clone(), Arc::new(String::new), stop.clone()));
         let maintenance = Maintenance::start(postgres, queue, quick());
-        Self { addr, stop, api, worker, maintenance, _services: services }
+        Self { addr, stop, api, worker, maintenance, _port: port, _services: services }
     }
 
     async fn ask(&self, request: &str, body: &str) -> (u16, Value) {

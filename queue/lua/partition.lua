@@ -3,9 +3,10 @@
 --
 -- Keys, all under one hash tag T = KEYS[1] = {<prefix>:<queue>:<partition>}:
 --   T                      hash   counters: seq, tick, w0..w9 (waiting by priority), z (stale list entries), epoch
---   T:j                    hash   each job's record by id: "<sequence> <priority> <since> <tenant>" and a line feed, then
---                                 what only clients read (see src/record.rs). The sequence is that of its list entry, 0 if
---                                 it is scheduled
+--   T:j                    hash   each job's record by id: "<sequence> <priority> <since> <tenant>", then " <charged
+--                                 failures> <lost leases>" unless both are 0 (they count only without a ledger), a line
+--                                 feed, and what only clients read (see src/record.rs). The sequence is that of its list
+--                                 entry, 0 if it is scheduled
 --   T:x                    hash   the holder of each leased job by id: "<token> <tenant or nothing> <worker>"; see
 --                                 policies.lua about the tenant
 --   T:w:<priority>:<tenant> list  entries "<id> <sequence> <waiting since>"
@@ -71,13 +72,22 @@ local function begin_epoch(nonce)
   end
 end
 
-local function record(seq, priority, since, tenant, body)
-  return seq .. ' ' .. priority .. ' ' .. since .. ' ' .. tenant .. '\n' .. body
+-- `charged`: " <charged failures> <lost leases>", or nothing.
+local function record(seq, priority, since, tenant, body, charged)
+  return seq .. ' ' .. priority .. ' ' .. since .. ' ' .. tenant .. (charged or '') .. '\n' .. body
 end
 
--- Sequence, priority, since, tenant and body of a record, all as text; nothing if there is none.
+-- Sequence, priority, since, tenant, body and `charged` of a record, all as text; nothing if there is none.
 local function read(text)
-  if text then return string.match(text, '^(%d+) (%d+) (%d+) (%S+)\n(.*)$') end
+  if not text then return end
+  local seq, priority, since, tenant, charged, body = string.match(text, '^(%d+) (%d+) (%d+) (%S+)([ %d]*)\n(.*)$')
+  return seq, priority, since, tenant, body, charged
+end
+
+-- `charged` with one more of both, each if asked for.
+local function charge(charged, failure, loss)
+  local failures, losses = string.match(charged, '(%d+) (%d+)')
+  return ' ' .. whole((failures or 0) + failure) .. ' ' .. whole((losses or 0) + loss)
 end
 
 -- Whether the lease is the one with this token, and the tenant whose concurrency it counts for, if any.

@@ -1,6 +1,8 @@
-//! Acks on success and gives back on failure, for handlers without a ledger.
+//! Brings each delivery of a plain job to its end: takes it in the ledger, runs the handler, records how it ended, and
+//! tells Redis.
 
 use std::{
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -10,54 +12,266 @@ use apalis_core::{
     task::Task,
 };
 use futures::future::BoxFuture;
-use tower::{Layer, Service};
+use serde::Serialize;
+use tokio::{
+    sync::RwLock,
+    time::{sleep, timeout},
+};
+use tower::{Layer, Service, ServiceExt};
 
 use crate::{
     acker::{Acker, Done},
     claimer::Job,
-    lease::LeaseLost,
+    ids::JobId,
+    lease::{Lease, LeaseLost},
+    ledger::{End, Failure, FailureClass, Grant, Ledger, LedgerError, NoLedger, Take},
+    retries::Retries,
 };
 
-/// A tower layer for an apalis worker over [`QueueBackend`](crate::QueueBackend). `Ok` acks the job. `Err` gives it back
-/// after a delay: the one in a [`RetryAfterError`], else the layer's own. [`AbortError`] acks as well: the job is not
-/// tried again. A handler whose lease is lost is dropped at once. There is no limit of attempts here; that takes a ledger.
+/// After so many deliveries that ended in a lost lease a job runs alone in its process (PROTOCOL.md 13).
+const ALONE_AFTER: u32 = 2;
+/// No call to the ledger starts later than this before the lease ends, and none lasts longer than this.
+const MARGIN: Duration = Duration::from_secs(2);
+const CALL: Duration = Duration::from_secs(5);
+/// Between two calls to a ledger that can't be reached.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// A tower layer for an apalis worker over [`QueueBackend`](crate::QueueBackend), for handlers that are no sagas.
+///
+/// `Ok` ends the job with the response as its result. `Err` is a charged failure: the job is tried again after
+/// [`Retries::wait`], or after the time in a [`RetryAfterError`], until its attempts are used up; after [`AbortError`] it
+/// is not tried again. A handler whose lease is lost is dropped at once; one that outlives the job's timeout, too, which
+/// is a charged failure. An outage of the ledger is waited out and charged to nobody.
+///
+/// Without a ledger ([`AckLayer::new`]) the same holds, but Redis alone counts, a lost lease may mean that a job runs
+/// twice, and a job that is not tried again is logged and dropped.
 ///
 /// Add apalis' `catch_panic` *before* this layer, which puts it outside: a job that panics then comes back when its
-/// lease has run out. Inside, it turns a panic into [`AbortError`], and the job is acked.
+/// lease has run out. Inside, it turns a panic into [`AbortError`], and the job is dead.
 #[derive(Debug, Clone)]
-pub struct AckLayer {
+pub struct AckLayer<L = NoLedger> {
     acker: Acker,
-    delay: Duration,
+    ledger: L,
+    retries: Retries,
+    /// Held shared by every job, and exclusively by one that may kill the process.
+    company: Arc<RwLock<()>>,
 }
 
 impl AckLayer {
-    /// Gives failed jobs back after `delay`.
-    pub fn new(acker: Acker, delay: Duration) -> Self {
-        Self { acker, delay }
+    /// Without a ledger. A first retry comes within `base`, and the default limit of attempts holds.
+    pub fn new(acker: Acker, base: Duration) -> Self {
+        Self::over(NoLedger, acker).retries(Retries { base, ..Retries::default() })
     }
 }
 
-impl<S> Layer<S> for AckLayer {
-    type Service = AckService<S>;
+impl<L: Ledger> AckLayer<L> {
+    /// Over a ledger.
+    pub fn over(ledger: L, acker: Acker) -> Self {
+        Self { acker, ledger, retries: Retries::default(), company: Arc::default() }
+    }
 
-    fn layer(&self, inner: S) -> AckService<S> {
+    /// Sets when failed jobs are tried again.
+    pub fn retries(self, retries: Retries) -> Self {
+        Self { retries, ..self }
+    }
+
+    /// Waits out an outage of the ledger.
+    async fn patiently<T, F>(&self, lease: &Lease, call: impl Fn(Duration) -> F) -> Result<T, BoxDynError>
+    where
+        F: Future<Output = Result<T, LedgerError>>,
+    {
+        loop {
+            lease.valid(MARGIN * 2).await?;
+            let within = CALL.min(lease.remaining().saturating_sub(MARGIN));
+            match call(within).await {
+                Err(LedgerError::Unavailable(reason)) => {
+                    tracing::debug!(id = %lease.id(), reason, "the ledger is away; trying again");
+                    sleep(PAUSE).await;
+                }
+                answer => return Ok(answer?),
+            }
+        }
+    }
+
+    async fn take(&self, job: &Job) -> Result<Take, BoxDynError> {
+        let ledger = &self.ledger;
+        self.patiently(&job.lease, |within| ledger.take(&job.envelope, within)).await
+    }
+
+    /// Records the end, and returns what to tell Redis.
+    async fn end(&self, lease: &Lease, grant: &Grant, end: End) -> Result<Done, BoxDynError> {
+        let (id, ledger) = (lease.id(), &self.ledger);
+        let written = self.patiently(lease, |_| ledger.end(id, grant, &end)).await;
+        let (written, end) = match written {
+            Err(error) => match error.downcast::<LedgerError>() {
+                // Its result, say, is too large: the job can't end as it should, so it is dead.
+                Ok(refused) => {
+                    let end = End::Dead(Failure {
+                        class: FailureClass::Permanent,
+                        code: "refused",
+                        error: refused.to_string(),
+                        chain: vec![],
+                    });
+                    (self.patiently(lease, |_| ledger.end(id, grant, &end)).await?, end)
+                }
+                Err(other) => return Err(other),
+            },
+            Ok(written) => (written, end),
+        };
+        if !written {
+            return Err(LeaseLost(id).into());
+        }
+        Ok(match end {
+            End::Succeeded(_) | End::Dead(_) | End::Cancelled => Done::Ack,
+            End::Released(wait) => Done::Release(wait),
+            End::Retry(_, wait) if L::COUNTS => Done::Release(wait),
+            End::Retry(_, wait) => Done::Retry(wait),
+        })
+    }
+
+    /// What a failure means for the job.
+    fn failed(&self, grant: &Grant, failure: Failure, told: Option<Duration>) -> End {
+        let failures = grant.attempts + 1;
+        let limit = grant.max_attempts.unwrap_or(self.retries.max_attempts);
+        if failure.class == FailureClass::Permanent || failures >= limit {
+            return End::Dead(failure);
+        }
+        End::Retry(failure, told.unwrap_or_else(|| self.retries.wait(failures, rand::random())))
+    }
+
+    async fn deliver<S>(&self, inner: S, mut task: Task<Job>) -> Result<S::Response, BoxDynError>
+    where
+        S: Service<Task<Job>>,
+        S::Response: Serialize,
+        S::Error: Into<BoxDynError>,
+    {
+        let lease = task.args.lease.clone();
+        let id = lease.id();
+        let company = self.company.read().await;
+        let mut grant = match self.take(&task.args).await? {
+            Take::Granted(grant) => grant,
+            Take::Gone => {
+                self.acker.done(&lease, Done::Ack).await;
+                return Err(NotRun(id).into());
+            }
+            Take::NotYet(wait) => {
+                self.acker.done(&lease, Done::Release(wait)).await;
+                return Err(NotRun(id).into());
+            }
+        };
+        let (mut _shared, mut _alone) = (Some(company), None);
+        let refused = if grant.lost_alone >= self.retries.delivery_limit {
+            Some(End::Dead(Failure {
+                class: FailureClass::Permanent,
+                code: "poison",
+                error: format!("its worker died {} times while it ran this job", grant.lost_alone),
+                chain: vec![],
+            }))
+        } else {
+            grant.cancelled.then_some(End::Cancelled)
+        };
+        if let Some(end) = refused {
+            let done = self.end(&lease, &grant, end).await?;
+            self.acker.done(&lease, done).await;
+            return Err(NotRun(id).into());
+        }
+        if grant.lost >= ALONE_AFTER {
+            _shared = None;
+            _alone = Some(self.company.write().await);
+            let ledger = &self.ledger;
+            if !self.patiently(&lease, |_| ledger.alone(id, &grant)).await? {
+                return Err(LeaseLost(id).into());
+            }
+        }
+        // The payload goes to the handler; what stays here is cheap to copy.
+        let payload = std::mem::take(&mut grant.payload);
+        task.args.grant = Some(Grant { payload, ..grant.clone() });
+        let limit = grant.timeout;
+        let inner = async {
+            match limit {
+                Some(limit) => timeout(limit, inner.oneshot(task)).await.map_err(|_| TimedOut(limit)),
+                None => Ok(inner.oneshot(task).await),
+            }
+        };
+        let lost = lease.lost();
+        let run = tokio::select! {
+            // A job that ends at once needs no look at its lease.
+            biased;
+            run = inner => run,
+            () = lost.cancelled() => return Err(LeaseLost(id).into()),
+        };
+        let (end, result) = match run {
+            Ok(Ok(response)) => match serde_json::to_value(&response) {
+                Ok(value) => (End::Succeeded(value), Ok(response)),
+                Err(error) => {
+                    let failure = failure(FailureClass::Permanent, "result", &error);
+                    (self.failed(&grant, failure, None), Err(error.into()))
+                }
+            },
+            Ok(Err(error)) => {
+                let error: BoxDynError = error.into();
+                let (class, told) = classify(&error);
+                (self.failed(&grant, failure(class, "handler", error.as_ref()), told), Err(error))
+            }
+            Err(late) => {
+                (
+                    self.failed(&grant, failure(FailureClass::Timeout, "timeout", &late), None),
+                    Err(late.into()),
+                )
+            }
+        };
+        let done = self.end(&lease, &grant, end).await?;
+        self.acker.done(&lease, done).await;
+        result
+    }
+}
+
+/// The delivery ended before the handler ran: the job has ended already, is not due, is cancelled, or is poison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("job {0} was not run in this delivery")]
+pub struct NotRun(pub JobId);
+
+#[derive(Debug, thiserror::Error)]
+#[error("no end within the job's timeout of {0:?}")]
+struct TimedOut(Duration);
+
+fn failure(class: FailureClass, code: &'static str, error: &dyn std::error::Error) -> Failure {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    Failure { class, code, error: error.to_string(), chain: causes.map(ToString::to_string).collect() }
+}
+
+fn classify(error: &BoxDynError) -> (FailureClass, Option<Duration>) {
+    if error.is::<AbortError>() {
+        return (FailureClass::Permanent, None);
+    }
+    match error.downcast_ref::<RetryAfterError>() {
+        Some(later) => (FailureClass::RateLimited, Some(later.get_duration())),
+        None => (FailureClass::Transient, None),
+    }
+}
+
+impl<S, L: Clone> Layer<S> for AckLayer<L> {
+    type Service = AckService<S, L>;
+
+    fn layer(&self, inner: S) -> AckService<S, L> {
         AckService { inner, layer: self.clone() }
     }
 }
 
 /// What [`AckLayer`] makes of a service.
 #[derive(Debug, Clone)]
-pub struct AckService<S> {
+pub struct AckService<S, L = NoLedger> {
     inner: S,
-    layer: AckLayer,
+    layer: AckLayer<L>,
 }
 
-impl<S> Service<Task<Job>> for AckService<S>
+impl<S, L> Service<Task<Job>> for AckService<S, L>
 where
-    S: Service<Task<Job>>,
+    S: Service<Task<Job>> + Clone + Send + 'static,
     S::Future: Send + 'static,
-    S::Response: Send + 'static,
-    S::Error: Into<BoxDynError> + 'static,
+    S::Response: Serialize + Send + 'static,
+    S::Error: Into<BoxDynError> + Send + 'static,
+    L: Ledger,
 {
     type Response = S::Response;
     type Error = BoxDynError;
@@ -68,29 +282,10 @@ where
     }
 
     fn call(&mut self, task: Task<Job>) -> Self::Future {
-        let lease = task.args.lease.clone();
-        let AckLayer { acker, delay } = self.layer.clone();
-        let run = self.inner.call(task);
-        Box::pin(async move {
-            let lost = lease.lost();
-            let result = tokio::select! {
-                // A job that ends at once needs no look at its lease.
-                biased;
-                result = run => result.map_err(Into::into),
-                () = lost.cancelled() => return Err(LeaseLost(lease.id()).into()),
-            };
-            let done = match &result {
-                Ok(_) => Done::Ack,
-                Err(error) if error.is::<AbortError>() => {
-                    tracing::error!(id = %lease.id(), %error, "the job is dropped and not tried again");
-                    Done::Ack
-                }
-                Err(error) => Done::Release(
-                    error.downcast_ref::<RetryAfterError>().map_or(delay, RetryAfterError::get_duration),
-                ),
-            };
-            acker.done(&lease, done).await;
-            result
-        })
+        // The service that was asked whether it is ready is the one to call.
+        let clone = self.inner.clone();
+        let inner = std::mem::replace(&mut self.inner, clone);
+        let layer = self.layer.clone();
+        Box::pin(async move { layer.deliver(inner, task).await })
     }
 }

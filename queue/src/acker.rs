@@ -32,6 +32,8 @@ pub enum Done {
     Ack,
     /// It goes back to the queue after this delay; with zero to the front of its list.
     Release(Duration),
+    /// As `Release`, and it is charged with a failure. Only for jobs without a ledger.
+    Retry(Duration),
 }
 
 enum Message {
@@ -91,20 +93,22 @@ async fn run(queue: Queue, mut inbox: mpsc::Receiver<Message>) {
             }
         }
         sent_at = Instant::now();
-        let (mut acks, mut releases, mut flushes) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut acks, mut releases, mut retries, mut flushes) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for message in messages.drain(..) {
             match message {
                 Message::Done(lease, Done::Ack) => acks.push(lease.lease_ref()),
                 Message::Done(lease, Done::Release(delay)) => releases.push((lease.lease_ref(), delay)),
+                Message::Done(lease, Done::Retry(delay)) => retries.push((lease.lease_ref(), delay)),
                 Message::Flush(flushed) => flushes.push(flushed),
             }
         }
         let mut refusals = 0;
-        while let Err(error) = send(&queue, &acks, &releases).await {
+        while let Err(error) = send(&queue, &acks, &releases, &retries).await {
             let pause = outage.wait(&error);
             refusals += u32::from(!error.is_unavailable());
             if refusals >= REFUSALS || inbox.is_closed() {
-                let count = acks.len() + releases.len();
+                let count = acks.len() + releases.len() + retries.len();
                 tracing::error!(count, %error, "can't tell Redis what became of these jobs; their leases will run out");
                 break;
             }
@@ -118,7 +122,12 @@ async fn run(queue: Queue, mut inbox: mpsc::Receiver<Message>) {
     }
 }
 
-/// Sends both kinds side by side. Repeating it is harmless: what got through before is not ours any more.
-async fn send(queue: &Queue, acks: &[LeaseRef], releases: &[(LeaseRef, Duration)]) -> Result<(), QueueError> {
-    tokio::try_join!(queue.ack(acks), queue.release(releases)).map(drop)
+/// Sends all kinds side by side. Repeating it is harmless: what got through before is not ours any more.
+async fn send(
+    queue: &Queue,
+    acks: &[LeaseRef],
+    releases: &[(LeaseRef, Duration)],
+    retries: &[(LeaseRef, Duration)],
+) -> Result<(), QueueError> {
+    tokio::try_join!(queue.ack(acks), queue.release(releases), queue.retry(retries)).map(drop)
 }

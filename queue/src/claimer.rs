@@ -3,6 +3,8 @@
 use std::{future::pending, sync::Arc};
 
 use futures::future::BoxFuture;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinHandle,
@@ -18,6 +20,7 @@ use crate::{
     heartbeat::Heartbeat,
     ids::{QueueName, WorkerId},
     lease::Lease,
+    ledger::Grant,
     outage::Outage,
     queue::{Claimed, Queue},
     wakeups::{self, Places},
@@ -44,8 +47,18 @@ pub struct Job {
     pub envelope: Arc<Envelope>,
     /// The hold on it.
     pub lease: Lease,
+    /// What the ledger granted; set by [`AckLayer`](crate::AckLayer) before the handler runs.
+    pub grant: Option<Grant>,
     /// One of the claimer's slots.
     pub slot: OwnedSemaphorePermit,
+}
+
+impl Job {
+    /// The request, read as `T`: the ledger's where there is one, else the envelope's `fast` record.
+    pub fn payload<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
+        let payload = self.grant.as_ref().map(|grant| &grant.payload).or(self.envelope.fast.as_ref());
+        T::deserialize(payload.unwrap_or(&Value::Null))
+    }
 }
 
 /// The claiming loop of a worker. It outlives every outage of Redis, and ends only on shutdown, or when the receiver is
@@ -252,7 +265,8 @@ impl Claiming {
                         tracing::error!(id = %lease.id(), "claimed more jobs than slots");
                         continue;
                     };
-                    jobs.push(Job { envelope: Arc::clone(&claim.envelope), lease, slot });
+                    let envelope = Arc::clone(&claim.envelope);
+                    jobs.push(Job { envelope, lease, grant: None, slot });
                 }
                 if !jobs.is_empty() {
                     self.jobs.give(jobs);

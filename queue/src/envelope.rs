@@ -36,6 +36,12 @@ pub struct Envelope {
     pub trace: Option<TraceContext>,
     /// The full job record. Only for `durability=fast`, whose jobs have no row in the ledger yet.
     pub fast: Option<serde_json::Value>,
+    /// Charged failures so far. Kept here only where there is no ledger, which otherwise counts them.
+    #[serde(default)]
+    pub attempts: u32,
+    /// Leases of the job that ran out, as far as the queue knows; the ledger counts better where there is one.
+    #[serde(default)]
+    pub lost: u32,
 }
 
 impl Envelope {
@@ -51,6 +57,8 @@ impl Envelope {
             enqueued_at_ms: chrono::Utc::now().timestamp_millis(),
             trace: None,
             fast: None,
+            attempts: 0,
+            lost: 0,
         }
     }
 }

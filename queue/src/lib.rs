@@ -14,6 +14,7 @@ pub mod ids;
 mod inspect;
 pub mod lease;
 pub mod lender;
+pub mod ledger;
 mod link;
 mod outage;
 mod partition;
@@ -23,12 +24,13 @@ pub mod queue;
 pub mod reaper;
 mod record;
 mod reply;
+pub mod retries;
 pub mod scheduler;
 mod scripts;
 mod upkeep;
 mod wakeups;
 
-pub use ack_layer::AckLayer;
+pub use ack_layer::{AckLayer, NotRun};
 pub use acker::{Acker, Done};
 pub use backend::QueueBackend;
 pub use claimer::{Claimer, ClaimerConfig, Job};
@@ -47,8 +49,10 @@ pub use ids::{
 pub use lease::{Lease, LeaseLost};
 pub use lender::Lender;
 pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
+pub use ledger::{Ledger, NoLedger};
 pub use queue::Queue;
 pub use reaper::Reaper;
+pub use retries::Retries;
 pub use scheduler::Scheduler;
 
 /// At how many tenants per priority [`PriorityStats::oldest_ms`] looks.

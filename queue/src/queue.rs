@@ -328,12 +328,26 @@ impl Queue {
     /// Gives jobs back: to the front of their lists when the delay is zero, else to the schedule (whole ms). One
     /// answer per lease: `false` if it is not ours any more (nothing was changed).
     pub async fn release(&self, leases: &[(LeaseRef, Duration)]) -> Result<Vec<bool>, QueueError> {
+        self.give_back(leases, false).await
+    }
+
+    /// As [`release`](Self::release), and charges each job with a failure ([`Envelope::attempts`]): for jobs without a
+    /// ledger.
+    pub async fn retry(&self, leases: &[(LeaseRef, Duration)]) -> Result<Vec<bool>, QueueError> {
+        self.give_back(leases, true).await
+    }
+
+    async fn give_back(
+        &self,
+        leases: &[(LeaseRef, Duration)],
+        charged: bool,
+    ) -> Result<Vec<bool>, QueueError> {
         let answers = self
             .each(
                 &scripts::RELEASE,
                 leases,
                 |(lease, _)| lease_place(lease),
-                || vec![self.now()],
+                || vec![self.now(), text(u8::from(charged))],
                 |args, (lease, delay)| {
                     args.extend([
                         text(lease.id),

@@ -1,7 +1,7 @@
 //! How a job's record is written to scripts and read from their answers.
 //!
-//! A record is one string: `<sequence> <priority> <since> <tenant>`, a line feed, and the body. Scripts read and write the
-//! first line (see `lua/partition.lua`); the body is ours: kind, `run_at`, `enqueued_at`, traceparent and tracestate, each as
+//! A record is one string: `<sequence> <priority> <since> <tenant>`, then ` <charged failures> <lost leases>` unless both are
+//! 0, a line feed, and the body. Scripts read and write the first line (see `lua/partition.lua`); the body is ours: kind, `run_at`, `enqueued_at`, traceparent and tracestate, each as
 //! `<length>:<text>` with nothing for what is absent, then the fast record as JSON, if there is one.
 
 use std::fmt::Write as _;
@@ -23,9 +23,13 @@ pub(crate) fn push_record(args: &mut Vec<Vec<u8>>, envelope: &Envelope) {
     ]);
 }
 
-/// What restore sends of a job after its id and token: priority, tenant and the body.
+/// What restore sends of a job after its id and token: priority, tenant, the body, and failures and losses if any.
 pub(crate) fn restore_record(args: &mut Vec<Vec<u8>>, envelope: &Envelope) {
     args.extend([text(envelope.priority), envelope.tenant.as_str().into(), body(envelope)]);
+    args.push(match (envelope.attempts, envelope.lost) {
+        (0, 0) => Vec::new(),
+        (attempts, lost) => text(format_args!(" {attempts} {lost}")),
+    });
 }
 
 fn body(envelope: &Envelope) -> Vec<u8> {
@@ -61,6 +65,11 @@ pub(crate) fn read_record(record: &[u8], id: JobId, queue: &QueueName) -> Result
     let priority = head.next().and_then(|text| text.parse::<i64>().ok()).ok_or_else(|| bad("priority"))?;
     let priority = Priority::try_from(priority).map_err(|error| QueueError::Protocol(error.to_string()))?;
     let tenant = head.nth(1).and_then(|text| text.parse().ok()).ok_or_else(|| bad("tenant"))?;
+    let mut count = |what: &str| match head.next() {
+        None => Ok(0),
+        Some(text) => text.parse().map_err(|_| bad(what)),
+    };
+    let (attempts, lost) = (count("number of failures")?, count("number of losses")?);
     let mut field = |what: &str| {
         let (length, rest) = body.split_once(':').ok_or_else(|| bad(what))?;
         let length = length.parse().map_err(|_| bad(what))?;
@@ -94,6 +103,8 @@ pub(crate) fn read_record(record: &[u8], id: JobId, queue: &QueueName) -> Result
         enqueued_at_ms,
         trace: traceparent.map(|traceparent| TraceContext { traceparent, tracestate }),
         fast,
+        attempts,
+        lost,
     })
 }
 
@@ -119,10 +130,13 @@ mod tests {
             run_at_ms: Some(17),
             trace: Some(TraceContext { traceparent: "00-a".to_owned(), tracestate: Some("k=v,1:2".to_owned()) }),
             fast: Some(serde_json::json!({ "text": "line\nline", "n": [1, 2] })),
+            attempts: 2,
+            lost: 1,
             ..envelope()
         };
         for one in [plain, full] {
-            let record = [b"12 9 1700000000000 acme\n".to_vec(), body(&one)].concat();
+            let charged = if one.attempts > 0 { " 2 1" } else { "" };
+            let record = [format!("12 9 1700000000000 acme{charged}\n").into_bytes(), body(&one)].concat();
             assert_eq!(read_record(&record, one.id, &one.queue).unwrap(), one);
         }
     }

@@ -15,7 +15,7 @@ use queue::{
     AckLayer, Acker, Claimer, ClaimerConfig, Envelope, Gates, Heartbeat, HeartbeatConfig, Job, JobId,
     QueueBackend, QueueConfig, Scheduler,
 };
-use support::{Stage, eventually, job, jobs, name, worker};
+use support::{DEADLINE, Stage, eventually, job, jobs, name, worker};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -105,7 +105,7 @@ async fn rule_26_an_apalis_worker_runs_retries_and_stops_gracefully_over_this_ba
         let runs = log.runs.lock().unwrap().len();
         format!("{runs} ran; {:?}", stage.queue.stats(&name()).await)
     };
-    eventually(Duration::from_secs(20), drained, state).await;
+    eventually(DEADLINE, drained, state).await;
     let runs = log.runs.lock().unwrap().clone();
     assert_eq!(runs.len(), all.len());
     for envelope in &all {
@@ -122,13 +122,13 @@ async fn rule_26_an_apalis_worker_runs_retries_and_stops_gracefully_over_this_ba
     let long: Vec<Envelope> = (0..10).map(|_| kind("long")).collect();
     stage.queue.push(&long).await.unwrap();
     eventually(
-        Duration::from_secs(5),
+        DEADLINE,
         async || (log.now.lock().unwrap().0 == 4).then_some(()),
         async || format!("{:?} run", log.now.lock().unwrap()),
     )
     .await;
     contexts.await.unwrap().stop().unwrap();
-    timeout(Duration::from_secs(10), running).await.expect("the worker doesn't stop").unwrap().unwrap();
+    timeout(DEADLINE, running).await.expect("the worker doesn't stop").unwrap().unwrap();
     let ran = long.iter().filter(|envelope| log.runs.lock().unwrap().contains_key(&envelope.id)).count();
     let stats = stage.queue.stats(&name()).await.unwrap();
     assert_eq!((stats.depth(), stats.in_flight), (10 - ran as u64, 0), "{ran} of 10 ran");
@@ -148,13 +148,13 @@ async fn a_shutdown_of_the_claimer_ends_the_apalis_worker() {
         .build(handle);
     let running = tokio::spawn(apalis.run());
     eventually(
-        Duration::from_secs(5),
+        DEADLINE,
         async || (log.runs.lock().unwrap().len() == 5).then_some(()),
         async || format!("{} ran", log.runs.lock().unwrap().len()),
     )
     .await;
     shutdown.cancel();
-    timeout(Duration::from_secs(10), running).await.expect("the worker doesn't end").unwrap().unwrap();
+    timeout(DEADLINE, running).await.expect("the worker doesn't end").unwrap().unwrap();
     let stats = stage.queue.stats(&name()).await.unwrap();
     assert_eq!((stats.depth(), stats.in_flight), (0, 0));
 }

@@ -5,11 +5,11 @@
 mod support;
 
 use std::{
-    net::TcpListener,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
+use devstack::testing::Port;
 use queue::{
     Beat, Envelope, Mode, Priority, Pushed, Queue, QueueConfig, QueuePolicy, Rate, TenantId, TenantPolicy,
 };
@@ -20,6 +20,7 @@ use uuid::Uuid;
 struct Node {
     child: Child,
     url: String,
+    _ports: [Port; 2],
     _dir: tempfile::TempDir,
 }
 
@@ -33,18 +34,15 @@ impl Drop for Node {
 impl Node {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        // Cluster mode also listens on port + 10000.
-        let port = (20_000..40_000)
-            .step_by(37)
-            .map(|port| port + (std::process::id() % 37) as u16)
-            .find(|port| {
-                [*port, port + 10_000].iter().all(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
-            })
-            .unwrap();
+        // Cluster mode listens on a second one, too.
+        let ports = [Port::free().unwrap(), Port::free().unwrap()];
+        let [port, bus] = ports.each_ref().map(Port::number);
         let child = Command::new("redis-server")
             .args([
                 "--port",
                 &port.to_string(),
+                "--cluster-port",
+                &bus.to_string(),
                 "--bind",
                 "127.0.0.1",
                 "--save",
@@ -57,7 +55,7 @@ impl Node {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let node = Self { child, url: format!("redis://127.0.0.1:{port}"), _dir: dir };
+        let node = Self { child, url: format!("redis://127.0.0.1:{port}"), _ports: ports, _dir: dir };
         eventually(
             Duration::from_secs(20),
             async || {

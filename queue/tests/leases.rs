@@ -214,6 +214,7 @@ async fn a_killed_redis_comes_back_with_its_queues_and_leases() {
     stage.queue.push(&jobs(3)).await.unwrap();
     let claims = stage.claim(1).await;
     let before = stage.queue.run_id().await.unwrap();
+    stage.written().await;
     stage.redis().kill9().await.unwrap();
     let error = stage.queue.push(&jobs(1)).await.unwrap_err();
     assert!(error.is_unavailable(), "{error}");
@@ -221,7 +222,7 @@ async fn a_killed_redis_comes_back_with_its_queues_and_leases() {
     stage.redis().restart().await.unwrap();
     // Right after a refused connection the same answer is given for 50 ms.
     support::eventually(
-        Duration::from_secs(5),
+        support::DEADLINE,
         async || stage.queue.ping().await.ok(),
         async || format!("{:?}", stage.queue.ping().await),
     )

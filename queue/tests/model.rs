@@ -21,6 +21,7 @@ enum Step {
     Claim(u8),
     Ack(u8),
     Release(u8, u16),
+    Retry(u8, u16),
     Beat(u8),
     StaleBeat(u8),
     Pass(u16),
@@ -38,6 +39,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (1..8_u8).prop_map(Step::Claim),
         3 => any::<u8>().prop_map(Step::Ack),
         2 => (any::<u8>(), prop_oneof![Just(0), 1..2000_u16]).prop_map(|(pick, delay)| Step::Release(pick, delay)),
+        1 => (any::<u8>(), prop_oneof![Just(0), 1..2000_u16]).prop_map(|(pick, delay)| Step::Retry(pick, delay)),
         1 => any::<u8>().prop_map(Step::Beat),
         1 => any::<u8>().prop_map(Step::StaleBeat),
         2 => (1..1500_u16).prop_map(Step::Pass),
@@ -75,6 +77,15 @@ impl Model {
     fn wait(&mut self, id: JobId, front: bool) {
         self.jobs.get_mut(&id).unwrap().1 = Place::Waiting;
         if front { self.list(id).push_front(id) } else { self.list(id).push_back(id) }
+    }
+
+    fn given_back(&mut self, id: JobId, claim: Claim, delay: u16) {
+        self.ended.push(claim);
+        if delay == 0 {
+            self.wait(id, true);
+        } else {
+            self.jobs.get_mut(&id).unwrap().1 = Place::Scheduled(self.now + i64::from(delay));
+        }
     }
 
     fn waiting(&self) -> usize {
@@ -153,12 +164,15 @@ async fn apply(base: &Queue, model: &mut Model, step: Step) {
             if let Some((id, claim)) = model.leased(pick) {
                 let given = [(claim.lease_ref(), Duration::from_millis(u64::from(delay)))];
                 assert_eq!(queue.release(&given).await.unwrap(), [true]);
-                model.ended.push(claim);
-                if delay == 0 {
-                    model.wait(id, true);
-                } else {
-                    model.jobs.get_mut(&id).unwrap().1 = Place::Scheduled(model.now + i64::from(delay));
-                }
+                model.given_back(id, claim, delay);
+            }
+        }
+        Step::Retry(pick, delay) => {
+            if let Some((id, claim)) = model.leased(pick) {
+                let given = [(claim.lease_ref(), Duration::from_millis(u64::from(delay)))];
+                assert_eq!(queue.retry(&given).await.unwrap(), [true]);
+                model.jobs.get_mut(&id).unwrap().0.attempts += 1;
+                model.given_back(id, claim, delay);
             }
         }
         Step::Beat(pick) => {
@@ -193,6 +207,7 @@ async fn apply(base: &Queue, model: &mut Model, step: Step) {
             reaped.reverse();
             assert_eq!(reaped, expired.iter().map(|(_, id, _)| *id).collect::<Vec<_>>());
             for (_, id, claim) in expired.into_iter().rev() {
+                model.jobs.get_mut(&id).unwrap().0.lost += 1;
                 model.ended.push(claim);
                 model.wait(id, true);
             }

@@ -12,7 +12,7 @@ use queue::{
     Acker, Claimer, ClaimerConfig, Done, Envelope, Gates, Heartbeat, HeartbeatConfig, Job, QueueConfig,
     QueueError, QueueName, Reaper, Scheduler,
 };
-use support::{Stage, eventually, job, jobs, name, worker};
+use support::{DEADLINE, Stage, eventually, job, jobs, name, worker};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -47,12 +47,29 @@ fn roles_for(stage: &Stage, slots: usize, queues: Vec<QueueName>) -> Roles {
 
 impl Roles {
     async fn next(&mut self) -> Job {
-        timeout(Duration::from_secs(10), self.jobs.recv()).await.expect("no job within 10 s").unwrap()
+        timeout(DEADLINE, self.jobs.recv()).await.expect("no job in time").unwrap()
     }
 
     async fn none_within(&mut self, ms: u64) -> bool {
         timeout(Duration::from_millis(ms), self.jobs.recv()).await.is_err()
     }
+}
+
+/// Waits until a worker hears of wake-ups, on one channel for each partition.
+async fn subscribed(stage: &Stage, partitions: u16) {
+    let raw = stage.raw().await;
+    let heard = async || {
+        let channels: Vec<String> =
+            redis::cmd("PUBSUB").arg("CHANNELS").query_async(&mut raw.clone()).await.unwrap();
+        (channels.len() == usize::from(partitions)).then_some(())
+    };
+    eventually(DEADLINE, heard, async || "no subscription".to_owned()).await;
+}
+
+/// The middle one: this machine may pause us, but not most of the time.
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
 }
 
 async fn state(stage: &Stage) -> String {
@@ -85,14 +102,16 @@ async fn a_push_wakes_an_idle_worker_long_before_its_safety_poll() {
     let mut roles = roles(&stage, 4);
     let scheduler = Scheduler::spawn(stage.queue.clone(), vec![name()], roles.shutdown.clone());
     assert!(roles.none_within(300).await);
-    for round in 0..20 {
+    let mut waits = Vec::new();
+    for _ in 0..20 {
         let pushed = Instant::now();
         stage.queue.push(&jobs(1)).await.unwrap();
         let job = roles.next().await;
-        assert!(pushed.elapsed() < Duration::from_millis(500), "round {round}: {:?}", pushed.elapsed());
+        waits.push(pushed.elapsed());
         roles.acker.done(&job.lease, Done::Ack).await;
         roles.acker.flush().await;
     }
+    assert!(median(waits.clone()) < Duration::from_millis(500), "{waits:?}");
     // A job that comes back wakes as well.
     stage.queue.push(&jobs(1)).await.unwrap();
     let job = roles.next().await;
@@ -106,7 +125,7 @@ async fn a_push_wakes_an_idle_worker_long_before_its_safety_poll() {
 async fn a_wake_up_that_was_lost_is_made_up_for_by_the_safety_poll() {
     let stage = Stage::with(|config| config.safety_poll = Duration::from_millis(200)).await;
     let mut roles = roles(&stage, 4);
-    assert!(roles.none_within(100).await);
+    subscribed(&stage, 1).await;
     // The subscription breaks and can't be renewed, so that no wake-up comes.
     let mut raw = stage.raw().await;
     let () =
@@ -122,16 +141,7 @@ async fn a_wake_up_that_was_lost_is_made_up_for_by_the_safety_poll() {
     let () =
         redis::cmd("ACL").arg(&["SETUSER", "default", "+subscribe"]).query_async(&mut raw).await.unwrap();
     // And the subscription comes back.
-    eventually(
-        Duration::from_secs(10),
-        async || {
-            let channels: Vec<String> =
-                redis::cmd("PUBSUB").arg("CHANNELS").query_async(&mut raw.clone()).await.unwrap();
-            (!channels.is_empty()).then_some(())
-        },
-        async || "no subscription".to_owned(),
-    )
-    .await;
+    subscribed(&stage, 1).await;
 }
 
 #[tokio::test]
@@ -142,6 +152,8 @@ async fn rule_24_an_idle_worker_costs_at_most_three_commands_a_second() {
         let queues = vec![name()];
         let _reaper = Reaper::spawn(stage.queue.clone(), queues.clone(), roles.shutdown.clone());
         let _scheduler = Scheduler::spawn(stage.queue.clone(), queues, roles.shutdown.clone());
+        // A new subscription makes the worker look everywhere once.
+        subscribed(&stage, partitions).await;
         assert!(roles.none_within(1500).await);
         let mut raw = stage.raw().await;
         // What clients send; commands inside scripts are not counted as calls of a client.
@@ -156,11 +168,14 @@ async fn rule_24_an_idle_worker_costs_at_most_three_commands_a_second() {
                 .filter_map(|line| line.split("calls=").nth(1)?.split(',').next()?.parse::<u64>().ok())
                 .sum()
         };
-        let (before, begun) = (sent(&mut raw).await, Instant::now());
-        assert!(roles.none_within(6000).await);
-        let rate = (sent(&mut raw).await - before) as f64 / begun.elapsed().as_secs_f64();
-        println!("{partitions} partitions: {rate:.2} commands a second");
-        assert!(rate <= 3.2, "{partitions} partitions: {rate:.2} commands a second");
+        let (begun, before) = (Instant::now(), sent(&mut raw).await);
+        assert!(roles.none_within(10_000).await);
+        let count = sent(&mut raw).await - before;
+        let seconds = begun.elapsed().as_secs_f64();
+        println!("{partitions} partitions: {count} commands in {seconds:.2} s");
+        // What comes every second comes once more in a time that begins right before it.
+        let most = 3 * (seconds as u64 + 1);
+        assert!(count <= most, "{partitions} partitions: {count} commands in {seconds:.2} s");
     }
 }
 
@@ -194,9 +209,28 @@ async fn a_closed_gate_pauses_its_queue_only_and_opens_at_once() {
     assert_eq!(running.envelope.queue, other);
     assert!(roles.none_within(1500).await, "a paused queue was claimed from");
     roles.gates.open(&name());
-    let opened = Instant::now();
     assert_eq!(roles.next().await.envelope.queue, name());
-    assert!(opened.elapsed() < Duration::from_millis(500), "{:?}", opened.elapsed());
+}
+
+#[tokio::test]
+async fn an_opened_gate_is_noticed_long_before_the_safety_poll() {
+    let stage = Stage::with(|config| config.safety_poll = Duration::from_mins(10)).await;
+    let mut roles = roles(&stage, 4);
+    subscribed(&stage, 1).await;
+    let mut waits = Vec::new();
+    for _ in 0..5 {
+        roles.gates.close(&name(), "postgres is down");
+        stage.queue.push(&jobs(1)).await.unwrap();
+        // Long enough for the push to be heard of, and to be no reason to look any more.
+        assert!(roles.none_within(200).await, "a paused queue was claimed from");
+        let opened = Instant::now();
+        roles.gates.open(&name());
+        let job = roles.next().await;
+        waits.push(opened.elapsed());
+        roles.acker.done(&job.lease, Done::Ack).await;
+        roles.acker.flush().await;
+    }
+    assert!(median(waits.clone()) < Duration::from_millis(500), "{waits:?}");
 }
 
 #[tokio::test]
@@ -207,7 +241,7 @@ async fn shutdown_gives_back_what_was_claimed_and_not_handed_over() {
     let mut roles = roles(&stage, 8);
     let first = roles.next().await;
     eventually(
-        Duration::from_secs(5),
+        DEADLINE,
         async || (stage.queue.stats(&name()).await.unwrap().in_flight == 8).then_some(()),
         async || state(&stage).await,
     )
@@ -233,9 +267,7 @@ async fn a_dropped_receiver_ends_the_claimer_and_loses_nothing() {
     stage.queue.push(&jobs(10)).await.unwrap();
     let roles = roles(&stage, 4);
     drop(roles.jobs);
-    timeout(Duration::from_secs(5), roles.claimer.join())
-        .await
-        .expect("the claimer goes on without a receiver");
+    timeout(DEADLINE, roles.claimer.join()).await.expect("the claimer goes on without a receiver");
     let stats = stage.queue.stats(&name()).await.unwrap();
     assert_eq!((stats.in_flight, stats.depth()), (0, 10));
 }
@@ -243,12 +275,12 @@ async fn a_dropped_receiver_ends_the_claimer_and_loses_nothing() {
 // One runtime thread: what blocks it blocks everything but the heartbeat.
 #[tokio::test(flavor = "current_thread")]
 async fn rule_5_a_busy_runtime_does_not_starve_the_heartbeat() {
-    let stage = Stage::with(|config| config.lease = Duration::from_secs(2)).await;
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(5)).await;
     stage.queue.push(&jobs(3)).await.unwrap();
     let claims = stage.claim(3).await;
     let heartbeat = Heartbeat::spawn(stage.config.clone(), beat_every(400)).unwrap();
     let leases: Vec<_> = claims.iter().map(|claim| heartbeat.register(claim)).collect();
-    let busy_until = Instant::now() + Duration::from_secs(5);
+    let busy_until = Instant::now() + Duration::from_secs(8);
     while Instant::now() < busy_until {
         std::hint::spin_loop();
     }
@@ -264,14 +296,15 @@ async fn rule_5_a_busy_runtime_does_not_starve_the_heartbeat() {
 
 #[tokio::test]
 async fn rule_5_a_lost_lease_is_told_at_once() {
-    let stage = Stage::with(|config| config.lease = Duration::from_secs(2)).await;
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(30)).await;
     stage.queue.push(&jobs(1)).await.unwrap();
     let claims = stage.claim(1).await;
     let heartbeat = Heartbeat::spawn(stage.config.clone(), beat_every(100)).unwrap();
     let lease = heartbeat.register(&claims[0]);
     lease.valid(Duration::from_millis(500)).await.unwrap();
     stage.queue.at(i64::MAX / 4096).reap(&name()).await.unwrap();
-    timeout(Duration::from_secs(2), lease.lost().cancelled()).await.expect("not told within 2 s");
+    // By the next heartbeat, not by the lease's end.
+    timeout(Duration::from_secs(10), lease.lost().cancelled()).await.expect("not told within 10 s");
     assert!(lease.valid(Duration::ZERO).await.is_err());
     assert!(heartbeat.is_empty());
 }
@@ -297,7 +330,7 @@ async fn rule_4_the_local_lease_ends_before_the_one_in_redis() {
 
 #[tokio::test]
 async fn a_job_that_is_dropped_without_an_answer_comes_back() {
-    let stage = Stage::with(|config| config.lease = Duration::from_millis(600)).await;
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(1)).await;
     stage.queue.push(&jobs(1)).await.unwrap();
     let mut roles = roles(&stage, 2);
     let _reaper = Reaper::spawn(stage.queue.clone(), vec![name()], roles.shutdown.clone());
@@ -311,22 +344,34 @@ async fn a_job_that_is_dropped_without_an_answer_comes_back() {
 
 #[tokio::test]
 async fn a_due_job_runs_on_time() {
-    let stage = Stage::new().await;
+    // The scheduler looks once, which is before the jobs are due, and then wakes for each of them: its poll is far away.
+    let stage = Stage::with(|config| config.safety_poll = Duration::from_mins(10)).await;
     let mut roles = roles(&stage, 4);
+    subscribed(&stage, 1).await;
+    let raw = stage.raw().await;
+    let now = async || {
+        let (seconds, micros): (i64, i64) = redis::cmd("TIME").query_async(&mut raw.clone()).await.unwrap();
+        seconds * 1000 + micros / 1000
+    };
+    let first = now().await + 2500;
+    let all: Vec<Envelope> =
+        (0..5).map(|n| Envelope { run_at_ms: Some(first + n * 300), ..job("acme", 5) }).collect();
+    stage.queue.push(&all).await.unwrap();
     let _scheduler = Scheduler::spawn(stage.queue.clone(), vec![name()], roles.shutdown.clone());
-    // Known to the scheduler before it is due, so that it wakes for it and not by its poll.
-    let (seconds, micros): (i64, i64) = redis::cmd("TIME").query_async(&mut stage.raw().await).await.unwrap();
-    let due = seconds * 1000 + micros / 1000 + 2500;
-    stage.queue.push(&[Envelope { run_at_ms: Some(due), ..job("acme", 5) }]).await.unwrap();
-    roles.next().await;
-    let (seconds, micros): (i64, i64) = redis::cmd("TIME").query_async(&mut stage.raw().await).await.unwrap();
-    let late = seconds * 1000 + micros / 1000 - due;
-    assert!((0..500).contains(&late), "it ran {late} ms after its time");
+    let mut late = Vec::new();
+    for _ in &all {
+        let job = roles.next().await;
+        late.push(now().await - job.envelope.run_at_ms.unwrap());
+        roles.acker.done(&job.lease, Done::Ack).await;
+    }
+    assert!(late.iter().all(|late| *late >= 0), "it ran before its time: {late:?} ms after it");
+    let late: Vec<Duration> = late.into_iter().map(|late| Duration::from_millis(late as u64)).collect();
+    assert!(median(late.clone()) < Duration::from_millis(500), "it ran {late:?} after its time");
 }
 
 #[tokio::test]
 async fn rule_13_a_dead_workers_jobs_go_to_another() {
-    let stage = Stage::with(|config| config.lease = Duration::from_millis(800)).await;
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(2)).await;
     stage.queue.push(&jobs(3)).await.unwrap();
     // This worker claims and dies: nobody renews its leases.
     let dead = stage.claim(3).await;

@@ -235,6 +235,16 @@ impl Fleet {
         self.all_ended(&[id], SHORT).await.remove(&id).expect("the job")
     }
 
+    /// Waits until the queue's Redis has let go of a job that has ended: the ledger knows first, and the ack follows.
+    pub async fn let_go(&self, queue: &str, id: JobId) {
+        let place = [(QueueName::new(queue).expect("a queue's name"), id)];
+        wait_until("Redis has let go of the job", SHORT, async || {
+            let missing = self.queue.missing(&place).await.map_err(|e| e.to_string())?;
+            if missing == [id] { Ok(()) } else { Err(self.describe(id).await) }
+        })
+        .await;
+    }
+
     /// A job and its runs, for a failed test's message.
     pub async fn describe(&self, id: JobId) -> String {
         use std::fmt::Write;
@@ -291,6 +301,22 @@ impl Fleet {
             Err(format!(
                 "{unfinished} unfinished jobs, {sweeps} versions to sweep, {finishing} sagas not ended"
             ))
+        })
+        .await;
+        // The ledger knows of an end first, and Redis by the ack that follows.
+        let queues: Vec<String> = sqlx::query_scalar("SELECT DISTINCT queue FROM jobs")
+            .fetch_all(self.postgres.pool())
+            .await
+            .expect("the queues");
+        wait_until("Redis has no leases left", LONG, async || {
+            for queue in &queues {
+                let name = QueueName::new(queue.as_str()).expect("a queue's name");
+                let stats = self.queue.stats(&name).await.map_err(|e| e.to_string())?;
+                if stats.in_flight > 0 {
+                    return Err(format!("{} leases in queue {queue}", stats.in_flight));
+                }
+            }
+            Ok(())
         })
         .await;
         let settings = AuditSettings { repair: false, wait_for_janitor: SHORT, ..AuditSettings::default() };

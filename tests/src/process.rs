@@ -8,6 +8,7 @@ use std::{
     sync::Mutex,
 };
 
+use devstack::testing::Port;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -28,8 +29,8 @@ pub struct WorkerBuilder {
 
 impl WorkerBuilder {
     pub(crate) fn new(name: String, dir: &Path, env: Vec<(String, String)>) -> Self {
-        let port = Port::free();
-        let addr = format!("127.0.0.1:{}", port.number);
+        let port = Port::free().expect("a port for the worker");
+        let addr = format!("127.0.0.1:{}", port.number());
         let mut command = if Path::new("/usr/bin/setpriv").exists() {
             // So that a worker does not outlive a test that is killed.
             let mut command = Command::new("setpriv");
@@ -62,6 +63,12 @@ impl WorkerBuilder {
     /// Arms fault points that are counted on their own.
     pub fn armed(self, faults: &Faults) -> Self {
         self.env("FLOTILLA_FAULTS_DIR", faults.dir.display().to_string()).faults(&faults.spec)
+    }
+
+    /// Gives it leases and time-outs that no pause of a busy machine uses up, for tests in which nothing is to fail: the
+    /// harness's own are short, so that a second delivery or a charge could be the machine's.
+    pub fn patient(self) -> Self {
+        self.env("FLOTILLA_LEASE_MS", "20000").env("FLOTILLA_CALL_TIMEOUT_MS", "10000")
     }
 
     /// Jobs that run at once.
@@ -98,7 +105,7 @@ pub struct WorkerProcess {
 impl WorkerProcess {
     /// Where it serves `/healthz`, `/readyz` and `/metrics`: `http://127.0.0.1:PORT`.
     pub fn health_url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port.number)
+        format!("http://127.0.0.1:{}", self.port.number())
     }
 
     /// All that it has written so far.
@@ -252,27 +259,4 @@ fn binary() -> PathBuf {
         path.display()
     );
     path
-}
-
-/// A port for one worker, reserved by a file's lock among the tests that run side by side: another could choose it, too,
-/// before this worker has begun to listen.
-struct Port {
-    number: u16,
-    _lock: File,
-}
-
-impl Port {
-    /// Chooses a free one below the range from which the kernel serves outgoing connections.
-    fn free() -> Self {
-        let dir = std::env::temp_dir().join("flotilla-e2e-ports");
-        fs::create_dir_all(&dir).expect("a directory for the locks of ports");
-        for _ in 0..1000 {
-            let number = rand::random_range(10_000..14_999);
-            let lock = File::create(dir.join(number.to_string())).expect("a lock file for a port");
-            if lock.try_lock().is_ok() && std::net::TcpListener::bind(("127.0.0.1", number)).is_ok() {
-                return Self { number, _lock: lock };
-            }
-        }
-        panic!("no port between 10000 and 14999 is free");
-    }
 }

@@ -35,6 +35,8 @@ impl Case {
         fleet.assert_outcome(&self.subject, job, self.outcome()).await;
         let lost = fleet.postgres.job(job, None).await.unwrap().unwrap().lost_deliveries;
         assert!(lost <= 1, "{}", fleet.describe(job).await);
+        // No other worker serves this queue any more, once the last case is over.
+        fleet.let_go(queue, job).await;
         second.kill9().await;
         println!(
             "case {no}: {kind} killed at {point}: {:?}, {:.1} s",

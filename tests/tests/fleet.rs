@@ -48,7 +48,7 @@ async fn workers_of(fleet: &Fleet) -> BTreeSet<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_workers_publish_each_of_500_documents_exactly_once() {
     let fleet = Fleet::start().await;
-    let workers: Vec<_> = (0..3).map(|_| fleet.worker().concurrency(16).start()).collect();
+    let workers: Vec<_> = (0..3).map(|_| fleet.worker().concurrency(16).patient().start()).collect();
     for worker in &workers {
         worker.ready().await;
     }

@@ -35,6 +35,8 @@ async fn protocol_13_one_poison_among_500_innocents_is_the_only_dead_letter() {
 
     let mut killed = 0;
     wait_until("all jobs have ended", LONG, async || {
+        // First: a worker was lost before its job ends, and so is counted below.
+        let counts = fleet.postgres.job_counts(None).await.unwrap();
         // As a supervisor does.
         for worker in &mut workers {
             if let Some(status) = worker.ended() {
@@ -43,7 +45,6 @@ async fn protocol_13_one_poison_among_500_innocents_is_the_only_dead_letter() {
                 *worker = start(&fleet);
             }
         }
-        let counts = fleet.postgres.job_counts(None).await.unwrap();
         if counts.waiting + counts.running == 0 {
             Ok(())
         } else {
@@ -74,6 +75,7 @@ async fn protocol_13_one_poison_among_500_innocents_is_the_only_dead_letter() {
     assert_eq!((charged, lost_alone), (0, 0), "innocents charged, innocents lost alone");
     fleet.audit_clean().await;
     for worker in &workers {
+        worker.ready().await;
         assert!(worker.terminate().await.success(), "{}", worker.tail());
     }
     drop(workers);

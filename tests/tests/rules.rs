@@ -85,7 +85,7 @@ async fn protocol_15_an_unknown_kind_waits_uncharged_for_a_worker_that_knows_it(
 async fn protocol_16_a_job_that_alone_meets_an_outage_is_charged_after_five_times() {
     let fleet = Fleet::start().await;
     // Three tries of the step with five calls each: one failed attempt, and then it works.
-    let worker = fleet.worker().faults("ingest.stage.inside=unavailable*15").start();
+    let worker = fleet.worker().patient().faults("ingest.stage.inside=unavailable*15").start();
     let job = fleet.ingest("a", &text("a", 1)).await;
     assert_eq!(fleet.ended(job).await, "succeeded");
     assert_eq!(fleet.fired("ingest.stage.inside"), 15);

@@ -31,7 +31,7 @@ struct Fleet {
     _services: TestServices,
 }
 
-const CALL: Duration = Duration::from_secs(2);
+const CALL: Duration = Duration::from_secs(10);
 
 impl Fleet {
     async fn start() -> Self {

@@ -80,8 +80,15 @@ pub async fn migrated(services: &TestServices) -> Postgres {
     postgres
 }
 
+/// With deadlines far beyond what a busy machine needs: a push whose answer is given up is made again, by the relay if there
+/// is one, and tests count.
 pub fn queue_config(services: &TestServices) -> QueueConfig {
-    QueueConfig { url: services.redis_queue().url().to_owned(), ..QueueConfig::default() }
+    QueueConfig {
+        url: services.redis_queue().url().to_owned(),
+        connect_timeout: Duration::from_secs(10),
+        response_timeout: Duration::from_secs(10),
+        ..QueueConfig::default()
+    }
 }
 
 pub struct Maintenance {

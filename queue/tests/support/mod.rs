@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 use devstack::{Redis, RedisOptions, testing::TestServices};
 use queue::{Claim, Envelope, JobId, Priority, Queue, QueueConfig, QueueName, TenantId, WorkerId};
 
+/// Longest a condition may take to come true; far more than it needs on a busy machine.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
 /// A private Redis and a queue on it. Dropping it ends the server.
 pub struct Stage {
     services: TestServices,
@@ -25,10 +28,20 @@ impl Stage {
 
     pub async fn on(options: RedisOptions, change: impl FnOnce(&mut QueueConfig)) -> Self {
         let services = TestServices::builder().redis_queue_with(options).start().await.unwrap();
-        let mut config =
-            QueueConfig { url: services.redis_queue().url().to_owned(), ..QueueConfig::default() };
+        // Deadlines far beyond what a busy machine needs; tests of outages have their own.
+        let mut config = QueueConfig {
+            url: services.redis_queue().url().to_owned(),
+            connect_timeout: Duration::from_secs(10),
+            response_timeout: Duration::from_secs(10),
+            ..QueueConfig::default()
+        };
         change(&mut config);
-        let queue = Queue::connect(config.clone()).await.unwrap();
+        let queue = eventually(
+            DEADLINE,
+            async || Queue::connect(config.clone()).await.ok(),
+            async || format!("{:?}", Queue::connect(config.clone()).await),
+        )
+        .await;
         Self { services, config, queue }
     }
 
@@ -43,6 +56,18 @@ impl Stage {
             .get_multiplexed_async_connection()
             .await
             .unwrap()
+    }
+
+    /// Returns when all that was answered so far would survive SIGKILL: with `everysec` a write may wait while an fsync is
+    /// under way.
+    pub async fn written(&self) {
+        let raw = self.raw().await;
+        let written = async || {
+            let info: String =
+                redis::cmd("INFO").arg("persistence").query_async(&mut raw.clone()).await.unwrap();
+            info.contains("aof_buffer_length:0\r").then_some(())
+        };
+        eventually(DEADLINE, written, async || "the buffer was never written".to_owned()).await;
     }
 
     pub async fn claim(&self, max: usize) -> Vec<Claim> {

@@ -15,7 +15,7 @@ use embedding::http::{HttpConfig, HttpEmbedder};
 use embedding::{EmbedError, Embedder, ErrorClass};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
 
 type Behaviour = dyn Fn(&[String]) -> Response + Send + Sync;
@@ -274,11 +274,17 @@ async fn vectors_of_another_length_are_refused() {
     assert!(matches!(error, EmbedError::WrongDimension { expected: 4, got: 3, .. }), "{error}");
 }
 
+/// A port that refuses connections and is nobody else's as long as this lives.
+fn nobody_listens() -> TcpSocket {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    socket
+}
+
 #[tokio::test]
 async fn a_refused_connection_is_an_outage_and_ends_when_the_server_is_back() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    let socket = nobody_listens();
+    let address = socket.local_addr().unwrap();
     let embedder = embedder(address);
     let error = failure(&embedder, 1).await;
     assert!(
@@ -288,7 +294,7 @@ async fn a_refused_connection_is_an_outage_and_ends_when_the_server_is_back() {
     assert_eq!(error.class(), ErrorClass::Unavailable);
     assert_eq!(embedder.probe().await.unwrap_err().class(), ErrorClass::Unavailable);
 
-    let listener = TcpListener::bind(address).await.unwrap();
+    let listener = socket.listen(16).unwrap();
     let seen = Seen { behaviour: Arc::new(vectors), requests: Arc::default() };
     let app = Router::new().route("/v1/embeddings", post(answer)).with_state(seen);
     let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
@@ -335,9 +341,8 @@ async fn a_server_that_hangs_is_an_outage_after_the_time_limit() {
 #[tokio::test]
 async fn an_https_endpoint_is_set_up_with_a_cryptography_provider() {
     // Nobody speaks TLS there: that it gets as far as failing to connect shows that the client exists.
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    let socket = nobody_listens();
+    let address = socket.local_addr().unwrap();
     let config = HttpConfig { url: format!("https://{address}"), ..config(address) };
     assert_eq!(failure(&HttpEmbedder::new(config).unwrap(), 1).await.class(), ErrorClass::Unavailable);
 }

@@ -103,6 +103,21 @@ async fn concurrent_calls_each_get_their_own_vectors_in_order() {
 #[tokio::test(flavor = "current_thread")]
 async fn the_runtimes_only_thread_stays_free_while_a_big_batch_is_embedded() {
     let embedder = open(2);
+    // A busy machine may pause this process once for as long; a blocked thread is blocked each time.
+    let mut seen = vec![];
+    for _ in 0..3 {
+        let (count, longest, took) = ticks_beside_a_big_batch(&embedder).await;
+        // It would show one gap as long as the whole work.
+        if count > 20 && longest < took / 4 {
+            return;
+        }
+        seen.push(format!("{count} ticks, the longest gap {longest:?} in {took:?}"));
+    }
+    panic!("{seen:?}");
+}
+
+/// How often a timer of 5 ms ticks on this thread while texts are embedded, its longest gap, and the time for all.
+async fn ticks_beside_a_big_batch(embedder: &LocalEmbedder) -> (u32, Duration, Duration) {
     let started = Instant::now();
     let work = embedder.embed(mixed_texts("big", 60));
     let seen = Cell::new((0_u32, Duration::ZERO));
@@ -120,10 +135,8 @@ async fn the_runtimes_only_thread_stays_free_while_a_big_batch_is_embedded() {
         vectors = work => assert_eq!(vectors.unwrap().len(), 60),
         () = ticks => {}
     }
-    let took = started.elapsed();
     let (count, longest) = seen.get();
-    // A blocked thread would show one gap as long as the whole work.
-    assert!(count > 20 && longest < took / 4, "{count} ticks, the longest gap {longest:?} in {took:?}");
+    (count, longest, started.elapsed())
 }
 
 #[tokio::test]

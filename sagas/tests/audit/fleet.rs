@@ -50,11 +50,13 @@ async fn pending_janitor_work_is_counted_apart_and_overdue_work_is_named() {
     loop {
         let report = stage.clean().await;
         if report.pending.finishing == 0 {
-            assert_eq!((report.pending.sweeps, report.pending.unseen_points), (1, 0));
             break;
         }
         assert!(tokio::time::Instant::now() < deadline, "{:?}", report.pending);
     }
+    // By another audit: that one may have read the points before the sweep and the ledger after it.
+    let pending = stage.clean().await.pending;
+    assert_eq!((pending.sweeps, pending.unseen_points), (1, 0));
     stage.insert(old.point(0)).await;
     assert_eq!(stage.clean().await.pending.unseen_points, 1, "the second sweep's work");
     stage.sql("UPDATE document_versions SET sweep_after = now() WHERE id = $1", old.version).await;

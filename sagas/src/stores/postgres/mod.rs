@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod janitor;
 pub mod ledger;
 pub mod policies;
+pub mod plain;
 #[cfg(feature = "faults")]
 mod probe;
 pub mod publish;
@@ -98,10 +99,10 @@ impl Postgres {
         Ok(Self { pool, call_timeout: config.call_timeout })
     }
 
-    /// Connects once to see that the server answers.
+    /// Connects once to see that the server answers, within the call's time-out.
     pub async fn connect(config: &PostgresConfig) -> Result<Self, StoreError> {
         let this = Self::lazy(config)?;
-        this.probe().await?;
+        this.answers_within(config.call_timeout).await?;
         Ok(this)
     }
 
@@ -117,15 +118,23 @@ impl Postgres {
 
     /// Whether the server answers within a second, on a connection of its own: a hung pool can't speak for the server.
     pub async fn probe(&self) -> Result<(), StoreError> {
+        self.answers_within(Duration::from_secs(1)).await
+    }
+
+    async fn answers_within(&self, limit: Duration) -> Result<(), StoreError> {
         use sqlx::Connection;
         let work = async {
             let mut connection = PgConnection::connect_with(&self.pool.connect_options()).await?;
             sqlx::query("SELECT 1").execute(&mut connection).await?;
             connection.close().await
         };
-        match tokio::time::timeout(Duration::from_secs(1), work).await {
+        match tokio::time::timeout(limit, work).await {
             Ok(result) => Ok(result?),
-            Err(_) => Err(StoreError::new(Dependency::Postgres, Class::Unavailable, "no answer within 1 s")),
+            Err(_) => Err(StoreError::new(
+                Dependency::Postgres,
+                Class::Unavailable,
+                format!("no answer within {limit:?}"),
+            )),
         }
     }
 

@@ -138,5 +138,7 @@ fn envelope(row: &PgRow) -> Result<Envelope, StoreError> {
             None => None,
         },
         fast: None,
+        attempts: 0,
+        lost: 0,
     })
 }

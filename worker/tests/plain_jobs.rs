@@ -1,0 +1,245 @@
+//! Jobs that are no sagas, under apalis, over the ledger: retries, results, dead letters, the fence.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use apalis::{
+    layers::WorkerBuilderExt,
+    prelude::{AbortError, BoxDynError, Data, RetryAfterError, WorkerBuilder},
+};
+use devstack::testing::TestServices;
+use queue::{
+    AckLayer, Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Job, JobId, Ledger, Queue,
+    QueueBackend, QueueConfig, QueueName, Reaper, Retries, Scheduler, TenantId, WorkerId,
+    ledger::{End, Grant, LedgerError, Take},
+};
+use sagas::stores::postgres::{
+    Postgres, PostgresConfig, accept::NewJob, inspect::JobView, ledger::Cancel, plain::PlainLedger,
+};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+struct Stage {
+    postgres: Postgres,
+    queue: Queue,
+    services: TestServices,
+}
+
+impl Stage {
+    async fn new() -> Self {
+        let services = TestServices::builder().postgres().redis_queue().start().await.unwrap();
+        let config = PostgresConfig {
+            call_timeout: Duration::from_secs(2),
+            ..PostgresConfig::new(services.postgres().url())
+        };
+        let postgres = Postgres::connect(&config).await.unwrap();
+        postgres.migrate_up().await.unwrap();
+        postgres.create_tenant("acme").await.unwrap();
+        let config = QueueConfig {
+            url: services.redis_queue().url().to_owned(),
+            lease: Duration::from_secs(6),
+            ..QueueConfig::default()
+        };
+        let queue = Queue::connect(config).await.unwrap();
+        Self { postgres, queue, services }
+    }
+
+    async fn accept(&self, kind: &str, change: impl FnOnce(&mut NewJob)) -> NewJob {
+        let name = QueueName::new("reports").unwrap();
+        let mut job = NewJob::new(kind, name, TenantId::new("acme").unwrap(), json!({ "n": 20 }));
+        change(&mut job);
+        self.postgres.accept(std::slice::from_ref(&job), true).await.unwrap();
+        job
+    }
+
+    async fn enqueue(&self, kind: &str, change: impl FnOnce(&mut NewJob)) -> JobId {
+        let id = self.accept(kind, change).await.id;
+        let envelope = self.postgres.envelope(id).await.unwrap().unwrap();
+        self.queue.push(&[envelope]).await.unwrap();
+        id
+    }
+
+    async fn job(&self, id: JobId) -> JobView {
+        self.postgres.job(id, None).await.unwrap().unwrap()
+    }
+
+    async fn ended(&self, id: JobId) -> JobView {
+        let begun = Instant::now();
+        loop {
+            let job = self.job(id).await;
+            if job.finished_at.is_some() {
+                return job;
+            }
+            assert!(begun.elapsed() < DEADLINE, "not ended in time: {job:#?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Takes a job as `worker` does, without Redis.
+    async fn take(&self, job: &NewJob, worker: &str) -> (PlainLedger, Grant) {
+        let ledger = PlainLedger::new(self.postgres.clone(), WorkerId::new(worker));
+        let envelope = self.postgres.envelope(job.id).await.unwrap().unwrap();
+        match ledger.take(&envelope, Duration::from_secs(5)).await.unwrap() {
+            Take::Granted(grant) => (ledger, grant),
+            other => panic!("not granted: {other:?}"),
+        }
+    }
+}
+
+#[derive(Clone, Default)]
+struct Runs(Arc<Mutex<HashMap<JobId, u32>>>);
+
+async fn handle(job: Job, runs: Data<Runs>) -> Result<Value, BoxDynError> {
+    let run = {
+        let mut runs = runs.0.0.lock().unwrap();
+        let run = runs.entry(job.envelope.id).or_insert(0);
+        *run += 1;
+        *run
+    };
+    match job.envelope.kind.as_str() {
+        "flaky" if run < 3 => Err("not yet".into()),
+        "busy" if run < 2 => Err(RetryAfterError::new("come back", Duration::from_millis(50)).into()),
+        "hopeless" => Err(AbortError::new("no such report").into()),
+        "slow" => std::future::pending().await,
+        _ => Ok(json!({ "doubled": job.payload::<Value>()?["n"].as_i64().unwrap() * 2 })),
+    }
+}
+
+/// Runs an apalis worker over the stage's queue until the guard is dropped.
+fn worker(stage: &Stage) -> (Runs, tokio_util::sync::DropGuard) {
+    let (runs, shutdown) = (Runs::default(), CancellationToken::new());
+    let id = WorkerId::for_this_process();
+    let heartbeat =
+        Heartbeat::spawn(stage.queue.config().clone(), HeartbeatConfig { interval: Duration::from_secs(1) })
+            .unwrap();
+    let acker = Acker::spawn(stage.queue.clone(), heartbeat.clone());
+    let queues = vec![QueueName::new("reports").unwrap()];
+    Scheduler::spawn(stage.queue.clone(), queues.clone(), shutdown.clone());
+    Reaper::spawn(stage.queue.clone(), queues.clone(), shutdown.clone());
+    let config = ClaimerConfig { queues, worker: id.clone(), batch: 16, slots: 16 };
+    let (claimer, jobs) =
+        Claimer::spawn(stage.queue.clone(), heartbeat, config, Gates::new(), shutdown.clone());
+    let retries = Retries { base: Duration::from_millis(20), ..Retries::default() };
+    let ledger = PlainLedger::new(stage.postgres.clone(), id);
+    let worker = WorkerBuilder::new("reports")
+        .backend(QueueBackend::new(claimer, jobs, acker.clone()))
+        .layer(AckLayer::over(ledger, acker).retries(retries))
+        .concurrency(8)
+        .data(runs.clone())
+        .build(handle);
+    tokio::spawn(worker.run());
+    (runs, shutdown.drop_guard())
+}
+
+#[tokio::test]
+async fn plain_jobs_end_in_the_ledger_as_their_handlers_say() {
+    let stage = Stage::new().await;
+    let cancelled = stage.enqueue("cancelled", |_| ()).await;
+    assert_eq!(stage.postgres.cancel(cancelled, None).await.unwrap(), Cancel::Cancelled);
+    let fine = stage.enqueue("fine", |_| ()).await;
+    let flaky = stage.enqueue("flaky", |_| ()).await;
+    let busy = stage.enqueue("busy", |_| ()).await;
+    let hopeless = stage.enqueue("hopeless", |_| ()).await;
+    let slow = stage
+        .enqueue("slow", |job| {
+            job.timeout = Duration::from_millis(100);
+            job.max_attempts = 2;
+        })
+        .await;
+    let (runs, _worker) = worker(&stage);
+
+    let job = stage.ended(fine).await;
+    assert_eq!((job.state.as_str(), job.result), ("succeeded", Some(json!({ "doubled": 40 }))));
+    let job = stage.ended(flaky).await;
+    assert_eq!((job.state.as_str(), job.attempts, job.last_error), ("succeeded", 2, None));
+    let job = stage.ended(busy).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("succeeded", 1));
+    for (id, attempts, reason) in
+        [(hopeless, 1, "no such report"), (slow, 2, "no end within the job's timeout of 100ms")]
+    {
+        let job = stage.ended(id).await;
+        assert_eq!((job.state.as_str(), job.attempts), ("dead", attempts));
+        assert!(job.last_error.as_ref().unwrap().contains(reason), "{job:?}");
+    }
+    let letters: i64 = sqlx::query_scalar("SELECT count(*) FROM dead_letters WHERE state = 'open'")
+        .fetch_one(stage.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(letters, 2);
+    assert_eq!(stage.job(cancelled).await.state, "cancelled");
+    assert!(!runs.0.lock().unwrap().contains_key(&cancelled), "a cancelled job ran");
+    // Nothing of them stays in Redis.
+    let begun = Instant::now();
+    let name = QueueName::new("reports").unwrap();
+    loop {
+        let stats = stage.queue.stats(&name).await.unwrap();
+        if stats.depth() + stats.scheduled + stats.in_flight == 0 {
+            break;
+        }
+        assert!(begun.elapsed() < DEADLINE, "{stats:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn an_outage_of_the_ledger_charges_no_plain_job() {
+    let stage = Stage::new().await;
+    let (_, _worker) = worker(&stage);
+    stage.ended(stage.enqueue("fine", |_| ()).await).await;
+    let mut jobs = Vec::new();
+    for _ in 0..20 {
+        jobs.push(stage.accept("fine", |_| ()).await.id);
+    }
+    let mut envelopes = Vec::new();
+    for id in &jobs {
+        envelopes.push(stage.postgres.envelope(*id).await.unwrap().unwrap());
+    }
+    stage.services.postgres().pause().await.unwrap();
+    stage.queue.push(&envelopes).await.unwrap();
+    // Longer than a call may take: every take has failed once by then.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    stage.services.postgres().resume().await.unwrap();
+    for id in jobs {
+        let job = stage.ended(id).await;
+        assert_eq!((job.state.as_str(), job.attempts), ("succeeded", 0), "{job:?}");
+    }
+}
+
+#[tokio::test]
+async fn protocol_02_the_end_of_a_plain_job_is_refused_to_an_old_fence() {
+    let stage = Stage::new().await;
+    let job = stage.accept("fine", |_| ()).await;
+    let (zombie, old) = stage.take(&job, "zombie:1").await;
+    let (successor, new) = stage.take(&job, "successor:1").await;
+    assert!(new.fence > old.fence);
+    for end in [End::Succeeded(json!("zombie")), End::Cancelled, End::Released(Duration::ZERO)] {
+        assert!(!zombie.end(job.id, &old, &end).await.unwrap(), "{end:?}");
+        assert_eq!(stage.job(job.id).await.state, "running");
+    }
+    assert!(successor.end(job.id, &new, &End::Succeeded(json!("successor"))).await.unwrap());
+    assert!(!zombie.end(job.id, &old, &End::Succeeded(json!("zombie"))).await.unwrap());
+    assert_eq!(stage.job(job.id).await.result, Some(json!("successor")));
+    // The answer was lost, so the call is made again: it says what stands.
+    assert!(successor.end(job.id, &new, &End::Succeeded(json!("successor"))).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_plain_job_without_a_result_has_none() {
+    let stage = Stage::new().await;
+    let job = stage.accept("fine", |_| ()).await;
+    let (ledger, grant) = stage.take(&job, "worker:1").await;
+    assert_eq!(grant.payload, json!({ "n": 20 }));
+    assert!(ledger.end(job.id, &grant, &End::Succeeded(Value::Null)).await.unwrap());
+    assert_eq!(stage.job(job.id).await.result, None);
+    let envelope = stage.postgres.envelope(job.id).await.unwrap();
+    assert!(envelope.is_none(), "an ended job is not dispatched again");
+    let gone = queue::Envelope::new("fine", job.queue.clone(), job.tenant.clone());
+    let answer: Result<Take, LedgerError> = ledger.take(&gone, Duration::from_secs(5)).await;
+    assert_eq!(answer, Ok(Take::Gone));
+}
