@@ -1,9 +1,6 @@
 //! The one Redis that all sides share.
 
-use devstack::{
-    RedisOptions,
-    testing::TestServices,
-};
+use devstack::{RedisOptions, testing::TestServices};
 use redis::aio::MultiplexedConnection;
 
 use crate::sides::connect;

@@ -213,12 +213,10 @@ impl<L: Ledger> AckLayer<L> {
                 let (class, told) = classify(&error);
                 (self.failed(&grant, failure(class, "handler", error.as_ref()), told), Err(error))
             }
-            Err(late) => {
-                (
-                    self.failed(&grant, failure(FailureClass::Timeout, "timeout", &late), None),
-                    Err(late.into()),
-                )
-            }
+            Err(late) => (
+                self.failed(&grant, failure(FailureClass::Timeout, "timeout", &late), None),
+                Err(late.into()),
+            ),
         };
         let done = self.end(&lease, &grant, end).await?;
         self.acker.done(&lease, done).await;

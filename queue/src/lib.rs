@@ -13,8 +13,8 @@ pub mod heartbeat;
 pub mod ids;
 mod inspect;
 pub mod lease;
-pub mod lender;
 pub mod ledger;
+pub mod lender;
 mod link;
 mod outage;
 mod partition;
@@ -47,9 +47,9 @@ pub use ids::{
     TenantId, WorkerId,
 };
 pub use lease::{Lease, LeaseLost};
+pub use ledger::{Ledger, NoLedger};
 pub use lender::Lender;
 pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
-pub use ledger::{Ledger, NoLedger};
 pub use queue::Queue;
 pub use reaper::Reaper;
 pub use retries::Retries;

@@ -128,7 +128,10 @@ mod tests {
         let full = Envelope {
             kind: "é 3:".to_owned(),
             run_at_ms: Some(17),
-            trace: Some(TraceContext { traceparent: "00-a".to_owned(), tracestate: Some("k=v,1:2".to_owned()) }),
+            trace: Some(TraceContext {
+                traceparent: "00-a".to_owned(),
+                tracestate: Some("k=v,1:2".to_owned()),
+            }),
             fast: Some(serde_json::json!({ "text": "line\nline", "n": [1, 2] })),
             attempts: 2,
             lost: 1,
@@ -148,7 +151,8 @@ mod tests {
         for end in 0..whole.len() {
             assert!(read_record(&whole[..end], one.id, &one.queue).is_err(), "{end}");
         }
-        for bad in ["12 many 1 acme\n1:a0:1:50:0:", "1 5 1 acme\n99999999999999999999:a", "1 5 1 acme\n1:é"] {
+        for bad in ["12 many 1 acme\n1:a0:1:50:0:", "1 5 1 acme\n99999999999999999999:a", "1 5 1 acme\n1:é"]
+        {
             assert!(read_record(bad.as_bytes(), one.id, &one.queue).is_err(), "{bad}");
         }
     }

@@ -19,7 +19,7 @@ use crate::payload::Payload;
 /// Claimed jobs of one worker: those that run, one batch that is ready, and one that is being claimed.
 const SLOTS: usize = CONCURRENCY + 2 * BATCH;
 
-fn config(url: &str) -> QueueConfig {
+pub(super) fn config(url: &str) -> QueueConfig {
     QueueConfig {
         url: url.to_owned(),
         prefix: "bench".to_owned(),
@@ -29,7 +29,7 @@ fn config(url: &str) -> QueueConfig {
     }
 }
 
-fn name() -> anyhow::Result<QueueName> {
+pub(super) fn name() -> anyhow::Result<QueueName> {
     Ok(QueueName::new("noop")?)
 }
 

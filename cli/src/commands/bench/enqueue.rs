@@ -73,7 +73,7 @@ pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
         Ok(vec![single, batched])
     })
     .await?;
-    Ok(Report { bench: "enqueue", results })
+    Ok(Report { bench: "enqueue".into(), results })
 }
 
 fn payload(number: u64) -> Value {

@@ -15,8 +15,8 @@ pub mod fenced;
 pub mod inspect;
 pub mod janitor;
 pub mod ledger;
-pub mod policies;
 pub mod plain;
+pub mod policies;
 #[cfg(feature = "faults")]
 mod probe;
 pub mod publish;
