@@ -125,7 +125,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
         Command::Embed(args) => Box::pin(embed::measure(args, context)).await?,
         Command::Enqueue(args) => Box::pin(enqueue::measure(args, context)).await?,
         Command::Ingest(args) => Box::pin(ingest::measure(args, context)).await?,
-        Command::Queue(args) => queue::measure(args).await?,
+        Command::Queue(args) => Box::pin(queue::measure(args, context)).await?,
     };
     context.out.data(&report, || {
         let mut table = output::table(&[

@@ -9,7 +9,8 @@ use std::{
 use anyhow::{Context as _, anyhow, bail};
 use tokio::process::Command;
 
-use super::Report;
+use super::{Report, enqueue};
+use crate::context::Context;
 
 const PROGRAM: &str = "flotilla-bench";
 
@@ -26,7 +27,21 @@ pub struct Args {
     rounds: Option<u32>,
 }
 
-pub async fn measure(args: Args) -> anyhow::Result<Report> {
+/// What `flotilla-bench` measures, and enqueueing with the ledger, which takes the product's own producer.
+pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
+    let wanted = |workload: &str| args.only.is_empty() || args.only.iter().any(|one| one == workload);
+    let mut report = run(&args).await?;
+    if wanted("ledger") {
+        let jobs = if args.quick { 200 } else { 20_000 };
+        for mut figure in Box::pin(enqueue::measure(enqueue::Args { jobs }, context)).await?.results {
+            figure.name += ".ledger";
+            report.results.push(figure);
+        }
+    }
+    Ok(report)
+}
+
+async fn run(args: &Args) -> anyhow::Result<Report> {
     let own = std::env::current_exe()?;
     let program = find(&own).ok_or_else(|| {
         anyhow!(
