@@ -48,6 +48,7 @@ advisories: ## known vulnerabilities of our dependencies; needs the advisory dat
 	cargo deny --all-features check advisories
 
 bench: build ## the benchmarks, as JSON lines
+	cargo build --release --locked -p bench
 	@scripts/bench.sh
 
 fmt: ## format the code

@@ -51,6 +51,7 @@ impl Fleet {
     pub async fn start(
         side: Side,
         url: &str,
+        database: Option<&str>,
         workers: usize,
         threads: usize,
         tell: bool,
@@ -60,6 +61,9 @@ impl Fleet {
         for number in 0..workers {
             let mut command = Command::new(std::env::current_exe()?);
             command.args(["work", side.name(), "--url", url, "--threads", &threads.to_string()]);
+            if let Some(database) = database {
+                command.args(["--database", database]);
+            }
             if tell {
                 command.arg("--tell");
             }

@@ -11,7 +11,7 @@ use nix::sys::{
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio_util::sync::CancellationToken;
 
-use crate::sides::{Counter, Side, floor, ours, peer};
+use crate::sides::{Counter, Side, floor, ledger, ours, peer};
 
 /// How often a worker says how many jobs it has handled.
 const TELL_EVERY: Duration = Duration::from_millis(5);
@@ -23,6 +23,9 @@ pub struct Args {
     /// The Redis server
     #[arg(long)]
     pub url: String,
+    /// The Postgres server; for the ledger
+    #[arg(long)]
+    pub database: Option<String>,
     /// Print how long each job took from its enqueue to its handler
     #[arg(long)]
     pub tell: bool,
@@ -55,6 +58,10 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         let (url, counter, stop) = (&args.url, counter.clone(), stop.clone());
         match args.side {
             Side::Ours => ours::work(url, counter, stop).await,
+            Side::Ledger => {
+                let database = args.database.as_deref().context("--database is missing")?;
+                ledger::work(url, database, counter, stop).await
+            }
             Side::Peer => peer::work(url, counter, stop).await,
             Side::Floor => floor::work(url, counter, stop).await,
             Side::FloorPlain => floor::work_plain(url, counter, stop).await,

@@ -89,6 +89,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("bench embed", &["--texts", "--embedder"]),
     ("bench enqueue", &["--jobs"]),
     ("bench ingest", &["--documents", "--embedder", "--workers"]),
+    ("bench queue", &["--quick", "--only", "--rounds"]),
 ];
 
 fn flotilla(arguments: &[&str]) -> Output {

@@ -96,12 +96,6 @@ fn two_jobs_are_safe() {
 }
 
 #[test]
-#[ignore = "minutes and gigabytes: cargo nextest run -p protocol -- --ignored"]
-fn two_jobs_are_safe_from_zombies_too() {
-    holds("two jobs and a zombie", Bounds { pauses: 1, ..TWO });
-}
-
-#[test]
 fn from_every_state_every_job_can_come_to_its_end() {
     let all = [
         ("losses", Bounds { delays: 0, ..LOSSES }),

@@ -12,11 +12,14 @@ for i = 1, #ARGV, 2 do asked[#asked + 1] = ARGV[i] end
 local holders = redis.call('HMGET', part .. ':x', unpack(asked))
 for i, id in ipairs(asked) do
   local token, holder = ARGV[2 * i], holders[i]
-  local ours = holder and not seen[id] and string.sub(holder, 1, #token + 1) == token .. ' '
+  local ours = holder
+    and not seen[id]
+    and string.find(holder, token, 1, true) == 1
+    and string.byte(holder, #token + 1) == 32
   if ours then
     seen[id] = true
     ids[#ids + 1] = id
-    local tenant = string.match(holder, '^ (%S+) ', #token + 1)
+    local tenant = string.match(holder, '^(%S+) ', #token + 2)
     if tenant then counts[tenant] = (counts[tenant] or 0) + 1 end
   end
   answers[i] = ours and 1 or 0

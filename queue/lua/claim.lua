@@ -23,9 +23,9 @@ if ARGV[8] == '1' and not synced then return { epoch, 2, 0 } end
 if depth(count) == 0 and count.z == 0 then return { epoch, 0, 0 } end
 
 local now, max = clock(ARGV[1]), tonumber(ARGV[2])
-local expiry, aging, may_drop = now + tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local expiry, aging, may_drop = whole(now + tonumber(ARGV[3])), tonumber(ARGV[4]), tonumber(ARGV[5])
 local nonce, worker = ARGV[6], ARGV[7]
-local rings, lists, found = {}, {}, {}
+local rings, lists, heads = {}, {}, {}
 -- A bucket's fractions are not exact.
 local ALMOST = 1 - 1e-6
 local answer, claimed = { epoch, 0, 0 }, 0
@@ -82,6 +82,7 @@ end
 local function end_turn(priority, tenant, has_more)
   local ring = ring_of(priority)
   ring.head = ring.head + 1
+  heads[priority] = nil
   if turn then turn[priority + 1] = 0 end
   if has_more then ring.names[#ring.names + 1] = tenant end
 end
@@ -148,19 +149,15 @@ local function served(priority, tenant, rule, has_more)
 end
 
 -- A tenant's list as this claim sees it. One job is popped; for more, growing parts are read and cut off at the end.
+local NONE = {}
 local function list_of(priority, tenant)
   local key = list_key(priority, tenant)
   local list = lists[key]
   if not list then
-    list = { key = key, left = redis.call('LLEN', key), entries = {}, head = 1, part = 1, taken = 0 }
+    list = { key = key, left = redis.call('LLEN', key), entries = NONE, head = 1, part = 1, taken = 0 }
     lists[key] = list
   end
   return list
-end
-
-local function first_of(list)
-  if list.entries[list.head] then return list.entries[list.head] end
-  return list.left > 0 and redis.call('LINDEX', list.key, list.taken)
 end
 
 local function take_first(list)
@@ -177,7 +174,8 @@ local function take_first(list)
   return list.entries[list.head - 1]
 end
 
-local function is_current(text, seq) return text and string.sub(text, 1, #seq + 1) == seq .. ' ' end
+-- `seq` with the space behind it.
+local function is_current(text, seq) return text and string.find(text, seq, 1, true) == 1 end
 
 -- The next job of the tenant whose turn it is, or nil if the tenant was parked or only stale entries were found.
 local function serve(priority)
@@ -185,12 +183,13 @@ local function serve(priority)
   local rule = rule_of(tenant)
   if rule and park(priority, tenant, rule) then return end
   local list = list_of(priority, tenant)
+  heads[priority] = nil
   while list.left > 0 and may_drop > 0 do
-    local id, seq = string.match(take_first(list), '^(%S+) (%d+)')
+    local id, seq = string.match(take_first(list), '^(%S+) (%d+ )')
     -- Without a stale entry in the whole partition this one needs no look; all records are read together afterwards.
     if count.z == 0 or is_current(redis.call('HGET', JOBS, id), seq) then
       served(priority, tenant, rule, list.left > 0)
-      return { id = id, seq = seq, tenant = tenant, rule = rule and rule.concurrency and rule }
+      return id, seq, tenant, rule and rule.concurrency and rule
     end
     may_drop = may_drop - 1
     add('z', -1)
@@ -198,13 +197,28 @@ local function serve(priority)
   if list.left == 0 then end_turn(priority, tenant, false) end
 end
 
+-- Since when the next job of a priority has waited; false if there is none. Known until the priority is served.
+local function head_of(priority)
+  local since = heads[priority]
+  if since ~= nil then return since end
+  since = false
+  if count[WAITING[priority]] > 0 then
+    local tenant
+    if rings[priority] then tenant = next_tenant(priority) else tenant = redis.call('LINDEX', ring_key(priority), 0) end
+    local list = tenant and list_key(priority, tenant)
+    local seen = lists[list]
+    local entry = seen and seen.entries[seen.head] or list and redis.call('LINDEX', list, seen and seen.taken or 0)
+    since = entry and tonumber(string.match(entry, '(%d+)$')) or false
+  end
+  heads[priority] = since
+  return since
+end
+
 -- Among the priorities below `top`, the one whose next job has waited longest, if that is longer than `aging`.
 local function aged_below(top)
   local oldest, found = now - aging, nil
   for priority = top - 1, 0, -1 do
-    local tenant = count['w' .. priority] > 0 and next_tenant(priority)
-    local entry = tenant and first_of(list_of(priority, tenant))
-    local since = entry and tonumber(string.match(entry, '(%d+)$'))
+    local since = head_of(priority)
     if since and since < oldest then oldest, found = since, priority end
   end
   return found
@@ -224,6 +238,8 @@ end
 -- Strict: the highest priority with a tenant in its ring.
 local top = 9
 local function highest()
+  local ring = rings[top]
+  if ring and ring.head <= ring.read then return count.tick % 4 == 3 and aged_below(top) or top end
   while top >= 0 and not next_tenant(top) and ring_of(top).whole do top = top - 1 end
   if top < 0 or not next_tenant(top) then return end
   return count.tick % 4 == 3 and aged_below(top) or top
@@ -235,17 +251,64 @@ if policies >= 2 and max > 0 then
   for _, tenant in ipairs(ready) do unpark(tenant, redis.call('HGET', policy_key(tenant), 'b')) end
 end
 
+local ids, seqs, owners, counting = {}, {}, {}, {}
+
+local function nothing_below(top)
+  for priority = top - 1, 0, -1 do
+    if count[WAITING[priority]] > 0 then return false end
+  end
+  return true
+end
+
+-- The same as a turn of `serve`, where neither policies nor stale entries need a look; and if no other tenant and no
+-- lower priority waits, all turns that are left. Returns how many jobs it took.
+local function serve_plainly(priority)
+  local ring = ring_of(priority)
+  local tenant = ring.names[ring.head]
+  local list = list_of(priority, tenant)
+  local jobs = 1
+  heads[priority] = nil
+  if list.part == 1 and list.left > 0 and ring.whole and ring.head == #ring.names and nothing_below(priority) then
+    jobs = math.min(max - claimed, list.left)
+    for i, entry in ipairs(redis.call('LPOP', list.key, jobs)) do
+      local at = claimed + i
+      ids[at], seqs[at] = string.match(entry, '^(%S+) (%d+ )')
+      owners[at], counting[at] = tenant, false
+    end
+    list.left = list.left - jobs
+  elseif list.left > 0 then
+    local at = claimed + 1
+    ids[at], seqs[at] = string.match(take_first(list), '^(%S+) (%d+ )')
+    owners[at], counting[at] = tenant, false
+  else
+    jobs = 0
+  end
+  ring.head = ring.head + 1
+  if list.left > 0 then ring.names[#ring.names + 1] = tenant end
+  if jobs > 0 then
+    add(WAITING[priority], -jobs)
+    add_tenant(tenant, -jobs)
+    count.tick = (count.tick + jobs) % 4
+  end
+  return jobs
+end
+
 while claimed < max and may_drop > 0 do
   local priority
   if weights then priority = lightest() else priority = highest() end
   -- Either nothing is left, or stale entries used up the part of the ring that was read: the next claim goes on there.
   if not priority then break end
-  local job = serve(priority)
-  if job then
+  local id, seq, tenant, rule
+  if policies == 0 and count.z == 0 then
+    claimed = claimed + serve_plainly(priority)
+  else
+    id, seq, tenant, rule = serve(priority)
+  end
+  if id then
     claimed = claimed + 1
-    found[claimed] = job
-    add('w' .. priority, -1)
-    add_tenant(job.tenant, -1)
+    ids[claimed], seqs[claimed], owners[claimed], counting[claimed] = id, seq, tenant, rule
+    add(WAITING[priority], -1)
+    add_tenant(tenant, -1)
     count.tick = (count.tick + 1) % 4
     if weights then
       base = ahead[priority + 1]
@@ -289,20 +352,18 @@ end
 
 -- The leases, all at once.
 if claimed > 0 then
-  local ids, holders, leases = {}, {}, {}
-  for i, job in ipairs(found) do ids[i] = job.id end
-  local records = redis.call('HMGET', JOBS, unpack(ids))
-  for i, job in ipairs(found) do
-    if is_current(records[i], job.seq) then
-      answer[#answer + 1] = job.id
-      answer[#answer + 1] = records[i]
-      leases[#leases + 1] = expiry
-      leases[#leases + 1] = job.id
-      local token = nonce .. ':' .. #leases / 2
-      holders[#holders + 1] = job.id
-      holders[#holders + 1] = token .. ' ' .. (job.rule and job.tenant or '') .. ' ' .. worker
-    elseif job.rule then
-      job.rule.held = job.rule.held - 1
+  local holders, leases, records = {}, {}, redis.call('HMGET', JOBS, unpack(ids))
+  local token, holder, at = nonce .. ':', '  ' .. worker, #answer
+  for i, id in ipairs(ids) do
+    local rule = counting[i]
+    if is_current(records[i], seqs[i]) then
+      local place = #leases + 1
+      answer[at + place], answer[at + place + 1] = id, records[i]
+      leases[place], leases[place + 1] = expiry, id
+      holders[place] = id
+      holders[place + 1] = token .. whole((place + 1) / 2) .. (rule and ' ' .. owners[i] .. ' ' .. worker or holder)
+    elseif rule then
+      rule.held = rule.held - 1
     end
   end
   if #leases > 0 then

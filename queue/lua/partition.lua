@@ -3,10 +3,10 @@
 --
 -- Keys, all under one hash tag T = KEYS[1] = {<prefix>:<queue>:<partition>}:
 --   T                      hash   counters: seq, tick, w0..w9 (waiting by priority), z (stale list entries), epoch
---   T:j                    hash   each job's record by id: "<sequence> <priority> <since> <tenant>", then
---                                 " <charged failures>,<lost leases>" if there were any (they matter only without a
---                                 ledger), a line feed, and what only clients read (see src/record.rs). The sequence is
---                                 that of its list entry, 0 if it is scheduled
+--   T:j                    hash   each job's record by id: "<sequence> <priority> <since> <tenant>", then " <charged
+--                                 failures> <lost leases>" unless both are 0 (they count only without a ledger), a line
+--                                 feed, and what only clients read (see src/record.rs). The sequence is that of its list
+--                                 entry, 0 if it is scheduled
 --   T:x                    hash   the holder of each leased job by id: "<token> <tenant or nothing> <worker>"; see
 --                                 policies.lua about the tenant
 --   T:w:<priority>:<tenant> list  entries "<id> <sequence> <waiting since>"
@@ -29,6 +29,9 @@ local JOBS, HOLDERS = part .. ':j', part .. ':x'
 local function list_key(priority, tenant) return part .. ':w:' .. priority .. ':' .. tenant end
 local function ring_key(priority) return part .. ':r:' .. priority end
 
+-- A whole number as text. Much cheaper than leaving it to Lua or Redis, which format every number as a fraction.
+local function whole(number) return string.format('%d', number) end
+
 -- Redis' own clock in ms. `given` is empty except in tests.
 local function clock(given)
   if given ~= '' then return tonumber(given) end
@@ -48,9 +51,13 @@ for i, name in ipairs(NAMES) do
   before[name] = count[name]
 end
 
+-- The counter of each priority's waiting jobs, by the priority as a number and as text.
+local WAITING = { [0] = 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', 'w7', 'w8', 'w9' }
+for priority = 0, 9 do WAITING[string.sub(WAITING[priority], 2)] = WAITING[priority] end
+
 local function depth(of)
   local sum = 0
-  for priority = 0, 9 do sum = sum + of['w' .. priority] end
+  for priority = 0, 9 do sum = sum + of[WAITING[priority]] end
   return sum
 end
 
@@ -65,26 +72,28 @@ local function begin_epoch(nonce)
   end
 end
 
-local function record(seq, priority, since, tenant, rest)
-  return seq .. ' ' .. priority .. ' ' .. since .. ' ' .. tenant .. rest
+-- `charged`: " <charged failures> <lost leases>", or nothing.
+local function record(seq, priority, since, tenant, body, charged)
+  return seq .. ' ' .. priority .. ' ' .. since .. ' ' .. tenant .. (charged or '') .. '\n' .. body
 end
 
--- Sequence, priority, since, tenant and the rest of a record, all as text; nothing if there is none.
+-- Sequence, priority, since, tenant, body and `charged` of a record, all as text; nothing if there is none.
 local function read(text)
-  if text then return string.match(text, '^(%d+) (%d+) (%d+) ([^ \n]+)(.*)$') end
+  if not text then return end
+  local seq, priority, since, tenant, charged, body = string.match(text, '^(%d+) (%d+) (%d+) (%S+)([ %d]*)\n(.*)$')
+  return seq, priority, since, tenant, body, charged
 end
 
--- The rest of a record with so many more charged failures and lost leases.
-local function charge(rest, failures, leases)
-  local before, lost, body = string.match(rest, '^ (%d+),(%d+)(\n.*)$')
-  return string.format(' %d,%d', (before or 0) + failures, (lost or 0) + leases) .. (body or rest)
+-- `charged` with one more of both, each if asked for.
+local function charge(charged, failure, loss)
+  local failures, losses = string.match(charged, '(%d+) (%d+)')
+  return ' ' .. whole((failures or 0) + failure) .. ' ' .. whole((losses or 0) + loss)
 end
 
 -- Whether the lease is the one with this token, and the tenant whose concurrency it counts for, if any.
 local function held_by(holder, token)
-  if not holder or string.sub(holder, 1, #token + 1) ~= token .. ' ' then return false end
-  local counts = string.match(holder, '^ (%S*) ', #token + 1)
-  return true, counts ~= '' and counts or nil
+  if not holder or string.find(holder, token, 1, true) ~= 1 or string.byte(holder, #token + 1) ~= 32 then return false end
+  return true, string.match(holder, '^(%S+) ', #token + 2)
 end
 
 local function into_ring(priority, tenant)
@@ -97,8 +106,8 @@ end
 local entering = {}
 local function enter_list(id, priority, tenant, since, front)
   count.seq = count.seq + 1
-  local list = list_key(priority, tenant)
-  local entry = id .. ' ' .. count.seq .. ' ' .. since
+  local list, seq = list_key(priority, tenant), whole(count.seq)
+  local entry = id .. ' ' .. seq .. ' ' .. since
   if front then
     if redis.call('LPUSH', list, entry) == 1 then into_ring(priority, tenant) end
   else
@@ -109,8 +118,8 @@ local function enter_list(id, priority, tenant, since, front)
     end
     group[#group + 1] = entry
   end
-  add('w' .. priority, 1)
-  return count.seq
+  add(WAITING[priority], 1)
+  return seq
 end
 
 local function enter_gathered()
@@ -131,7 +140,7 @@ local function save_tenants()
     local jobs = tonumber(held[i] or 0) + tenants[tenant]
     if jobs > 0 then
       set[#set + 1] = tenant
-      set[#set + 1] = jobs
+      set[#set + 1] = whole(jobs)
     elseif held[i] then
       gone[#gone + 1] = tenant
     end
@@ -152,7 +161,7 @@ local function save()
   for name, value in pairs(count) do
     if value ~= before[name] then
       changed[#changed + 1] = name
-      changed[#changed + 1] = value
+      changed[#changed + 1] = whole(value)
     end
   end
   if #changed > 0 then redis.call('HSET', part, unpack(changed)) end

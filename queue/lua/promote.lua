@@ -13,12 +13,13 @@ local ids, records = {}, {}
 for i = 1, #due, 2 do ids[#ids + 1] = due[i] end
 local texts = #ids > 0 and redis.call('HMGET', JOBS, unpack(ids))
 for i, id in ipairs(ids) do
-  local seq, priority, _, tenant, rest = read(texts[i])
+  local seq, priority, _, tenant, body, charged = read(texts[i])
   if seq == '0' then
     -- It waits since it was due, not since this script got to it. Scores come back as text, "1.7e+12" at worst.
     local since = string.format('%.0f', tonumber(due[2 * i]))
     records[#records + 1] = id
-    records[#records + 1] = record(enter_list(id, priority, tenant, since, false), priority, since, tenant, rest)
+    seq = enter_list(id, priority, tenant, since, false)
+    records[#records + 1] = record(seq, priority, since, tenant, body, charged)
   end
 end
 if #records > 0 then redis.call('HSET', JOBS, unpack(records)) end

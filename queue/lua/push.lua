@@ -16,7 +16,7 @@
 local now, window = clock(ARGV[1]), tonumber(ARGV[2])
 begin_epoch(ARGV[3])
 local held, scheduled = depth(count) + count.z, redis.call('ZCARD', SCHEDULE)
-local ids, records, due = {}, {}, {}
+local ids, records, due, since = {}, {}, {}, whole(now)
 local answers, waits, limits, most, drains = {}, {}, {}, NEVER, nil
 local limited = ARGV[4] == '1' and policies > 0
 if limited then
@@ -56,17 +56,17 @@ for i, id in ipairs(ids) do
     answer = 4
   else
     known[id] = true
-    local seq = 0
+    local seq = '0'
     if later then
-      due[#due + 1] = run_at
+      due[#due + 1] = ARGV[at + 3]
       due[#due + 1] = id
       scheduled = scheduled + 1
     else
-      seq = enter_list(id, priority, tenant, now, false)
+      seq = enter_list(id, priority, tenant, since, false)
       held = held + 1
     end
     records[#records + 1] = id
-    records[#records + 1] = record(seq, priority, now, tenant, ARGV[at + 4])
+    records[#records + 1] = record(seq, priority, since, tenant, ARGV[at + 4])
     add_tenant(tenant, 1)
   end
   answers[i] = answer

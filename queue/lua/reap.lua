@@ -25,10 +25,10 @@ answer[4] = #expired == max and 1 or 0
 for i = #expired, 1, -1 do
   local id = expired[i]
   local holder = redis.call('HGET', HOLDERS, id)
-  local _, priority, since, tenant, rest = read(holder and redis.call('HGET', JOBS, id))
+  local _, priority, since, tenant, body, charged = read(holder and redis.call('HGET', JOBS, id))
   if priority then
     local seq = enter_list(id, priority, tenant, since, true)
-    redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, charge(rest, 0, 1)))
+    redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, body, charge(charged, 0, 1)))
     freed = true
     local counted = string.match(holder, '^%S+ (%S+) ')
     if counted then counts[counted] = (counts[counted] or 0) + 1 end

@@ -15,7 +15,7 @@ local answers, counts = {}, {}
 for i = #ARGV - 2, 3, -3 do
   local id, delay = ARGV[i], tonumber(ARGV[i + 2])
   local ours, counted = held_by(redis.call('HGET', HOLDERS, id), ARGV[i + 1])
-  local _, priority, since, tenant, rest = read(ours and redis.call('HGET', JOBS, id))
+  local _, priority, since, tenant, body, charged = read(ours and redis.call('HGET', JOBS, id))
   if ours then
     redis.call('ZREM', LEASES, id)
     redis.call('HDEL', HOLDERS, id)
@@ -24,13 +24,13 @@ for i = #ARGV - 2, 3, -3 do
   end
   if ours and priority then
     local seq = 0
+    if ARGV[2] == '1' then charged = charge(charged, 1, 0) end
     if delay > 0 then
       redis.call('ZADD', SCHEDULE, now + delay, id)
     else
       seq = enter_list(id, priority, tenant, since, true)
     end
-    if ARGV[2] == '1' then rest = charge(rest, 1, 0) end
-    redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, rest))
+    redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, body, charged))
     add_tenant(tenant, 1)
   end
   answers[i / 3] = ours and 1 or 0

@@ -10,7 +10,7 @@
 local answers = {}
 for i = 1, #ARGV, 2 do
   local id, priority = ARGV[i], ARGV[i + 1]
-  local seq, old, since, tenant, rest = read(redis.call('HGET', JOBS, id))
+  local seq, old, since, tenant, body, charged = read(redis.call('HGET', JOBS, id))
   local change = seq and old ~= priority
   if change then
     if seq ~= '0' and redis.call('HEXISTS', HOLDERS, id) == 0 then
@@ -18,7 +18,7 @@ for i = 1, #ARGV, 2 do
       add('z', 1)
       seq = enter_list(id, priority, tenant, since, false)
     end
-    redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, rest))
+    redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, body, charged))
   end
   answers[#answers + 1] = change and 1 or 0
 end

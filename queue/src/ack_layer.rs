@@ -148,7 +148,7 @@ impl<L: Ledger> AckLayer<L> {
         let lease = task.args.lease.clone();
         let id = lease.id();
         let company = self.company.read().await;
-        let grant = match self.take(&task.args).await? {
+        let mut grant = match self.take(&task.args).await? {
             Take::Granted(grant) => grant,
             Take::Gone => {
                 self.acker.done(&lease, Done::Ack).await;
@@ -183,11 +183,21 @@ impl<L: Ledger> AckLayer<L> {
                 return Err(LeaseLost(id).into());
             }
         }
-        task.args.grant = Some(grant.clone());
-        let limit = grant.timeout.unwrap_or(Duration::MAX);
+        // The payload goes to the handler; what stays here is cheap to copy.
+        let payload = std::mem::take(&mut grant.payload);
+        task.args.grant = Some(Grant { payload, ..grant.clone() });
+        let limit = grant.timeout;
+        let inner = async {
+            match limit {
+                Some(limit) => timeout(limit, inner.oneshot(task)).await.map_err(|_| TimedOut(limit)),
+                None => Ok(inner.oneshot(task).await),
+            }
+        };
         let lost = lease.lost();
         let run = tokio::select! {
-            run = timeout(limit, inner.oneshot(task)) => run,
+            // A job that ends at once needs no look at its lease.
+            biased;
+            run = inner => run,
             () = lost.cancelled() => return Err(LeaseLost(id).into()),
         };
         let (end, result) = match run {
@@ -208,13 +218,10 @@ impl<L: Ledger> AckLayer<L> {
                 let (class, told) = classify(&error);
                 (self.failed(&grant, failure(class, "handler", error.as_ref()), told), Err(error))
             }
-            Err(_) => {
-                let late = TimedOut(limit);
-                (
-                    self.failed(&grant, failure(FailureClass::Timeout, "timeout", &late), None),
-                    Err(late.into()),
-                )
-            }
+            Err(late) => (
+                self.failed(&grant, failure(FailureClass::Timeout, "timeout", &late), None),
+                Err(late.into()),
+            ),
         };
         let done = self.end(&lease, &grant, end).await?;
         self.acker.done(&lease, done).await;

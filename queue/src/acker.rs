@@ -5,7 +5,7 @@ use std::{borrow::Borrow, collections::HashMap, time::Duration};
 use futures::future::join_all;
 use tokio::{
     sync::{mpsc, oneshot},
-    time::sleep,
+    time::{Instant, sleep, timeout_at},
 };
 
 use crate::{
@@ -22,6 +22,10 @@ use crate::{
 const WAITING: usize = 16_384;
 /// How often a batch is sent that Redis refuses for another reason than an outage, before it is left to the reaper.
 const REFUSALS: u32 = 3;
+/// A batch that is smaller than [`ENOUGH`] leaves no sooner than this after the one before, so that a busy worker sends few
+/// large batches. The first one after a pause leaves at once.
+const PAUSE: Duration = Duration::from_millis(1);
+const ENOUGH: usize = 100;
 
 /// What became of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,7 +124,15 @@ async fn share_out(queue: Queue, mut inbox: mpsc::Receiver<Message>) {
 async fn run(queue: Queue, mut inbox: mpsc::Receiver<Message>) {
     let mut outage = Outage::new("acker");
     let mut messages = Vec::new();
+    let mut sent_at = Instant::now();
     while inbox.recv_many(&mut messages, CHUNK).await > 0 {
+        while messages.len() < ENOUGH && !messages.iter().any(|one| matches!(one, Message::Flush(_))) {
+            let more = inbox.recv_many(&mut messages, CHUNK);
+            if !matches!(timeout_at(sent_at + PAUSE, more).await, Ok(1..)) {
+                break;
+            }
+        }
+        sent_at = Instant::now();
         let (mut acks, mut releases, mut retries, mut flushes) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for message in messages.drain(..) {

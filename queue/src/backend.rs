@@ -16,12 +16,13 @@ use apalis_core::{
     worker::context::WorkerContext,
 };
 use futures::future::BoxFuture;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::time::timeout;
 use tower::layer::util::Identity;
 
 use crate::{
-    acker::{Acker, Done},
+    acker::Acker,
     claimer::{Claimer, Job},
+    hand_over::Jobs,
 };
 
 /// How long closing waits for Redis to hear of the last jobs. After that their leases run out.
@@ -30,7 +31,7 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 /// Yields claimed jobs to an apalis worker. Owns the claimer: when the worker stops, the claimer is stopped, jobs that
 /// have not started go back to their queues, and the acker is flushed.
 pub struct QueueBackend {
-    jobs: mpsc::Receiver<Job>,
+    jobs: Jobs,
     claimer: Option<Claimer>,
     acker: Acker,
     closing: Option<BoxFuture<'static, ()>>,
@@ -44,7 +45,7 @@ impl std::fmt::Debug for QueueBackend {
 
 impl QueueBackend {
     /// Takes what [`Claimer::spawn`] returned.
-    pub fn new(claimer: Claimer, jobs: mpsc::Receiver<Job>, acker: Acker) -> Self {
+    pub fn new(claimer: Claimer, jobs: Jobs, acker: Acker) -> Self {
         Self { jobs, claimer: Some(claimer), acker, closing: None }
     }
 
@@ -54,16 +55,9 @@ impl QueueBackend {
             claimer.stop();
         }
         self.jobs.close();
-        let mut waiting = Vec::new();
-        while let Ok(job) = self.jobs.try_recv() {
-            waiting.push(job);
-        }
         let acker = self.acker.clone();
         Box::pin(async move {
             let ending = async {
-                for job in waiting {
-                    acker.done(&job.lease, Done::Release(Duration::ZERO)).await;
-                }
                 if let Some(claimer) = claimer {
                     claimer.join().await;
                 }

@@ -1,12 +1,12 @@
-//! Claims jobs and hands them over, one by one, to whoever runs them.
+//! Claims jobs and hands them over to whoever runs them.
 
-use std::{collections::VecDeque, future::pending, sync::Arc};
+use std::{future::pending, sync::Arc};
 
 use futures::future::BoxFuture;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinHandle,
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
@@ -16,6 +16,7 @@ use crate::{
     envelope::Envelope,
     error::QueueError,
     gates::Gates,
+    hand_over::{HandOver, Jobs, hand_over},
     heartbeat::Heartbeat,
     ids::{QueueName, WorkerId},
     lease::Lease,
@@ -72,17 +73,15 @@ pub struct Claimer {
 }
 
 impl Claimer {
-    /// Starts the loop and the listener for wake-ups on the present runtime. The receiver ends after shutdown; at most
-    /// one job is in it then, which the caller runs or gives back.
+    /// Starts the loop and the listener for wake-ups on the present runtime. The receiver ends after shutdown.
     pub fn spawn(
         queue: Queue,
         heartbeat: Heartbeat,
         config: ClaimerConfig,
         gates: Gates,
         shutdown: CancellationToken,
-    ) -> (Self, mpsc::Receiver<Job>) {
-        // One place only: what is not handed over stays with the loop, which can give it back.
-        let (jobs, receiver) = mpsc::channel(1);
+    ) -> (Self, Jobs) {
+        let (jobs, receiver) = hand_over();
         let total = config.slots.clamp(1, Semaphore::MAX_PERMITS);
         let slots = Arc::new(Semaphore::new(total));
         let places = Arc::new(Places::new(&config.queues, queue.config().partitions));
@@ -101,7 +100,7 @@ impl Claimer {
             jobs,
             turn: 0,
             poll_turn: 0,
-            pending: VecDeque::new(),
+            enough: config.batch.clamp(1, crate::queue::MAX_CLAIM).min(total / 2).max(1),
             waits: vec![None; waits],
             rests: Rests::default(),
         };
@@ -146,10 +145,11 @@ struct Claiming {
     queues: usize,
     slots: Arc<Semaphore>,
     places: Arc<Places>,
-    jobs: mpsc::Sender<Job>,
+    jobs: HandOver,
     turn: usize,
     poll_turn: usize,
-    pending: VecDeque<Job>,
+    /// While claimed jobs still wait to be taken, a claim is worth its round trip only with so many free slots.
+    enough: usize,
     /// When a limit lets a place be claimed from again.
     waits: Vec<Option<Instant>>,
     /// In a cluster: places whose node didn't answer.
@@ -168,7 +168,6 @@ impl Claiming {
         // that is abandoned leaves leases behind.
         let mut trip: Option<BoxFuture<'static, Outcome>> = None;
         let mut free: Option<OwnedSemaphorePermit> = None;
-        let jobs = self.jobs.clone();
         loop {
             let place = if trip.is_none() && probe_at.is_none() { self.next_place() } else { None };
             match place {
@@ -179,24 +178,16 @@ impl Claiming {
                     }
                 }
             }
+            let wanted = if self.jobs.is_empty() { 1 } else { self.enough as u32 };
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
-                () = jobs.closed() => break,
-                room = jobs.reserve(), if !self.pending.is_empty() => {
-                    let Ok(room) = room else { break };
-                    if let Some(job) = self.pending.pop_front()
-                        // A lease may have been lost while the job waited here.
-                        && !job.lease.is_lost()
-                    {
-                        room.send(job);
-                    }
-                }
+                () = self.jobs.changed() => if self.jobs.is_closed() { break },
                 outcome = maybe(&mut trip) => {
                     trip = None;
                     probe_at = self.settle(outcome, &mut outage);
                 }
-                permit = Arc::clone(&self.slots).acquire_owned(), if place.is_some() && trip.is_none() => {
+                permit = Arc::clone(&self.slots).acquire_many_owned(wanted), if place.is_some() && trip.is_none() => {
                     // The semaphore is never closed.
                     free = permit.ok();
                 }
@@ -249,7 +240,7 @@ impl Claiming {
         self.turn = place + 1;
         self.places.cool(place);
         self.waits[place] = None;
-        let more = self.slots.available_permits().min(self.batch - 1);
+        let more = self.slots.available_permits().min(self.batch.saturating_sub(slots.num_permits()));
         // Only this loop takes permits, so what is available stays available.
         if more > 0
             && let Ok(others) = Arc::clone(&self.slots).try_acquire_many_owned(more as u32)
@@ -274,15 +265,19 @@ impl Claiming {
                     self.places.heat(place);
                 }
                 self.waits[place] = claimed.wait.map(|wait| Instant::now() + wait);
-                for claim in &claimed.claims {
-                    let lease = self.heartbeat.register(claim);
+                let leases = self.heartbeat.register_all(&claimed.claims);
+                let mut jobs = Vec::with_capacity(leases.len());
+                for (claim, lease) in claimed.claims.iter().zip(leases) {
                     let Some(slot) = slots.split(1) else {
                         // A claim never returns more than was asked for; if it did, the lease would run out.
                         tracing::error!(id = %lease.id(), "claimed more jobs than slots");
                         continue;
                     };
                     let envelope = Arc::clone(&claim.envelope);
-                    self.pending.push_back(Job { envelope, lease, grant: None, slot });
+                    jobs.push(Job { envelope, lease, grant: None, slot });
+                }
+                if !jobs.is_empty() {
+                    self.jobs.give(jobs);
                 }
                 return None;
             }
@@ -309,12 +304,12 @@ impl Claiming {
         if let Some(trip) = trip {
             self.settle(trip.await, &mut Outage::new("claimer"));
         }
-        if self.pending.is_empty() {
+        let back = self.jobs.take_back();
+        if back.is_empty() {
             return;
         }
-        let leases: Vec<_> = self
-            .pending
-            .drain(..)
+        let leases: Vec<_> = back
+            .into_iter()
             .map(|job| {
                 self.heartbeat.end(&job.lease);
                 (job.lease.lease_ref(), std::time::Duration::ZERO)

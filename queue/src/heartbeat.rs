@@ -94,6 +94,19 @@ impl Heartbeat {
         lease
     }
 
+    /// As [`register`](Self::register), for a whole batch.
+    pub(crate) fn register_all(&self, claims: &[Claim]) -> Vec<Lease> {
+        let nudge = &self.registry.nudge;
+        let leases: Vec<Lease> =
+            claims.iter().map(|claim| Lease::new(claim, self.registry.lease, Arc::clone(nudge))).collect();
+        let mut registered = self.registry.lock();
+        for (claim, lease) in claims.iter().zip(&leases) {
+            registered.insert(claim.token.clone(), Arc::downgrade(&lease.state));
+        }
+        drop(registered);
+        leases
+    }
+
     /// Ends the heartbeats of one lease, because it was acked or given back. [`Lease::valid`] fails from now on.
     pub fn end(&self, lease: &Lease) {
         lease.state.end();

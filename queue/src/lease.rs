@@ -96,6 +96,9 @@ impl Lease {
     pub async fn valid(&self, margin: Duration) -> Result<(), LeaseLost> {
         let state = &self.state;
         let margin = margin.min(state.duration / 2);
+        if !state.is_over() && !self.is_lost() && self.remaining() >= margin {
+            return Ok(());
+        }
         let mut deadline = state.deadline.subscribe();
         loop {
             if state.is_over() || self.is_lost() {

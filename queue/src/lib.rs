@@ -11,6 +11,7 @@ pub mod dial;
 pub mod envelope;
 pub mod error;
 pub mod gates;
+pub mod hand_over;
 pub mod heartbeat;
 pub mod ids;
 mod inspect;
@@ -51,6 +52,7 @@ pub use envelope::{
 };
 pub use error::QueueError;
 pub use gates::Gates;
+pub use hand_over::Jobs;
 pub use heartbeat::{Heartbeat, HeartbeatConfig};
 pub use ids::{
     InvalidPriority, InvalidQueueName, InvalidTenant, JobId, LeaseToken, MAX_NAME, Priority, QueueName,
@@ -59,8 +61,8 @@ pub use ids::{
 pub use lease::{Lease, LeaseLost};
 pub use ledger::{Ledger, NoLedger};
 pub use lender::Lender;
-pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use listing::{Listed, ListedState};
+pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use reaper::Reaper;
 pub use registry::{LivingWorker, Presence};

@@ -14,9 +14,6 @@ use crate::{
     scripts,
 };
 
-/// Values per job in the answer of `list.lua`.
-const FIELDS: usize = 4;
-
 /// Where a listed job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ListedState {
@@ -72,11 +69,10 @@ impl Queue {
             let mut reply = Reply::new(self.script(&scripts::LIST, queue, partition, &args).await?.value)?;
             let held = reply.integer()?.unsigned_abs();
             while !reply.is_empty() {
-                let mut record = reply.take(FIELDS)?;
-                let id: JobId = record.parsed("a job id")?;
-                let owner = owner_of(&record.text()?);
-                let at_ms = record.text()?.parse().ok();
-                page.push(Listed { envelope: read_record(&record.bytes()?, id, queue)?, state, owner, at_ms });
+                let id: JobId = reply.parsed("a job id")?;
+                let owner = owner_of(&reply.text()?);
+                let at_ms = reply.text()?.parse().ok();
+                page.push(Listed { envelope: read_record(&reply.bytes()?, id, queue)?, state, owner, at_ms });
             }
             skip = skip.saturating_sub(held);
         }

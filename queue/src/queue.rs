@@ -318,12 +318,18 @@ impl Queue {
                 args.extend([text(lease.id), text(lease.token.as_str())]);
             })
             .await?;
-        for (lease, answer) in leases.iter().zip(&answers) {
-            if *answer == 1 {
-                metrics::counter!("queue_jobs_acked_total", "queue" => lease.queue.to_string()).increment(1);
+        let answers: Vec<bool> = answers.into_iter().map(|answer| answer == 1).collect();
+        let mut acked: Vec<(&QueueName, u64)> = Vec::new();
+        for (lease, _) in leases.iter().zip(&answers).filter(|(_, acked)| **acked) {
+            match acked.iter_mut().find(|(queue, _)| *queue == &lease.queue) {
+                Some((_, count)) => *count += 1,
+                None => acked.push((&lease.queue, 1)),
             }
         }
-        Ok(answers.into_iter().map(|answer| answer == 1).collect())
+        for (queue, count) in acked {
+            metrics::counter!("queue_jobs_acked_total", "queue" => queue.to_string()).increment(count);
+        }
+        Ok(answers)
     }
 
     /// Gives jobs back: to the front of their lists when the delay is zero, else to the schedule (whole ms). One

@@ -1,9 +1,9 @@
 //! How a job's record is written to scripts and read from their answers.
 //!
-//! A record is one string: `<sequence> <priority> <since> <tenant>`, the counts of charged failures and lost leases if
-//! there are any, a line feed, and the body. Scripts read and write the first line (see `lua/partition.lua`), of which they
-//! make all but the counts when a job comes in; the body is ours: kind, `run_at`, `enqueued_at`, traceparent and tracestate, each as
-//! `<length>:<text>` with nothing for what is absent, then the fast record as JSON, if there is one.
+//! A record is one string: `<sequence> <priority> <since> <tenant>`, then ` <charged failures> <lost leases>` unless both are
+//! 0, a line feed, and the body. Scripts read and write the first line (see `lua/partition.lua`); the body is ours: kind,
+//! `run_at`, `enqueued_at`, traceparent and tracestate, each as `<length>:<text>` with nothing for what is absent, then the
+//! fast record as JSON, if there is one.
 
 use std::fmt::Write as _;
 
@@ -14,28 +14,27 @@ use crate::{
     queue::{optional, text},
 };
 
-/// What push sends of a job after its id: priority, tenant, `run_at` and the rest.
+/// What push sends of a job after its id: priority, tenant, `run_at` and the body.
 pub(crate) fn push_record(args: &mut Vec<Vec<u8>>, envelope: &Envelope) {
     args.extend([
         text(envelope.priority),
         envelope.tenant.as_str().into(),
         optional(envelope.run_at_ms),
-        rest(envelope),
+        body(envelope),
     ]);
 }
 
-/// What restore sends of a job after its id and token: priority, tenant and the rest.
+/// What restore sends of a job after its id and token: priority, tenant, the body, and failures and losses if any.
 pub(crate) fn restore_record(args: &mut Vec<Vec<u8>>, envelope: &Envelope) {
-    args.extend([text(envelope.priority), envelope.tenant.as_str().into(), rest(envelope)]);
+    args.extend([text(envelope.priority), envelope.tenant.as_str().into(), body(envelope)]);
+    args.push(match (envelope.attempts, envelope.lost) {
+        (0, 0) => Vec::new(),
+        (attempts, lost) => text(format_args!(" {attempts} {lost}")),
+    });
 }
 
-/// The counts, and all after the first line.
-fn rest(envelope: &Envelope) -> Vec<u8> {
+fn body(envelope: &Envelope) -> Vec<u8> {
     let mut body = String::with_capacity(64);
-    if envelope.attempts > 0 || envelope.lost > 0 {
-        write!(body, " {},{}", envelope.attempts, envelope.lost).ok();
-    }
-    body.push('\n');
     let mut number = String::new();
     let mut field = |value: &str| {
         // Writing to a String can't fail.
@@ -67,13 +66,11 @@ pub(crate) fn read_record(record: &[u8], id: JobId, queue: &QueueName) -> Result
     let priority = head.next().and_then(|text| text.parse::<i64>().ok()).ok_or_else(|| bad("priority"))?;
     let priority = Priority::try_from(priority).map_err(|error| QueueError::Protocol(error.to_string()))?;
     let tenant = head.nth(1).and_then(|text| text.parse().ok()).ok_or_else(|| bad("tenant"))?;
-    let (attempts, lost) = match head.next() {
-        None => (0, 0),
-        Some(counts) => counts
-            .split_once(',')
-            .and_then(|(attempts, lost)| Some((attempts.parse().ok()?, lost.parse().ok()?)))
-            .ok_or_else(|| bad("counts that are numbers"))?,
+    let mut count = |what: &str| match head.next() {
+        None => Ok(0),
+        Some(text) => text.parse().map_err(|_| bad(what)),
     };
+    let (attempts, lost) = (count("number of failures")?, count("number of losses")?);
     let mut field = |what: &str| {
         let (length, rest) = body.split_once(':').ok_or_else(|| bad(what))?;
         let length = length.parse().map_err(|_| bad(what))?;
@@ -137,12 +134,13 @@ mod tests {
                 tracestate: Some("k=v,1:2".to_owned()),
             }),
             fast: Some(serde_json::json!({ "text": "line\nline", "n": [1, 2] })),
-            attempts: 3,
-            lost: 12,
+            attempts: 2,
+            lost: 1,
             ..envelope()
         };
         for one in [plain, full] {
-            let record = [b"12 9 1700000000000 acme".to_vec(), rest(&one)].concat();
+            let charged = if one.attempts > 0 { " 2 1" } else { "" };
+            let record = [format!("12 9 1700000000000 acme{charged}\n").into_bytes(), body(&one)].concat();
             assert_eq!(read_record(&record, one.id, &one.queue).unwrap(), one);
         }
     }
@@ -150,16 +148,12 @@ mod tests {
     #[test]
     fn a_damaged_record_is_an_error_and_never_a_panic() {
         let one = envelope();
-        let whole = [b"12 9 1700000000000 acme".to_vec(), rest(&one)].concat();
+        let whole = [b"12 9 1700000000000 acme\n".to_vec(), body(&one)].concat();
         for end in 0..whole.len() {
             assert!(read_record(&whole[..end], one.id, &one.queue).is_err(), "{end}");
         }
-        for bad in [
-            "12 many 1 acme\n1:a0:1:50:0:",
-            "12 5 1 acme 3\n1:a0:1:50:0:",
-            "1 5 1 acme\n99999999999999999999:a",
-            "1 5 1 acme\n1:é",
-        ] {
+        for bad in ["12 many 1 acme\n1:a0:1:50:0:", "1 5 1 acme\n99999999999999999999:a", "1 5 1 acme\n1:é"]
+        {
             assert!(read_record(bad.as_bytes(), one.id, &one.queue).is_err(), "{bad}");
         }
     }

@@ -84,7 +84,7 @@ async fn rule_21_every_operation_stays_in_the_slot_of_its_partition() {
         redis::Client::open(node.url.as_str()).unwrap().get_multiplexed_async_connection().await.unwrap();
     let leaving = "#!lua\nreturn {redis.call('SET', KEYS[1], '1'), redis.call('SET', '{elsewhere}:x', '1')}";
     let refused: redis::RedisResult<redis::Value> =
-        redis::cmd("EVAL").arg(leaving).arg(1).arg("{flotilla:ingest:0}:x").query_async(&mut raw).await;
+        redis::cmd("EVAL").arg(leaving).arg(1).arg("{flotilla:ingest:0}:probe").query_async(&mut raw).await;
     assert!(refused.is_err(), "this server doesn't check slots, so the test would prove nothing");
 
     let config = QueueConfig { url: node.url.clone(), partitions: 3, ..QueueConfig::default() };

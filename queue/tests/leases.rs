@@ -205,8 +205,8 @@ async fn contract_1_after_flushall_leases_are_registered_again_and_the_stamp_is_
     let far = stage.queue.at(i64::MAX / 4096);
     assert!(far.reap(&name()).await.unwrap().contains(&all[2].id));
     let again = far.claim(&name(), &worker(), 9).await.unwrap();
-    let back = Envelope { lost: 1, ..all[2].clone() };
-    assert!(again.iter().any(|claim| *claim.envelope == back), "{again:?}");
+    let whole = Envelope { lost: 1, ..all[2].clone() };
+    assert!(again.iter().any(|claim| *claim.envelope == whole), "{again:?}");
 }
 
 #[tokio::test]

@@ -45,7 +45,7 @@ fn order(claims: &[Claim]) -> String {
 
 /// A whole claiming worker, which only wake-ups bring to claim: its safety poll is far away.
 struct Fleet {
-    jobs: tokio::sync::mpsc::Receiver<queue::Job>,
+    jobs: queue::Jobs,
     stop: CancellationToken,
     heartbeat: Heartbeat,
     _claimer: Claimer,

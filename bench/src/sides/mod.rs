@@ -1,6 +1,7 @@
 //! The sides that are compared. Each stores the same payloads and runs the same handler in the same apalis worker.
 
 pub mod floor;
+pub mod ledger;
 pub mod ours;
 pub mod peer;
 
@@ -23,6 +24,8 @@ pub const CONCURRENCY: usize = 100;
 pub enum Side {
     /// This queue, without a ledger: leases, heartbeats, priorities and fairness on
     Ours,
+    /// The same over the ledger in Postgres
+    Ledger,
     /// apalis-redis, tuned: no leases, no events
     Peer,
     /// Two minimal scripts behind the same apalis worker
@@ -35,6 +38,7 @@ impl Side {
     pub fn name(self) -> &'static str {
         match self {
             Self::Ours => "ours",
+            Self::Ledger => "ledger",
             Self::Peer => "peer",
             Self::Floor => "floor",
             Self::FloorPlain => "floor-plain",
@@ -66,7 +70,8 @@ pub enum Producer {
 impl Producer {
     pub async fn open(side: Side, url: &str, spread: Spread) -> anyhow::Result<Self> {
         Ok(match side {
-            Side::Ours => Self::Ours(ours::Producer::open(url, spread).await?),
+            // What the ledger's producer does in Redis; it has one of its own.
+            Side::Ours | Side::Ledger => Self::Ours(ours::Producer::open(url, spread).await?),
             Side::Peer => Self::Peer(peer::Producer::open(url).await?),
             Side::Floor | Side::FloorPlain => Self::Floor(floor::Producer::open(url).await?),
         })

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 use apalis::{
     layers::WorkerBuilderExt,
     prelude::{BoxDynError, Data, WorkerBuilder},
@@ -11,7 +11,6 @@ use queue::{
     AckLayer, Acker, Claimer, ClaimerConfig, Envelope, Gates, Heartbeat, HeartbeatConfig, Job, Priority,
     Pushed, Queue, QueueBackend, QueueConfig, QueueName, Reaper, Scheduler, TenantId, WorkerId,
 };
-use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{BATCH, CONCURRENCY, Counter, Spread};
@@ -20,7 +19,7 @@ use crate::payload::Payload;
 /// Claimed jobs of one worker: those that run, one batch that is ready, and one that is being claimed.
 const SLOTS: usize = CONCURRENCY + 2 * BATCH;
 
-fn config(url: &str) -> QueueConfig {
+pub(super) fn config(url: &str) -> QueueConfig {
     QueueConfig {
         url: url.to_owned(),
         prefix: "bench".to_owned(),
@@ -30,7 +29,7 @@ fn config(url: &str) -> QueueConfig {
     }
 }
 
-fn name() -> anyhow::Result<QueueName> {
+pub(super) fn name() -> anyhow::Result<QueueName> {
     Ok(QueueName::new("noop")?)
 }
 
@@ -81,8 +80,7 @@ impl Producer {
 }
 
 async fn noop(job: Job, counter: Data<Counter>) -> Result<(), BoxDynError> {
-    let record = job.envelope.fast.as_ref().ok_or_else(|| anyhow!("a job without payload"))?;
-    counter.handle(Payload::deserialize(record)?);
+    counter.handle(job.payload()?);
     Ok(())
 }
 

@@ -46,7 +46,8 @@ async fn drain(
     fill(&producer, 0..jobs).await?;
     producer.settle().await?;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let mut fleet = Fleet::start(side, server.url(), workers, (cores / workers).max(1), false).await?;
+    let threads = (cores / workers).max(1);
+    let mut fleet = Fleet::start(side, server.url(), None, workers, threads, false).await?;
     let redis = server.cpu().await?;
     let took = fleet.drain(jobs).await?;
     let redis_us = (server.cpu().await? - redis) * 1e6 / jobs as f64;
@@ -71,6 +72,11 @@ async fn drain(
         drained.rss_mb,
     ));
     Ok(drained)
+}
+
+/// Jobs per second of this queue without a ledger.
+pub async fn fast_rate(server: &Server, workers: usize, jobs: u64) -> anyhow::Result<f64> {
+    Ok(drain(server, Side::Ours, workers, jobs, Spread::NONE).await?.rate())
 }
 
 fn of(runs: &[Drained], read: impl Fn(&Drained) -> f64) -> f64 {

@@ -3,6 +3,7 @@
 
 mod drain;
 mod enqueue;
+mod ledger;
 mod memory;
 mod pickup;
 
@@ -55,6 +56,8 @@ pub enum Workload {
     Deep,
     /// (e) Redis memory of a waiting job
     Memory,
+    /// (b) and (c) again with the ledger in Postgres
+    Ledger,
 }
 
 /// Runs the workloads; all if none is named.
@@ -76,6 +79,9 @@ pub async fn run(plan: Plan, only: &[Workload]) -> anyhow::Result<Vec<Figure>> {
     }
     if wanted(Workload::Memory) {
         figures.extend(memory::measure(&server, plan).await?);
+    }
+    if wanted(Workload::Ledger) {
+        figures.extend(ledger::measure(&server, plan).await?);
     }
     Ok(figures)
 }

@@ -31,7 +31,7 @@ pub async fn measure(server: &Server, plan: Plan) -> anyhow::Result<Vec<Figure>>
 async fn pick_ups(server: &Server, side: Side, samples: u64) -> anyhow::Result<Vec<Duration>> {
     server.clear().await?;
     let producer = Producer::open(side, server.url(), Spread::NONE).await?;
-    let mut fleet = Fleet::start(side, server.url(), WORKERS, 1, true).await?;
+    let mut fleet = Fleet::start(side, server.url(), None, WORKERS, 1, true).await?;
     fleet.go().await?;
     let mut times = vec![];
     for number in 0..WARM_UP + samples {

@@ -5,12 +5,13 @@
 mod embed;
 mod enqueue;
 mod ingest;
+mod queue;
 mod sandbox;
 mod texts;
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     context::Context,
@@ -26,6 +27,8 @@ pub enum Command {
     Enqueue(enqueue::Args),
     /// Documents ingested per second by worker processes, beside a plain loop that does the same writes
     Ingest(ingest::Args),
+    /// The queue alone: enqueue, drain, pick-up, depth, memory, beside apalis-redis and two minimal scripts
+    Queue(queue::Args),
 }
 
 /// Which embedding provider is measured.
@@ -57,18 +60,18 @@ impl Provider {
 }
 
 /// What is printed.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Report {
-    bench: &'static str,
+    bench: Cow<'static, str>,
     results: Vec<Figure>,
 }
 
 /// One figure.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Figure {
     name: String,
     value: f64,
-    unit: &'static str,
+    unit: Cow<'static, str>,
     /// What the figure is compared with.
     reference: String,
     /// That, in the same unit.
@@ -93,7 +96,7 @@ impl Figure {
         Self {
             name: name.into(),
             value: rounded(value),
-            unit,
+            unit: unit.into(),
             reference,
             reference_value: rounded(reference_value),
             ratio: (value / reference_value.max(1e-9) * 1000.0).round() / 1000.0,
@@ -122,6 +125,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
         Command::Embed(args) => Box::pin(embed::measure(args, context)).await?,
         Command::Enqueue(args) => Box::pin(enqueue::measure(args, context)).await?,
         Command::Ingest(args) => Box::pin(ingest::measure(args, context)).await?,
+        Command::Queue(args) => Box::pin(queue::measure(args, context)).await?,
     };
     context.out.data(&report, || {
         let mut table = output::table(&[
@@ -138,7 +142,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             table.add_row([
                 (&one.name).into(),
                 output::number(one.value),
-                one.unit.into(),
+                one.unit.as_ref().into(),
                 output::number(one.p50),
                 output::number(one.p99),
                 output::number(one.ratio),

@@ -320,7 +320,9 @@ impl World {
         match self.queue().push(&[envelope]).await.unwrap()[0] {
             Pushed::Queued => Outcome::Queued,
             Pushed::Present => Outcome::Present,
-            Pushed::Full => panic!("the window is full"),
+            refused @ (Pushed::Full | Pushed::QueueFull | Pushed::TenantFull | Pushed::Draining) => {
+                panic!("{refused:?}")
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use sagas::{
     encryption::{Keyring, PayloadCipher},
     stores::postgres::{
         Postgres,
-        accept::{Accepted, Idempotency, NewJob},
+        accept::{Accepted, Idempotency, NewJob, Until},
         batches::{BatchId, Callback, CallbackOn, Created, NewBatch},
         dead_letters::{Replay, Resolved},
         ending::Verdict,
@@ -202,6 +202,7 @@ async fn protocol_19_keys_know_the_same_request_before_and_after_encryption_and_
             key: "k".to_owned(),
             scope: "test".to_owned(),
             ttl: Duration::from_secs(60),
+            until: Until::Accepted,
         }),
         ..job("secret", json!({ "card": card }))
     };

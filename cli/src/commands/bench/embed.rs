@@ -54,5 +54,5 @@ pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
         let reference = ("the same provider, one text a call, one call at a time".to_owned(), single);
         results.push(Figure::new(format!("embed.{}", provider.name()), "texts/s", batched, times, reference));
     }
-    Ok(Report { bench: "embed", results })
+    Ok(Report { bench: "embed".into(), results })
 }

@@ -23,7 +23,7 @@ const BATCH: usize = 100;
 pub struct Args {
     /// Jobs for each figure
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(100..=40_000))]
-    jobs: u32,
+    pub(super) jobs: u32,
 }
 
 pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
@@ -73,7 +73,7 @@ pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
         Ok(vec![single, batched])
     })
     .await?;
-    Ok(Report { bench: "enqueue", results })
+    Ok(Report { bench: "enqueue".into(), results })
 }
 
 fn payload(number: u64) -> Value {

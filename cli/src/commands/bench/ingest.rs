@@ -70,7 +70,7 @@ pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
         Ok(vec![Figure::new(figure, "documents/s", rate, times, (name, reference))])
     })
     .await?;
-    Ok(Report { bench: "ingest", results })
+    Ok(Report { bench: "ingest".into(), results })
 }
 
 /// Documents per second of the fleet from the first enqueue to the last end, and each job's time in its worker.

@@ -1,0 +1,59 @@
+//! `flotilla-bench queue --quick`: everything runs, every job is counted, and the report has its shape.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn flotilla_bench(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_flotilla-bench")).args(arguments).output().unwrap()
+}
+
+#[test]
+fn a_quick_run_counts_every_job_and_reports_every_workload() {
+    let output = flotilla_bench(&["queue", "--json", "--quick"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    // It fails when a job was handled twice, or not at all, or is left behind.
+    assert!(output.status.success(), "{said}");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object on stdout");
+    assert_eq!(report["bench"], "queue");
+    let results = report["results"].as_array().unwrap();
+    let names: Vec<&str> = results.iter().map(|one| one["name"].as_str().unwrap()).collect();
+    for wanted in [
+        "enqueue.single.fast.vs-peer",
+        "enqueue.batched.fast.vs-peer",
+        "enqueue.batched.fast.vs-floor",
+        "drain.fast.1-workers.vs-peer",
+        "drain.fast.1-workers.vs-floor",
+        "drain.fast.1-workers.vs-floor-plain",
+        "drain.fast.1-workers.worker-rss",
+        "drain.fast.2-workers.vs-peer",
+        "drain.fast.2-workers.vs-floor",
+        "drain-deep.fast.1-workers",
+        "drain-deep.fast.2-workers",
+        "pickup.fast.p50",
+        "pickup.fast.p99",
+        "memory.flat",
+        "memory.deep",
+        "drain.ledger.1-workers",
+        "drain.ledger.2-workers",
+        "pickup.ledger.p50",
+    ] {
+        assert!(names.contains(&wanted), "{wanted} is missing in {names:?}");
+    }
+    for one in results {
+        for field in ["value", "reference_value", "ratio", "p50", "p99"] {
+            assert!(one[field].as_f64().is_some_and(f64::is_finite), "{field} of {one}");
+        }
+        assert!(one["value"].as_f64().unwrap() > 0.0, "{one}");
+        assert!(!one["unit"].as_str().unwrap().is_empty() && !one["reference"].as_str().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn what_it_is_asked_for_wrongly_is_refused_with_what_is_allowed() {
+    let output = flotilla_bench(&["queue", "--only", "everything"]);
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("enqueue") && said.contains("pickup"), "{said}");
+}
