@@ -83,6 +83,7 @@ impl BatchBuilder {
     }
 
     /// Adds jobs of the batch's tenant.
+    #[allow(clippy::should_implement_trait)] // it takes jobs, not another builder
     pub fn add(mut self, jobs: impl IntoIterator<Item = NewJob>) -> Self {
         self.jobs.extend(jobs);
         self
