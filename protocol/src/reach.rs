@@ -27,8 +27,11 @@ pub struct Reach {
     pub stuck: Option<Vec<Action>>,
 }
 
+/// A name, and whether a state shows it.
+pub type Fact = (&'static str, fn(&State) -> bool);
+
 /// Facts of states that must be reachable.
-pub const FACTS: &[(&str, fn(&State) -> bool)] = &[
+pub const FACTS: &[Fact] = &[
     ("Redis has lost an unfinished job", State::has_really_lost),
     ("two workers work on one job", State::has_a_zombie),
     ("an ended job waits in Redis", State::offers_an_ended_job),

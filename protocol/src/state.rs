@@ -32,6 +32,10 @@ impl RowState {
 
 /// A row of the table `jobs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a fact of its own, as in the real row and its history"
+)]
 pub struct Row {
     /// Its state.
     pub state: RowState,
@@ -89,6 +93,10 @@ pub enum Cancelled {
 
 /// One job, everywhere. Each has a queue of its own, so that claims choose freely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a fact of its own, as in the real row and its history"
+)]
 pub struct Job {
     /// The ledger's row.
     pub row: Row,
@@ -233,7 +241,7 @@ impl State {
             Some(Entry::Leased { token, .. }) => Some(token),
             _ => None,
         };
-        (0..)
+        (0..=u8::MAX)
             .find(|token| {
                 leased(self.jobs[job].entry) != Some(*token)
                     && self.saved.and_then(|saved| leased(saved.jobs[job].0)) != Some(*token)

@@ -277,11 +277,7 @@ impl Protocol {
                 }
                 push(job, later)
             }
-            Action::Reap { job } => {
-                state.jobs[job].entry = Some(Entry::Waiting);
-                Outcome::Done
-            }
-            Action::Promote { job } => {
+            Action::Reap { job } | Action::Promote { job } => {
                 state.jobs[job].entry = Some(Entry::Waiting);
                 Outcome::Done
             }
@@ -336,11 +332,10 @@ impl Protocol {
                 state.used.delays += u8::from(hurts_the_living(&state));
                 state.quiet = false;
                 for job in &mut state.jobs {
-                    match &mut job.entry {
-                        Some(Entry::Leased { expired: passed, .. } | Entry::Scheduled { due: passed }) => {
-                            *passed = true;
-                        }
-                        _ => {}
+                    if let Some(Entry::Leased { expired: passed, .. } | Entry::Scheduled { due: passed }) =
+                        &mut job.entry
+                    {
+                        *passed = true;
                     }
                 }
                 Outcome::Done

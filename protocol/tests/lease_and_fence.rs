@@ -1,5 +1,5 @@
 //! The protocol, checked in every state that it can reach within the bounds; and that the properties would notice mistakes.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::{
     collections::BTreeSet,
@@ -63,16 +63,12 @@ fn breaks(bounds: Bounds, bug: Bug) -> Option<(&'static str, usize)> {
         .filter(|(name, _)| checker.model().property(name).expectation == Expectation::Always)
         .map(|(name, path)| (name, path.into_actions()))
         .min_by_key(|(_, path)| path.len());
-    match found {
-        Some((name, path)) => {
-            println!("{bug:?}: breaks \"{name}\" in {} steps: {path:?}", path.len());
-            Some((name, path.len()))
-        }
-        None => {
-            println!("{bug:?}: breaks nothing in {} states", checker.unique_state_count());
-            None
-        }
-    }
+    let Some((name, path)) = found else {
+        println!("{bug:?}: breaks nothing in {} states", checker.unique_state_count());
+        return None;
+    };
+    println!("{bug:?}: breaks \"{name}\" in {} steps: {path:?}", path.len());
+    Some((name, path.len()))
 }
 
 #[test]

@@ -138,14 +138,12 @@ impl Backend for FloorBackend {
                 let id = TaskId::from_string(payload.number.to_string());
                 return Poll::Ready(Some(Ok(TaskBuilder::new(payload).task_id(id).build())));
             }
-            match ready!(self.batches.poll_recv(cx)) {
-                Some(batch) => self.batch = batch.into_iter(),
-                None => {
-                    // The fetcher ended; a second stop says so, which is no news.
-                    worker.stop().ok();
-                    return Poll::Ready(None);
-                }
-            }
+            let Some(batch) = ready!(self.batches.poll_recv(cx)) else {
+                // The fetcher ended; a second stop says so, which is no news.
+                worker.stop().ok();
+                return Poll::Ready(None);
+            };
+            self.batch = batch.into_iter();
         }
     }
 

@@ -63,7 +63,7 @@ impl Spread {
 /// Stores jobs.
 pub enum Producer {
     Ours(ours::Producer),
-    Peer(peer::Producer),
+    Peer(Box<peer::Producer>),
     Floor(floor::Producer),
 }
 
@@ -72,7 +72,7 @@ impl Producer {
         Ok(match side {
             // What the ledger's producer does in Redis; it has one of its own.
             Side::Ours | Side::Ledger => Self::Ours(ours::Producer::open(url, spread).await?),
-            Side::Peer => Self::Peer(peer::Producer::open(url).await?),
+            Side::Peer => Self::Peer(Box::new(peer::Producer::open(url).await?)),
             Side::Floor | Side::FloorPlain => Self::Floor(floor::Producer::open(url).await?),
         })
     }

@@ -232,9 +232,9 @@ async fn a_replay_takes_the_dead_jobs_place_and_can_still_bring_the_success_call
             assert_eq!(ledger.counts(it).await, (2, 1, 0, 0), "the failure is taken back");
             // The first replay fails, too.
             if round == 0 {
-                ledger.end(replay, &dead()).await
+                ledger.end(replay, &dead()).await;
             } else {
-                ledger.succeed(replay).await
+                ledger.succeed(replay).await;
             }
             ledger.collect().await;
             assert_eq!(ledger.counts(it).await, if round == 0 { (2, 1, 1, 0) } else { (2, 2, 0, 0) });
