@@ -33,6 +33,12 @@ async fn assert_nothing_of(stage: &Stage, jobs: &[Envelope]) {
                     "{key}: {fields:?}"
                 );
             }
+            // One entry for each queue, however many jobs it had.
+            "zset" if key.ends_with("registry}:q") => {
+                let queues: Vec<String> =
+                    redis::cmd("ZRANGE").arg(&key).arg(0).arg(-1).query_async(&mut raw).await.unwrap();
+                assert_eq!(queues, [name().as_str()]);
+            }
             "list" | "zset" | "set" => panic!("{key}, a {kind}, is left"),
             _ => {}
         }

@@ -198,7 +198,7 @@ fn the_guides_acl_line_names_every_command_that_a_script_runs() {
         let path = entry.unwrap().path();
         for call in fs::read_to_string(&path).unwrap().split("redis.call(").skip(1) {
             // `front and 'LPUSH' or 'RPUSH'` names two.
-            let first = call.split(',').next().unwrap();
+            let first = call.split([',', ')']).next().unwrap();
             for command in first.split('\'').skip(1).step_by(2) {
                 let command = command.to_lowercase();
                 assert!(allowed.contains(&command), "{} uses {command}: add it to the guide", path.display());

@@ -51,7 +51,8 @@ async fn rule_21_every_operation_works_over_partitions_on_three_nodes() {
     assert!(queue.push(&all).await.unwrap().iter().all(|pushed| *pushed == Pushed::Present));
     for node in &cluster.nodes {
         let size: u64 = redis::from_redis_value(ask(&mut raw(node).await, "DBSIZE").await.unwrap()).unwrap();
-        assert!(size > 20, "a node holds {size} keys");
+        // Of each partition: its counters, its records, and lists, rings or the schedule.
+        assert!(size > 3, "a node holds {size} keys");
     }
     let places: Vec<_> = all.iter().map(|envelope| (name(), envelope.id)).collect();
     assert!(queue.missing(&places).await.unwrap().is_empty());

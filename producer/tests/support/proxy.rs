@@ -10,7 +10,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-/// What happens to the next `COMMIT`.
+/// What happens to the next `COMMIT` of a transaction that may write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Next {
@@ -67,12 +67,17 @@ async fn forward(mut client: TcpStream, port: u16, next: Arc<AtomicU8>) {
     }
     let mut server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let (mut from_client, mut from_server) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
+    let mut reads_only = false;
     loop {
         tokio::select! {
             read = client.read(&mut from_client) => {
                 let Ok(read @ 1..) = read else { return };
                 let message = &from_client[..read];
-                let commits = message.windows(7).any(|window| window == b"COMMIT\0");
+                let says = |words: &[u8]| message.windows(words.len()).any(|window| window == words);
+                if says(b"BEGIN") {
+                    reads_only = says(b"READ ONLY\0");
+                }
+                let commits = says(b"COMMIT\0") && !reads_only;
                 if commits && is(Next::LoseCommit) {
                     next.store(Next::Pass as u8, Ordering::SeqCst);
                     return;

@@ -52,9 +52,8 @@ impl Postgres {
     /// The policies that changed after `revision`; 0 gives all. Revisions become visible in their order, so that nothing
     /// is missed by asking for what came after the last one seen.
     pub async fn policies_since(&self, revision: i64) -> Result<PolicyChanges, StoreError> {
-        let mut tx = self.pool.begin().await?;
         // Both tables as of one moment.
-        sqlx::query("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY").execute(&mut *tx).await?;
+        let mut tx = self.pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await?;
         let queues = sqlx::query(sqlx::AssertSqlSafe(format!(
             "SELECT {QUEUE} FROM queue_policies WHERE revision > $1 ORDER BY revision"
         )))
