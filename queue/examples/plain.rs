@@ -71,7 +71,7 @@ pub async fn run(config: QueueConfig) -> Result<(), BoxDynError> {
         .backend(backend)
         // Outside of the acks: a job that panics comes back when its lease has run out.
         .catch_panic()
-        // What fails is tried again after five seconds.
+        // What fails is tried again within five seconds, then ten, then twenty.
         .layer(roles.acks(Duration::from_secs(5)))
         .concurrency(4)
         .data(Outbox { left: Arc::new(AtomicU32::new(10)), shutdown })

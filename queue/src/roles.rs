@@ -90,9 +90,9 @@ impl Roles {
         Ok((Self { acker, heartbeat, shutdown, tasks, _stop: stop }, backend))
     }
 
-    /// The layer that acks what succeeds and tries the rest again after `delay`.
-    pub fn acks(&self, delay: Duration) -> AckLayer {
-        AckLayer::new(self.acker.clone(), delay)
+    /// The layer that acks what succeeds and tries the rest again, first within `base`; see [`AckLayer`].
+    pub fn acks(&self, base: Duration) -> AckLayer {
+        AckLayer::new(self.acker.clone(), base)
     }
 
     /// Asks all roles to end, and the worker with them. Returns at once.

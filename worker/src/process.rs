@@ -4,8 +4,8 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use apalis::prelude::*;
 use queue::{
-    Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Queue, QueueBackend, QueueError,
-    QueueName, Reaper, Scheduler, WorkerId,
+    Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Presence, Queue, QueueBackend,
+    QueueError, QueueName, Reaper, Scheduler, WorkerId,
 };
 use sagas::{
     StoreError,
@@ -103,6 +103,7 @@ pub async fn run(
     gatekeeper::spawn(&engine, &settings.queues, &gates, &background);
     Reaper::spawn(queue.clone(), settings.queues.clone(), background.clone());
     Scheduler::spawn(queue.clone(), settings.queues.clone(), background.clone());
+    Presence::spawn(queue.clone(), settings.id.clone(), settings.queues.clone(), background.clone());
     tokio::spawn(janitor::run(stores.clone(), settings.janitor, background.clone()));
 
     let stop_jobs = CancellationToken::new();
