@@ -21,11 +21,13 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    coalescing::{Coalescer, Limits},
     error::{Class, Dependency, StepError, StoreError},
     results::MAX_RESULT,
     stores::postgres::{
         Postgres,
-        ending::{Failure, Run, Verdict},
+        ending::{CompleteBatch, Failure, Run, Verdict},
+        stage::BeginBatch,
         take::TakenJob,
     },
 };
@@ -102,6 +104,8 @@ pub struct Engine {
     pub(crate) breakers: Breakers,
     pub(crate) worker: WorkerId,
     reporter: Reporter,
+    begin: Coalescer<BeginBatch>,
+    complete: Coalescer<CompleteBatch>,
     sagas: Arc<HashMap<&'static str, Arc<dyn AnySaga>>>,
 }
 
@@ -119,7 +123,8 @@ impl Registry {
 }
 
 impl Engine {
-    /// An engine that runs the registered sagas.
+    /// An engine that runs the registered sagas. Needs a tokio runtime, on which it starts two tasks that end with its last
+    /// clone.
     pub fn new(
         postgres: Postgres,
         breakers: Breakers,
@@ -127,8 +132,16 @@ impl Engine {
         settings: EngineSettings,
         registry: Registry,
     ) -> Self {
-        let reporter = Reporter::new(postgres.clone());
-        Self { postgres, settings, breakers, worker, reporter, sagas: Arc::new(registry.0) }
+        Self {
+            settings,
+            breakers,
+            worker,
+            reporter: Reporter::new(postgres.clone()),
+            begin: Coalescer::spawn(BeginBatch(postgres.clone()), Limits::default()),
+            complete: Coalescer::spawn(CompleteBatch(postgres.clone()), Limits::default()),
+            postgres,
+            sagas: Arc::new(registry.0),
+        }
     }
 
     /// The ledger.
