@@ -14,8 +14,8 @@ use telemetry::{Telemetry, TelemetryConfig};
 
 use crate::{
     commands::{
-        audit, batches, bench, dev, dlq, documents, encryption, enqueue, import, jobs, keys, migrate,
-        producer, queues, sagas, schedules, search, stats, tenants, worker,
+        audit, batches, bench, breakers, dev, dlq, documents, encryption, enqueue, import, jobs, keys,
+        migrate, producer, queues, sagas, schedules, search, stats, tenants, worker,
     },
     config::{Settings, StoreArgs},
     context::Context,
@@ -89,6 +89,8 @@ enum Command {
     Encryption(encryption::Command),
     /// Show how deep the queues are and how jobs end
     Stats(stats::Args),
+    /// Show which dependencies the workers find down, and who probes them
+    Breakers,
     /// Compare the stores; exit code 1 if they disagree
     Audit(audit::Args),
     /// Measure this machine: embedding, enqueueing, ingesting
@@ -153,6 +155,7 @@ async fn dispatch(command: Command, context: Context, telemetry: &Telemetry) -> 
         Command::Documents(command) => documents::run(command, &context).await,
         Command::Encryption(command) => encryption::run(command, &context).await,
         Command::Stats(args) => Box::pin(stats::run(args, &context)).await,
+        Command::Breakers => breakers::run(&context).await,
         Command::Audit(args) => Box::pin(audit::run(args, &context)).await,
         Command::Bench(command) => Box::pin(bench::run(command, &context)).await,
     }

@@ -65,6 +65,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("dlq show", &["--payload"]),
     ("dlq replay", &["--payload", "--as-kind", "--as-latest", "--all"]),
     ("dlq discard", &["--reason"]),
+    ("breakers", &[]),
     ("queues list", &[]),
     ("queues show", &[]),
     ("queues pause", &[]),

@@ -52,6 +52,7 @@ scripts! {
     LEND = "lend.lua";
     LIST = "list.lua";
     REGISTER = "register.lua";
+    BREAKER = "breaker.lua";
 }
 
 #[cfg(test)]

@@ -1,19 +1,25 @@
 //! The coalescer: turns concurrent single calls into batches.
 //!
 //! A flush starts at once when none is in flight; calls that arrive meanwhile wait and form the next batch, at most
-//! `max_items` or after `max_wait`. So an idle system pays no delay and a busy one shares its round trips and commits. A
+//! as many as the [batch size](crate::batch_size) allows, or after `max_wait`. So an idle system pays no delay and a busy one shares its round trips and commits. A
 //! batch that is refused because of its data is split until the guilty item alone fails (PROTOCOL.md 20).
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
-use metrics::histogram;
+use metrics::{gauge, histogram};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     time::Instant,
 };
 
-use crate::error::{Class, Dependency, StoreError};
+use crate::{
+    batch_size::{BatchSize, Sizes},
+    error::{Class, Dependency, StoreError},
+};
 
 /// A store call that can serve many callers at once.
 #[async_trait]
@@ -34,8 +40,8 @@ pub trait Batch: Send + Sync + 'static {
 /// Limits of a coalescer.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Items in one batch.
-    pub max_items: usize,
+    /// Items in one batch; within these bounds it follows the store's answers.
+    pub items: Sizes,
     /// How long an item waits for company while another flush is in flight.
     pub max_wait: Duration,
     /// Flushes in flight at once.
@@ -45,9 +51,9 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// 128 items, 2 ms, 2 flushes, 1,024 callers.
+    /// 8 to 512 items, 2 ms, 2 flushes, 1,024 callers.
     fn default() -> Self {
-        Self { max_items: 128, max_wait: Duration::from_millis(2), in_flight: 2, backlog: 1024 }
+        Self { items: Sizes::default(), max_wait: Duration::from_millis(2), in_flight: 2, backlog: 1024 }
     }
 }
 
@@ -98,13 +104,15 @@ fn closed<B: Batch>() -> StoreError {
 
 async fn run<B: Batch>(batch: Arc<B>, limits: Limits, mut calls: mpsc::Receiver<Call<B>>) {
     let slots = Arc::new(Semaphore::new(limits.in_flight));
+    let size = Arc::new(Mutex::new(BatchSize::new(limits.items)));
     while let Some(first) = calls.recv().await {
         let mut pending = vec![first];
-        let slot = fill::<B>(&mut calls, &mut pending, limits, &slots).await;
+        let most = size.lock().unwrap_or_else(PoisonError::into_inner).limit();
+        let slot = fill::<B>(&mut calls, &mut pending, most, limits, &slots).await;
         let Some(slot) = slot else { return };
-        let batch = Arc::clone(&batch);
+        let (batch, size) = (Arc::clone(&batch), Arc::clone(&size));
         tokio::spawn(async move {
-            serve(batch.as_ref(), pending).await;
+            serve(batch.as_ref(), pending, &size).await;
             drop(slot);
         });
     }
@@ -115,6 +123,7 @@ async fn run<B: Batch>(batch: Arc<B>, limits: Limits, mut calls: mpsc::Receiver<
 async fn fill<B: Batch>(
     calls: &mut mpsc::Receiver<Call<B>>,
     pending: &mut Vec<Call<B>>,
+    most: usize,
     limits: Limits,
     slots: &Arc<Semaphore>,
 ) -> Option<OwnedSemaphorePermit> {
@@ -122,19 +131,19 @@ async fn fill<B: Batch>(
     let until = Instant::now() + if idle { Duration::ZERO } else { limits.max_wait };
     let mut slot = None;
     loop {
-        while pending.len() < limits.max_items {
+        while pending.len() < most {
             match calls.try_recv() {
                 Ok(call) => pending.push(call),
                 Err(_) => break,
             }
         }
-        if slot.is_some() && (pending.len() >= limits.max_items || Instant::now() >= until) {
+        if slot.is_some() && (pending.len() >= most || Instant::now() >= until) {
             return slot;
         }
         tokio::select! {
             biased;
             permit = Arc::clone(slots).acquire_owned(), if slot.is_none() => slot = Some(permit.ok()?),
-            call = calls.recv(), if pending.len() < limits.max_items => match call {
+            call = calls.recv(), if pending.len() < most => match call {
                 Some(call) => pending.push(call),
                 None => return match slot { Some(slot) => Some(slot), None => Arc::clone(slots).acquire_owned().await.ok() },
             },
@@ -144,7 +153,7 @@ async fn fill<B: Batch>(
 }
 
 /// Flushes the calls that still wait, splitting a batch whose data is refused.
-async fn serve<B: Batch>(batch: &B, calls: Vec<Call<B>>) {
+async fn serve<B: Batch>(batch: &B, calls: Vec<Call<B>>, size: &Mutex<BatchSize>) {
     let mut work = vec![calls];
     while let Some(mut calls) = work.pop() {
         let now = Instant::now();
@@ -153,7 +162,15 @@ async fn serve<B: Batch>(batch: &B, calls: Vec<Call<B>>) {
         histogram!("coalescer_batch_size", "op" => B::OP).record(calls.len() as f64);
         let items: Vec<B::Item> = calls.iter().map(|call| call.item.clone()).collect();
         let late = StoreError::new(B::DEPENDENCY, Class::Timeout, format!("{}: no answer in time", B::OP));
-        match tokio::time::timeout_at(deadline, batch.flush(&items)).await.unwrap_or(Err(late)) {
+        let began = Instant::now();
+        let flushed = tokio::time::timeout_at(deadline, batch.flush(&items)).await.unwrap_or(Err(late));
+        // Only answers tell how fast a store is, and giving up; a refused connection is quick.
+        if flushed.as_ref().map_or_else(|error| error.class == Class::Timeout, |_| true) {
+            let mut size = size.lock().unwrap_or_else(PoisonError::into_inner);
+            size.took(items.len(), began.elapsed());
+            gauge!("coalescer_batch_limit", "op" => B::OP).set(size.limit() as f64);
+        }
+        match flushed {
             Ok(replies) => {
                 for (call, reply) in calls.into_iter().zip(replies) {
                     answer(call, Ok(reply));
@@ -248,5 +265,120 @@ mod tests {
         assert_eq!(first.await.unwrap().unwrap(), 20);
         assert_eq!(coalescer.call(6, now + Duration::from_secs(10)).await.unwrap(), 60);
         assert_eq!(*evens.0.lock().unwrap(), [vec![2], vec![6]]);
+    }
+
+    #[tokio::test]
+    async fn one_guilty_item_of_many_is_found_by_halves() {
+        let evens = Evens::default();
+        let limits = Limits { in_flight: 1, max_wait: Duration::from_secs(5), ..Limits::default() };
+        let coalescer = Coalescer::spawn(evens.clone(), limits);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // The first occupies the store, so that the others meet in one batch.
+        let calls: Vec<_> = std::iter::once(0)
+            .chain((1..=64).map(|n| if n == 37 { 37 } else { 2 * n }))
+            .map(|n| {
+                let coalescer = coalescer.clone();
+                tokio::spawn(async move { (n, coalescer.call(n, deadline).await.map_err(|e| e.class)) })
+            })
+            .collect();
+        while evens.0.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        evens.1.notify_one();
+        for call in calls {
+            let (n, reply) = call.await.unwrap();
+            assert_eq!(reply, if n == 37 { Err(Class::Data) } else { Ok(n * 10) });
+        }
+        let flushes: Vec<usize> = evens.0.lock().unwrap().iter().map(Vec::len).collect();
+        // Two for each of the six halvings, the whole, and what the first ones went with.
+        assert!(flushes.len() <= 16, "{flushes:?}");
+    }
+
+    /// Answers when let to, one flush at a time.
+    #[derive(Clone)]
+    struct Gate(Arc<Semaphore>, Arc<Mutex<Vec<usize>>>);
+
+    #[async_trait]
+    impl Batch for Gate {
+        type Item = u32;
+        type Reply = u32;
+        const OP: &'static str = "gate";
+        const DEPENDENCY: Dependency = Dependency::Postgres;
+        async fn flush(&self, items: &[u32]) -> Result<Vec<u32>, StoreError> {
+            self.1.lock().unwrap().push(items.len());
+            self.0.acquire().await.unwrap().forget();
+            Ok(items.to_vec())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_store_that_does_not_answer_holds_its_callers_back_and_loses_none() {
+        let gate = Gate(Arc::new(Semaphore::new(0)), Arc::default());
+        let items = Sizes { least: 2, first: 2, most: 2, ..Sizes::default() };
+        let limits = Limits { items, in_flight: 1, backlog: 4, ..Limits::default() };
+        let coalescer = Coalescer::spawn(gate.clone(), limits);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let calls: Vec<_> = (0..50)
+            .map(|n| {
+                let coalescer = coalescer.clone();
+                tokio::spawn(async move { coalescer.call(n, deadline).await })
+            })
+            .collect();
+        while gate.1.lock().unwrap().is_empty() || coalescer.calls.capacity() > 0 {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..1000 {
+            tokio::task::yield_now().await;
+        }
+        // One batch in flight, one ready, four in the backlog: the others wait to enter.
+        assert_eq!(gate.1.lock().unwrap().len(), 1);
+        assert!(calls.iter().all(|call| !call.is_finished()) && coalescer.calls.capacity() == 0);
+        gate.0.add_permits(50);
+        for (n, call) in calls.into_iter().enumerate() {
+            assert_eq!(call.await.unwrap().unwrap(), n as u32);
+        }
+        assert!(gate.1.lock().unwrap().iter().all(|len| *len <= 2), "{:?}", gate.1);
+    }
+
+    /// Takes 2 ms for each item.
+    struct Slow(Arc<Mutex<Vec<usize>>>);
+
+    #[async_trait]
+    impl Batch for Slow {
+        type Item = ();
+        type Reply = ();
+        const OP: &'static str = "slow";
+        const DEPENDENCY: Dependency = Dependency::Postgres;
+        async fn flush(&self, items: &[()]) -> Result<Vec<()>, StoreError> {
+            self.0.lock().unwrap().push(items.len());
+            tokio::time::sleep(Duration::from_millis(2) * items.len() as u32).await;
+            Ok(items.to_vec())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn batches_shrink_until_the_store_answers_within_the_target() {
+        let seen = Arc::new(Mutex::new(vec![]));
+        let coalescer = Coalescer::spawn(Slow(Arc::clone(&seen)), Limits::default());
+        let deadline = Instant::now() + Duration::from_secs(600);
+        let callers: Vec<_> = (0..600)
+            .map(|_| {
+                let coalescer = coalescer.clone();
+                tokio::spawn(async move {
+                    for _ in 0..20 {
+                        coalescer.call((), deadline).await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        for caller in callers {
+            caller.await.unwrap();
+        }
+        let seen = seen.lock().unwrap();
+        assert!(seen.contains(&128), "it begins with 128");
+        // 100 ms are 50 items; a step above it is tried, and halved.
+        let later = &seen[seen.len() / 4..];
+        assert!(later.iter().all(|len| *len <= 58), "{later:?}");
+        assert!(later.iter().sum::<usize>() / later.len() >= 20, "{later:?}");
     }
 }

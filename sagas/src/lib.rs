@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod audit;
+pub mod batch_size;
 pub mod chunking;
 pub mod coalescing;
 pub mod encryption;

@@ -34,6 +34,10 @@ pub fn describe() {
     describe_gauge!("dead_letters", "Dead letters that nobody has dealt with.");
     describe_gauge!("parked_sagas", "Sagas that could not be undone and need a person.");
     describe_gauge!("circuit_breaker_state", "0: closed, 1: half-open, 2: open.");
+    describe_counter!(
+        "circuit_breaker_probes_total",
+        "Probes of dependencies by their circuit breakers, by what they found."
+    );
     describe_counter!("jobs_accepted_total", "Jobs that this process accepted.");
     describe_counter!("http_requests_total", "HTTP requests that this process answered.");
     describe_histogram!(

@@ -16,7 +16,8 @@ use sagas::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    canceller, gatekeeper,
+    canceller,
+    gatekeeper::Gatekeeper,
     health::{self, MetricsRender},
     runner::Runner,
 };
@@ -110,7 +111,8 @@ pub async fn run(
     // Background loops outlive the drain: leases must be kept and breakers probed until the last job has ended.
     let background = CancellationToken::new();
     let _stop_background = background.clone().drop_guard();
-    let breakers = stores.breakers_with(registry.probes(), background.clone());
+    let breakers =
+        stores.breakers_with(registry.probes(), background.clone()).share(queue.clone(), settings.id.clone());
     let engine = Engine::new(
         stores.postgres.clone(),
         breakers.clone(),
@@ -120,14 +122,15 @@ pub async fn run(
     );
     let gates = Gates::new();
     let acker = Acker::spawn(queue.clone(), heartbeat.clone());
-    gatekeeper::spawn(&engine, &settings.queues, &gates, &background);
+    let gatekeeper = Gatekeeper::spawn(&engine, &settings.queues, &gates, &background);
     Reaper::spawn(queue.clone(), settings.queues.clone(), background.clone());
     Scheduler::spawn(queue.clone(), settings.queues.clone(), background.clone());
     Presence::spawn(queue.clone(), settings.id.clone(), settings.queues.clone(), background.clone());
     tokio::spawn(janitor::run(stores.clone(), settings.janitor, background.clone()));
 
     let stop_jobs = CancellationToken::new();
-    let runner = Arc::new(Runner::new(engine, acker.clone(), settings.engine.calls, stop_jobs.clone()));
+    let runner =
+        Arc::new(Runner::new(engine, acker.clone(), gatekeeper, settings.engine.calls, stop_jobs.clone()));
     tokio::spawn(canceller::run(Arc::clone(&runner), stores.postgres.clone(), background.clone()));
     tokio::spawn(health::serve(listener, breakers, metrics, shutdown.clone(), background.clone()));
 

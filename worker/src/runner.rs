@@ -20,6 +20,8 @@ use tokio::{sync::RwLock, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use crate::gatekeeper::Gatekeeper;
+
 /// After so many deliveries that ended in a lost lease a job runs alone in its process (PROTOCOL.md 13).
 const ALONE_AFTER: i32 = 2;
 
@@ -28,6 +30,7 @@ pub(crate) struct Runner {
     engine: Engine,
     take: Coalescer<TakeBatch>,
     acker: Acker,
+    gatekeeper: Arc<Gatekeeper>,
     limits: CallLimits,
     /// Set when running jobs have to go back.
     stop: CancellationToken,
@@ -37,10 +40,25 @@ pub(crate) struct Runner {
 }
 
 impl Runner {
-    pub fn new(engine: Engine, acker: Acker, limits: CallLimits, stop: CancellationToken) -> Self {
+    pub fn new(
+        engine: Engine,
+        acker: Acker,
+        gatekeeper: Arc<Gatekeeper>,
+        limits: CallLimits,
+        stop: CancellationToken,
+    ) -> Self {
         let batch = TakeBatch { postgres: engine.postgres().clone(), worker: engine.worker().clone() };
         let take = Coalescer::spawn(batch, Limits::default());
-        Self { engine, take, acker, limits, stop, company: RwLock::new(()), running: Mutex::default() }
+        Self {
+            engine,
+            take,
+            acker,
+            gatekeeper,
+            limits,
+            stop,
+            company: RwLock::new(()),
+            running: Mutex::default(),
+        }
     }
 
     /// The jobs that run, with the token that cancels each.
@@ -51,6 +69,7 @@ impl Runner {
     /// Brings one claimed job to the end that this delivery can give it. Its slot is free when this returns.
     pub async fn process(self: Arc<Self>, job: Job) {
         let envelope = Arc::clone(&job.envelope);
+        self.gatekeeper.saw(&envelope.queue, &envelope.kind);
         let span = tracing::info_span!("job", id = %envelope.id, kind = envelope.kind, queue = %envelope.queue, tenant = %envelope.tenant);
         let trace = envelope.trace.as_ref();
         telemetry::set_parent(

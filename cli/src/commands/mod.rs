@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod batches;
 pub mod bench;
+pub mod breakers;
 pub mod dev;
 pub mod dlq;
 pub mod documents;

@@ -1,11 +1,23 @@
 //! Circuit breakers, one for each dependency: while one is open nothing is asked of it but a probe, and the jobs that need it
 //! wait without being charged (PROTOCOL.md 16).
+//!
+//! A breaker is this process's own: it opens when a call and then a probe fail *here*, and closes when a probe succeeds *here*.
+//! What other processes tell through [`Breakers::share`] only moves the moment at which it is probed here, so a process that
+//! alone is cut off opens nobody's breaker but its own.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures::future::BoxFuture;
-use metrics::gauge;
-use tokio::sync::watch;
+use metrics::{counter, gauge};
+use queue::{BreakerBoard, BreakerNews, BreakerReport, Queue, QueueError, WorkerId};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Dependency, StoreError};
@@ -29,17 +41,60 @@ struct Breaker {
     probe: Probe,
     /// Many calls fail at once in an outage; one of them asks.
     asking: tokio::sync::Mutex<()>,
+    /// Another process may have opened its breaker.
+    elsewhere_open: Notify,
+    /// Another process has closed its breaker.
+    elsewhere_closed: Notify,
 }
 
 /// The process's breakers; clones share them.
 #[derive(Clone)]
 pub struct Breakers {
     breakers: Arc<HashMap<Dependency, Breaker>>,
+    board: Option<Arc<Board>>,
     shutdown: CancellationToken,
 }
 
-/// Between probes of an open breaker.
+/// Between probes of an open breaker, give or take a fifth.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
+/// Who hears news probes within this time, not all at the same moment.
+const SPREAD: Duration = Duration::from_millis(100);
+/// News of one dependency is looked into at most so often, however often others open and close.
+const LOOK_GAP: Duration = Duration::from_secs(1);
+/// Looks at the board although no news came, give or take a fifth: news may get lost.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// The board has to answer within this time; a process that waits for it would see an outage or its end too late.
+const BOARD_WITHIN: Duration = Duration::from_millis(300);
+/// After a failure of the board it is left alone for so long.
+const BOARD_REST: Duration = Duration::from_secs(1);
+
+/// What the processes share, in the queue's Redis.
+struct Board {
+    queue: Queue,
+    worker: WorkerId,
+    rests_until: Mutex<Option<Instant>>,
+}
+
+impl Board {
+    /// `None`: Redis is away, so this process goes by what it sees itself.
+    async fn report(&self, dependency: Dependency, report: BreakerReport) -> Option<BreakerBoard> {
+        let rests = *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner);
+        if rests.is_some_and(|until| Instant::now() < until) {
+            return None;
+        }
+        let asked = self.queue.report_breaker(&self.worker, dependency.name(), report);
+        let late = |_| Err(QueueError::Unavailable(format!("no answer within {BOARD_WITHIN:?}")));
+        match timeout(BOARD_WITHIN, asked).await.unwrap_or_else(late) {
+            Ok(board) => Some(board),
+            Err(error) => {
+                tracing::debug!(%dependency, %error, "the board of circuit breakers is away");
+                let until = Instant::now() + BOARD_REST;
+                *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
+                None
+            }
+        }
+    }
+}
 
 impl Breakers {
     /// Closed breakers with these probes. Their probing tasks end with `shutdown`.
@@ -54,11 +109,78 @@ impl Breakers {
                         state: watch::Sender::new(State::Closed),
                         probe,
                         asking: tokio::sync::Mutex::default(),
+                        elsewhere_open: Notify::new(),
+                        elsewhere_closed: Notify::new(),
                     },
                 )
             })
             .collect();
-        Self { breakers: Arc::new(breakers), shutdown }
+        Self { breakers: Arc::new(breakers), board: None, shutdown }
+    }
+
+    /// Shares what these breakers see with those of other processes over the same queue: they open together, and one
+    /// process at a time probes for all. Call it before cloning. Its tasks end with the shutdown given to
+    /// [`new`](Self::new). While that Redis is away each process probes for itself.
+    #[must_use]
+    pub fn share(mut self, queue: Queue, worker: WorkerId) -> Self {
+        let news = queue.breaker_news(worker.clone(), self.shutdown.clone());
+        self.board = Some(Arc::new(Board { queue, worker, rests_until: Mutex::default() }));
+        for dependency in self.breakers.keys().copied() {
+            let this = self.clone();
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = this.shutdown.cancelled() => {}
+                    () = this.look_out(dependency) => {}
+                }
+            });
+        }
+        let this = self.clone();
+        tokio::spawn(async move { this.hear(news).await });
+        self
+    }
+
+    async fn hear(&self, mut news: tokio::sync::mpsc::Receiver<BreakerNews>) {
+        let named = |name: &str| self.breakers.iter().find(|(dependency, _)| dependency.name() == name);
+        while let Some(one) = news.recv().await {
+            match one {
+                BreakerNews::Opened(name) => {
+                    if let Some((_, breaker)) = named(&name) {
+                        breaker.elsewhere_open.notify_one();
+                    }
+                }
+                BreakerNews::Closed(name) => {
+                    if let Some((_, breaker)) = named(&name)
+                        && *breaker.state.borrow() != State::Closed
+                    {
+                        breaker.elsewhere_closed.notify_one();
+                    }
+                }
+                BreakerNews::Listening => {
+                    self.breakers.values().for_each(|breaker| breaker.elsewhere_open.notify_one());
+                }
+            }
+        }
+    }
+
+    /// While others report a dependency down, makes sure by a probe whether it is down here, too.
+    async fn look_out(&self, dependency: Dependency) {
+        let Some(breaker) = self.breakers.get(&dependency) else { return };
+        let Some(board) = &self.board else { return };
+        loop {
+            tokio::select! {
+                () = breaker.elsewhere_open.notified() => {}
+                () = sleep(about(LOOK_EVERY)) => {}
+            }
+            if *breaker.state.borrow() == State::Closed
+                && board.report(dependency, BreakerReport::Look).await.is_some_and(|board| board.open > 0)
+            {
+                sleep(SPREAD.mul_f64(rand::random_range(0.0..=1.0))).await;
+                if !self.confirm(dependency, &"another worker reports it down").await {
+                    tracing::debug!(%dependency, "another worker reports it down, but it answers here");
+                }
+                sleep(LOOK_GAP).await;
+            }
+        }
     }
 
     /// Waits until the dependency's breaker is closed. Cancel-safe.
@@ -84,12 +206,16 @@ impl Breakers {
     /// After a call that failed as an outage does or had no answer: asks the dependency itself. Opens the breaker and
     /// returns `true` if the probe fails too. Otherwise the trouble was that call's alone.
     pub async fn confirm_outage(&self, dependency: Dependency, error: &StoreError) -> bool {
+        self.confirm(dependency, error).await
+    }
+
+    async fn confirm(&self, dependency: Dependency, why: &(dyn std::fmt::Display + Sync)) -> bool {
         let Some(breaker) = self.breakers.get(&dependency) else { return false };
         let _asking = breaker.asking.lock().await;
         if *breaker.state.borrow() != State::Closed {
             return true;
         }
-        if (breaker.probe)().await.is_ok() {
+        if breaker.asked(dependency).await.is_ok() {
             return false;
         }
         let opened = breaker.state.send_if_modified(|state| {
@@ -100,7 +226,7 @@ impl Breakers {
             closed
         });
         if opened {
-            tracing::warn!(%dependency, %error, "circuit breaker opens: pausing the jobs that need it");
+            tracing::warn!(%dependency, %why, "circuit breaker opens: pausing the jobs that need it");
             report(dependency, State::Open);
             let this = self.clone();
             tokio::spawn(async move { this.probe_until_closed(dependency).await });
@@ -110,20 +236,38 @@ impl Breakers {
 
     async fn probe_until_closed(&self, dependency: Dependency) {
         let Some(breaker) = self.breakers.get(&dependency) else { return };
+        let set = |state| {
+            breaker.state.send_replace(state);
+            report(dependency, state);
+        };
+        // Tells the others.
+        let mut closed_before =
+            self.report(dependency, BreakerReport::Open).await.map(|board| board.closed_ms);
+        let mut pause = about(PROBE_EVERY);
         loop {
-            tokio::select! {
+            let told = tokio::select! {
                 () = self.shutdown.cancelled() => return,
-                () = tokio::time::sleep(PROBE_EVERY) => {}
-            }
-            let set = |state| {
-                breaker.state.send_replace(state);
-                report(dependency, state);
+                () = breaker.elsewhere_closed.notified() => true,
+                () = sleep(pause) => false,
             };
+            pause = about(PROBE_EVERY);
+            if told {
+                sleep(SPREAD.mul_f64(rand::random_range(0.0..=1.0))).await;
+            } else if let Some(board) = self.report(dependency, BreakerReport::Open).await {
+                let closed_meanwhile = closed_before.replace(board.closed_ms) != Some(board.closed_ms);
+                let ours = self.board.as_ref().map(|board| &board.worker) == board.turn.as_ref();
+                if !ours && !closed_meanwhile {
+                    pause = board.next_turn + SPREAD.mul_f64(rand::random_range(0.0..=1.0));
+                    continue;
+                }
+            }
             set(State::HalfOpen);
-            match (breaker.probe)().await {
+            match breaker.asked(dependency).await {
                 Ok(()) => {
                     tracing::info!(%dependency, "circuit breaker closes: the dependency answers again");
-                    return set(State::Closed);
+                    set(State::Closed);
+                    self.report(dependency, BreakerReport::Closed).await;
+                    return;
                 }
                 Err(error) => {
                     tracing::debug!(%dependency, %error, "still down");
@@ -132,6 +276,25 @@ impl Breakers {
             }
         }
     }
+
+    async fn report(&self, dependency: Dependency, report: BreakerReport) -> Option<BreakerBoard> {
+        self.board.as_ref()?.report(dependency, report).await
+    }
+}
+
+impl Breaker {
+    async fn asked(&self, dependency: Dependency) -> Result<(), StoreError> {
+        let answer = (self.probe)().await;
+        let outcome = if answer.is_ok() { "up" } else { "down" };
+        counter!("circuit_breaker_probes_total", "dependency" => dependency.name(), "outcome" => outcome)
+            .increment(1);
+        answer
+    }
+}
+
+/// This time, give or take a fifth, so that processes don't act in step.
+fn about(time: Duration) -> Duration {
+    time.mul_f64(rand::random_range(0.8..=1.2))
 }
 
 fn report(dependency: Dependency, state: State) {

@@ -22,6 +22,7 @@ use uuid::Uuid;
 
 use super::point_id;
 use crate::{
+    batch_size::Sizes,
     coalescing::{Batch, Coalescer, Limits},
     error::{Class, Dependency, StoreError},
 };
@@ -209,7 +210,9 @@ impl Vectors {
         }
         self.ensure(name, dimensions).await?;
         let batch = UpsertBatch { client: Arc::clone(&self.client), collection: name.to_owned() };
-        let coalescer = Coalescer::spawn(batch, Limits { max_items: 64, ..Limits::default() });
+        // An item is up to a page of points.
+        let items = Sizes { first: 64, most: 64, ..Sizes::default() };
+        let coalescer = Coalescer::spawn(batch, Limits { items, ..Limits::default() });
         known.insert(name.to_owned(), coalescer.clone());
         Ok(coalescer)
     }
