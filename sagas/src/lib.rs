@@ -11,6 +11,7 @@ pub mod janitor;
 pub mod kinds;
 pub mod results;
 pub mod search;
+pub mod standing;
 pub mod stores;
 
 pub use error::{Class, Dependency, StepError, StoreError};
