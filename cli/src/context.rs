@@ -127,6 +127,18 @@ impl Context {
         Ok(Queue::lazy(self.queue_config()?)?)
     }
 
+    /// Puts an accepted job into Redis at once. Where that fails, the producer's relay does it: the job is in the ledger.
+    pub async fn dispatch(&self, job: queue::JobId, postgres: &Postgres) {
+        let pushed = async {
+            let envelope = postgres.envelope(job).await?.into_iter().collect::<Vec<_>>();
+            self.lazy_queue()?.push_accepted(&envelope).await?;
+            anyhow::Ok(())
+        };
+        if let Err(error) = pushed.await {
+            tracing::debug!(%job, %error, "left to the relay");
+        }
+    }
+
     /// All stores and the embedding provider. Only Postgres is asked whether it answers: workers wait for the others.
     pub fn stores(&self, postgres: Postgres) -> anyhow::Result<Stores> {
         let call_timeout = self.call_timeout()?;

@@ -6,6 +6,7 @@ mod context;
 mod failure;
 mod output;
 mod signals;
+mod times;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -76,7 +77,7 @@ enum Command {
     /// List, show, replay and discard dead letters
     #[command(subcommand)]
     Dlq(dlq::Command),
-    /// List saga runs and draw their timelines
+    /// List saga runs, draw their timelines, and deal with parked ones
     #[command(subcommand)]
     Sagas(sagas::Command),
     /// Find the chunks whose meaning is nearest to a text

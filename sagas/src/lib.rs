@@ -12,6 +12,7 @@ pub mod janitor;
 pub mod kinds;
 pub mod results;
 pub mod search;
+pub mod standing;
 pub mod stores;
 
 pub use async_trait::async_trait;

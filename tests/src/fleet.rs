@@ -125,6 +125,27 @@ impl Fleet {
         services.chain(settings).chain([faults]).collect()
     }
 
+    /// What `flotilla ARGUMENTS --json` prints over these services; the test fails unless it ends with this exit code.
+    /// Null for a command that prints nothing.
+    pub fn flotilla(&self, code: i32, arguments: &[&str]) -> Value {
+        let output = std::process::Command::new(process::binary())
+            .args(arguments)
+            .arg("--json")
+            .envs(self.env())
+            .env("USER", "tester")
+            .env_remove("FLOTILLA_FAULTS")
+            .stdin(std::process::Stdio::null())
+            .output()
+            .expect("the program runs");
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}\nstdout: {out}\nstderr: {err}");
+        if out.trim().is_empty() {
+            return Value::Null;
+        }
+        serde_json::from_str(&out)
+            .unwrap_or_else(|e| panic!("{arguments:?}: {e}\nstdout: {out}\nstderr: {err}"))
+    }
+
     /// How often a fault point has acted, over all workers armed by [`WorkerBuilder::faults`].
     pub fn fired(&self, point: &str) -> usize {
         Faults { spec: String::new(), dir: self.faults.clone() }.fired(point)

@@ -246,7 +246,7 @@ pub(crate) fn children() -> Vec<i32> {
 }
 
 /// The program under test: `FLOTILLA_BIN`, or the one beside this test's own executable.
-fn binary() -> PathBuf {
+pub(crate) fn binary() -> PathBuf {
     let beside = || {
         let test = std::env::current_exe().expect("the path of this test");
         // target/debug/deps/<test> → target/debug/flotilla

@@ -1,11 +1,16 @@
-//! `flotilla sagas`: runs and their timelines.
+//! `flotilla sagas`: runs and their timelines, and what a person does about parked ones.
 
+mod parked;
 mod timeline;
 
+use chrono::{DateTime, Utc};
 use queue::JobId;
-use sagas::stores::postgres::{
-    Postgres,
-    inspect::{JobView, SagaView, StepView},
+use sagas::{
+    standing::Standing,
+    stores::postgres::{
+        Postgres,
+        inspect::{JobView, SagaFilter, SagaView, StepView},
+    },
 };
 use serde::Serialize;
 use uuid::Uuid;
@@ -14,6 +19,7 @@ use crate::{
     context::Context,
     failure::{Ending, Outcome, Refused},
     output::{self, ago, between, short, span},
+    times,
 };
 
 /// States of a saga's run.
@@ -26,6 +32,21 @@ pub enum Command {
         /// Only runs in this state
         #[arg(long, value_parser = STATES)]
         state: Option<String>,
+        /// Only this tenant's runs
+        #[arg(long)]
+        tenant: Option<String>,
+        /// Only runs of this kind
+        #[arg(long)]
+        kind: Option<String>,
+        /// Only runs begun then or later: a time, or how long ago, such as 2h
+        #[arg(long, value_name = "TIME", value_parser = times::past)]
+        since: Option<DateTime<Utc>>,
+        /// Only runs begun before: a time, or how long ago
+        #[arg(long, value_name = "TIME", value_parser = times::past)]
+        until: Option<DateTime<Utc>>,
+        /// The next page: only runs before this one, the last of the page before
+        #[arg(long, value_name = "ID")]
+        before: Option<Uuid>,
         /// Runs at most
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(i64).range(1..=10_000))]
         limit: i64,
@@ -35,6 +56,19 @@ pub enum Command {
         /// The run, or its job: then all its runs are drawn
         id: Uuid,
     },
+    /// Let a parked run go on from its log, under a new fence
+    Retry {
+        /// The run, or its job
+        id: Uuid,
+    },
+    /// Close a parked run, and give its job an end
+    Resolve {
+        /// The run, or its job
+        id: Uuid,
+        /// Why, for the audit log
+        #[arg(long)]
+        reason: String,
+    },
 }
 
 /// A run with its steps.
@@ -43,6 +77,9 @@ struct Run {
     #[serde(flatten)]
     saga: SagaView,
     steps: Vec<StepView>,
+    /// Of a parked run: what stands of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    standing: Option<Standing>,
 }
 
 /// A job and its runs, as JSON.
@@ -55,21 +92,33 @@ struct Detail<'a> {
 pub async fn run(command: Command, context: &Context) -> Outcome {
     let postgres = context.postgres().await?;
     match command {
-        Command::List { state, limit } => {
-            let sagas = postgres.sagas(state.as_deref(), limit).await?;
+        Command::List { state, tenant, kind, since, until, before, limit } => {
+            let filter = SagaFilter { state, tenant, kind, since, until, before, limit };
+            let sagas = postgres.sagas(&filter).await?;
             context.out.data(&sagas, || output::rows(&saga_table(&sagas), "no such saga runs"))?;
         }
         Command::Show { id } => {
-            let (job, runs) = find(id, &postgres).await?;
+            let (job, mut runs) = find(id, &postgres).await?;
+            for run in runs.iter_mut().filter(|run| run.saga.state == "parked") {
+                run.standing = Some(context.stores(postgres.clone())?.standing(&run.saga).await?);
+            }
             context.out.data(&Detail { job: &job, sagas: &runs }, || {
-                runs.iter()
-                    .map(|run| timeline::draw(&job, &run.saga, &run.steps, timeline::WIDTH))
-                    .collect::<Vec<_>>()
-                    .join("\n")
+                runs.iter().map(|run| drawn(&job, run)).collect::<Vec<_>>().join("\n")
             })?;
         }
+        Command::Retry { id } => parked::retry(id, &postgres, context).await?,
+        Command::Resolve { id, reason } => parked::resolve(id, &reason, &postgres, context).await?,
     }
     Ok(Ending::Fine)
+}
+
+/// A run's timeline, and what stands of a parked one.
+fn drawn(job: &JobView, run: &Run) -> String {
+    let text = timeline::draw(job, &run.saga, &run.steps, timeline::WIDTH);
+    match &run.standing {
+        Some(standing) => format!("{text}\n{}", parked::described(run.saga.id, standing)),
+        None => text,
+    }
 }
 
 /// The runs that an id means, and their job.
@@ -92,7 +141,7 @@ async fn find(id: Uuid, postgres: &Postgres) -> anyhow::Result<(JobView, Vec<Run
     let mut runs = Vec::with_capacity(sagas.len());
     for saga in sagas {
         let steps = postgres.steps(saga.id).await?;
-        runs.push(Run { saga, steps });
+        runs.push(Run { saga, steps, standing: None });
     }
     Ok((job, runs))
 }

@@ -19,7 +19,7 @@ use crate::{
     error::{Class, Dependency, StepError, StoreError},
     results::fits,
     stores::postgres::{
-        ending::{Completion, Failure, Run, Verdict},
+        ending::{Completion, Failure, Parking, Run, Verdict},
         stage::NewSaga,
         take::{OpenSaga, StepRecord},
     },
@@ -86,11 +86,15 @@ impl<'a, S: Saga> Drive<'a, S> {
         if open.definition_version != self.saga.version() {
             return self.other_version(&open).await;
         }
+        let past_pivot = usize::try_from(open.next_step).is_ok_and(|next| next > self.saga.pivot());
         let data: S::Data = match serde_json::from_value(open.data.clone()) {
             Ok(data) => data,
-            Err(error) => return self.park(None, &format!("the saga's data can't be read: {error}")).await,
+            Err(error) => {
+                let error = format!("the saga's data can't be read: {error}");
+                let parking = Parking { verdict: None, error: &error, past_pivot, progress: None };
+                return self.park_at(&parking).await;
+            }
         };
-        let past_pivot = usize::try_from(open.next_step).is_ok_and(|next| next > self.saga.pivot());
         if open.compensating {
             let verdict = open.verdict.clone().and_then(|v| serde_json::from_value(v).ok());
             let Some(verdict) = verdict else {
@@ -267,7 +271,13 @@ impl<'a, S: Saga> Drive<'a, S> {
                 let wait = self.engine.retry_in(self.saga.attempts(), self.ctx.job.deliveries, error);
                 self.give_back(wait, Some((next, data))).await
             }
-            error if past_pivot => self.park(None, &error.to_string()).await,
+            error if past_pivot => {
+                // Where it stands comes along: before the pivot's place in the log it would be undone by a retry.
+                let (next, data) = (i16::try_from(step).unwrap_or(i16::MAX), encode(data)?);
+                let error = error.to_string();
+                let progress = Some((next, &data));
+                self.park_at(&Parking { verdict: None, error: &error, past_pivot, progress }).await
+            }
             StepError::Cancelled => self.turn_back(data, Verdict::Cancelled).await,
             StepError::Superseded => self.turn_back(data, Verdict::Superseded).await,
             error => {
@@ -413,9 +423,14 @@ impl<'a, S: Saga> Drive<'a, S> {
 
     /// Needs a person: effects stand that could neither be finished nor undone.
     async fn park(&self, verdict: Option<&Verdict>, error: &str) -> Result<Ended, StoreError> {
+        self.park_at(&Parking { verdict, error, past_pivot: true, progress: None }).await
+    }
+
+    async fn park_at(&self, parking: &Parking<'_>) -> Result<Ended, StoreError> {
+        let error = parking.error;
         tracing::error!(saga = %self.ctx.saga_id, job = %self.ctx.job.id, error, "saga parked: it needs a person");
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
-        if self.engine.postgres.park(&run, verdict, error, &records).await? {
+        if self.engine.postgres.park_at(&run, parking, &records).await? {
             self.count("parked");
             Ok(Ended::Ack)
         } else {

@@ -10,6 +10,7 @@ mod keys;
 mod ledger;
 mod lock_order;
 mod outbox;
+mod parked;
 mod progress;
 mod retention;
 mod runs;

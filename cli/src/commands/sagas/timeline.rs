@@ -80,6 +80,9 @@ fn head(job: &JobView, saga: &SagaView) -> String {
     if let Some(error) = &saga.error {
         writeln!(text, "turned back by: {error}").ok();
     }
+    if let (Some(at), Some(by), Some(why)) = (saga.resolved_at, &saga.resolved_by, &saga.resolution) {
+        writeln!(text, "closed by {by} at {}: {why}", time(at)).ok();
+    }
     if saga.state == "finishing" {
         writeln!(text, "published; the version before is removed when its grace period is over").ok();
     }
@@ -188,6 +191,9 @@ mod tests {
             error: Some("vectors: refused".to_owned()),
             created_at: at(20),
             finished_at: Some(at(100)),
+            resolved_at: None,
+            resolved_by: None,
+            resolution: None,
         }
     }
 

@@ -79,6 +79,19 @@ pub struct Run {
     pub started_at: DateTime<Utc>,
 }
 
+/// Why and where a run is parked.
+#[derive(Debug, Clone, Copy)]
+pub struct Parking<'a> {
+    /// How the job was to end, if the run was on its way back.
+    pub verdict: Option<&'a Verdict>,
+    /// What a person has to know.
+    pub error: &'a str,
+    /// Of a run on its way forward: whether its effect is seen by readers.
+    pub past_pivot: bool,
+    /// Of a run on its way forward: the first step not known to be done, and the data; `None`: as the log has them.
+    pub progress: Option<(i16, &'a Value)>,
+}
+
 /// The success of one job, and of its saga if it has one.
 #[derive(Debug, Clone)]
 pub struct Completion {
@@ -306,7 +319,7 @@ impl Postgres {
         Ok(true)
     }
 
-    /// Parks a run whose effects can't be undone or finished without a person. `false`: the fence refused.
+    /// Parks a run whose effects can't be undone, or finished past the pivot, without a person. `false`: the fence refused.
     pub async fn park(
         &self,
         run: &Run,
@@ -314,19 +327,34 @@ impl Postgres {
         error: &str,
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
+        self.park_at(run, &Parking { verdict, error, past_pivot: true, progress: None }, steps).await
+    }
+
+    /// The same, with where the run stands, for when a person lets it go on.
+    pub async fn park_at(
+        &self,
+        run: &Run,
+        parking: &Parking<'_>,
+        steps: &[StepRecord],
+    ) -> Result<bool, StoreError> {
+        let Parking { verdict, error, past_pivot, progress } = *parking;
         let mut tx = self.pool.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
         }
         if let Some(saga) = run.saga_id {
             let parked = sqlx::query(
-                "UPDATE sagas SET state = 'parked', verdict = coalesce($2, verdict, '{}'), error = $3, updated_at = now(), fence = $4
+                "UPDATE sagas SET state = 'parked', verdict = coalesce($2, verdict, jsonb_build_object('past_pivot', $5::boolean)),
+                        error = $3, next_step = coalesce($6, next_step), data = coalesce($7, data), updated_at = now(), fence = $4
                  WHERE id = $1",
             )
             .bind(saga)
             .bind(verdict.map(|v| json!(v)))
             .bind(error)
             .bind(run.fence.0)
+            .bind(past_pivot)
+            .bind(progress.map(|(next_step, _)| next_step))
+            .bind(progress.map(|(_, data)| data))
             .execute(&mut *tx)
             .await?;
             if parked.rows_affected() == 1 {
@@ -402,7 +430,11 @@ impl Postgres {
 }
 
 /// Charges one attempt and keeps its record.
-async fn charge(connection: &mut PgConnection, run: &Run, failure: &Failure) -> Result<(), sqlx::Error> {
+pub(super) async fn charge(
+    connection: &mut PgConnection,
+    run: &Run,
+    failure: &Failure,
+) -> Result<(), sqlx::Error> {
     sqlx::query(
         "WITH charged AS (UPDATE jobs SET attempts = attempts + 1 WHERE id = $1 RETURNING id, attempts)
          INSERT INTO job_attempts (job_id, attempt, fence, worker, started_at, class, error)
@@ -419,7 +451,11 @@ async fn charge(connection: &mut PgConnection, run: &Run, failure: &Failure) -> 
     Ok(())
 }
 
-async fn die(connection: &mut PgConnection, run: &Run, failure: &Failure) -> Result<(), sqlx::Error> {
+pub(super) async fn die(
+    connection: &mut PgConnection,
+    run: &Run,
+    failure: &Failure,
+) -> Result<(), sqlx::Error> {
     sqlx::query(
         "WITH dead AS (UPDATE jobs SET state = 'dead', finished_at = now(), last_error = $2 WHERE id = $1 RETURNING *)
          INSERT INTO dead_letters (id, job_id, saga_id, tenant, kind, queue, class, reason, error_chain, payload, payload_key_id, traceparent)

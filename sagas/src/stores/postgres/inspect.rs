@@ -134,6 +134,34 @@ pub struct SagaView {
     pub created_at: DateTime<Utc>,
     /// When it ended.
     pub finished_at: Option<DateTime<Utc>>,
+    /// When a person closed it, being parked.
+    pub resolved_at: Option<DateTime<Utc>>,
+    /// Who.
+    pub resolved_by: Option<String>,
+    /// Why.
+    pub resolution: Option<String>,
+}
+
+const SAGA: &str = "SELECT id, job_id, kind, definition_version, tenant, state, next_step, verdict, error, created_at, finished_at,
+       resolved_at, resolved_by, resolution FROM sagas";
+
+/// Which saga runs to list; newest first.
+#[derive(Debug, Clone, Default)]
+pub struct SagaFilter {
+    /// Only in this state.
+    pub state: Option<String>,
+    /// Only of this tenant.
+    pub tenant: Option<String>,
+    /// Only of this kind.
+    pub kind: Option<String>,
+    /// Only begun then or later.
+    pub since: Option<DateTime<Utc>>,
+    /// Only begun before.
+    pub until: Option<DateTime<Utc>>,
+    /// Only older ids: the last id of the page before.
+    pub before: Option<Uuid>,
+    /// Page length.
+    pub limit: i64,
 }
 
 /// A step of a run.
@@ -236,36 +264,38 @@ impl Postgres {
 
     /// The saga runs of a job, oldest first.
     pub async fn sagas_of(&self, job: JobId) -> Result<Vec<SagaView>, StoreError> {
-        Ok(sqlx::query_as(
-            "SELECT id, job_id, kind, definition_version, tenant, state, next_step, verdict, error, created_at, finished_at
-             FROM sagas WHERE job_id = $1 ORDER BY created_at",
-        )
-        .bind(job.0)
-        .fetch_all(&self.pool)
-        .await?)
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(format!("{SAGA} WHERE job_id = $1 ORDER BY created_at")))
+            .bind(job.0)
+            .fetch_all(&self.pool)
+            .await?)
     }
 
     /// One saga run.
     pub async fn saga(&self, id: Uuid) -> Result<Option<SagaView>, StoreError> {
-        Ok(sqlx::query_as(
-            "SELECT id, job_id, kind, definition_version, tenant, state, next_step, verdict, error, created_at, finished_at
-             FROM sagas WHERE id = $1",
-        )
-        .bind(id)
-        .fetch_optional(&self.pool)
-        .await?)
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(format!("{SAGA} WHERE id = $1")))
+            .bind(id)
+            .fetch_optional(&self.pool)
+            .await?)
     }
 
-    /// A page of saga runs in a state, newest first.
-    pub async fn sagas(&self, state: Option<&str>, limit: i64) -> Result<Vec<SagaView>, StoreError> {
-        Ok(sqlx::query_as(
-            "SELECT id, job_id, kind, definition_version, tenant, state, next_step, verdict, error, created_at, finished_at
-             FROM sagas WHERE $1::text IS NULL OR state = $1 ORDER BY id DESC LIMIT $2",
-        )
-        .bind(state)
-        .bind(limit)
-        .fetch_all(&self.pool)
-        .await?)
+    /// A page of saga runs, newest first.
+    pub async fn sagas(&self, filter: &SagaFilter) -> Result<Vec<SagaView>, StoreError> {
+        let sql = format!(
+            "{SAGA} WHERE ($1::text IS NULL OR state = $1) AND ($2::text IS NULL OR tenant = $2)
+               AND ($3::text IS NULL OR kind = $3) AND ($4::timestamptz IS NULL OR created_at >= $4)
+               AND ($5::timestamptz IS NULL OR created_at < $5) AND ($6::uuid IS NULL OR id < $6)
+             ORDER BY id DESC LIMIT $7"
+        );
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql))
+            .bind(&filter.state)
+            .bind(&filter.tenant)
+            .bind(&filter.kind)
+            .bind(filter.since)
+            .bind(filter.until)
+            .bind(filter.before)
+            .bind(filter.limit)
+            .fetch_all(&self.pool)
+            .await?)
     }
 
     /// The steps of a run in the order they happened.

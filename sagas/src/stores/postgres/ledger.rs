@@ -2,6 +2,7 @@
 
 use queue::JobId;
 use serde_json::Value;
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Postgres;
@@ -72,14 +73,25 @@ impl Postgres {
         subject: &str,
         detail: &Value,
     ) -> Result<(), StoreError> {
-        sqlx::query("INSERT INTO audit_log (id, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5)")
-            .bind(Uuid::now_v7())
-            .bind(actor)
-            .bind(action)
-            .bind(subject)
-            .bind(detail)
-            .execute(&self.pool)
-            .await?;
-        Ok(())
+        Ok(record_in(&mut *self.pool.acquire().await?, actor, action, subject, detail).await?)
     }
+}
+
+/// Writes a line of the audit log in the transaction of what it tells.
+pub(super) async fn record_in(
+    connection: &mut PgConnection,
+    actor: &str,
+    action: &str,
+    subject: &str,
+    detail: &Value,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("INSERT INTO audit_log (id, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5)")
+        .bind(Uuid::now_v7())
+        .bind(actor)
+        .bind(action)
+        .bind(subject)
+        .bind(detail)
+        .execute(connection)
+        .await?;
+    Ok(())
 }

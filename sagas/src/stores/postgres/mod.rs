@@ -18,6 +18,7 @@ pub mod fenced;
 pub mod inspect;
 pub mod janitor;
 pub mod ledger;
+pub mod parked;
 pub mod plain;
 pub mod policies;
 #[cfg(feature = "faults")]
