@@ -91,7 +91,7 @@ enum Command {
     Stats(stats::Args),
     /// Compare the stores; exit code 1 if they disagree
     Audit(audit::Args),
-    /// Measure this machine: embedding, enqueueing, ingesting
+    /// Measure this machine: embedding, enqueueing, ingesting; and break it on purpose
     #[command(subcommand)]
     Bench(bench::Command),
 }
@@ -154,6 +154,6 @@ async fn dispatch(command: Command, context: Context, telemetry: &Telemetry) -> 
         Command::Encryption(command) => encryption::run(command, &context).await,
         Command::Stats(args) => Box::pin(stats::run(args, &context)).await,
         Command::Audit(args) => Box::pin(audit::run(args, &context)).await,
-        Command::Bench(command) => Box::pin(bench::run(command, &context)).await,
+        Command::Bench(command) => Box::pin(bench::run(command, &context, telemetry)).await,
     }
 }

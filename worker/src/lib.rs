@@ -7,4 +7,4 @@ mod process;
 mod runner;
 
 pub use health::MetricsRender;
-pub use process::{WorkerError, WorkerSettings, run};
+pub use process::{WorkerError, WorkerSettings, run, run_with};

@@ -9,7 +9,7 @@ use queue::{
 };
 use sagas::{
     StoreError,
-    engine::{Engine, EngineSettings},
+    engine::{Engine, EngineSettings, Registry},
     janitor::{self, JanitorSettings},
     kinds::Stores,
 };
@@ -76,6 +76,19 @@ pub async fn run(
     metrics: MetricsRender,
     shutdown: CancellationToken,
 ) -> Result<(), WorkerError> {
+    let registry = stores.registry();
+    run_with(settings, stores, registry, queue, metrics, shutdown).await
+}
+
+/// [`run`] with these sagas instead of Flotilla's own alone.
+pub async fn run_with(
+    settings: WorkerSettings,
+    stores: Stores,
+    registry: Registry,
+    queue: Queue,
+    metrics: MetricsRender,
+    shutdown: CancellationToken,
+) -> Result<(), WorkerError> {
     // Refuses another ledger's prefix. A missing stamp means that Redis lost its data, which the reconciler must see: it
     // dispatches again and stamps afterwards.
     if queue.stamped().await? {
@@ -96,7 +109,7 @@ pub async fn run(
         breakers.clone(),
         settings.id.clone(),
         settings.engine,
-        stores.registry(),
+        registry,
     );
     let gates = Gates::new();
     let acker = Acker::spawn(queue.clone(), heartbeat.clone());
