@@ -53,9 +53,9 @@ pub struct Args {
     /// The faults and the jobs follow from this number
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Do one thing wrong on purpose, to see that it is found
-    #[arg(long, hide = true)]
-    plant: Option<Plant>,
+    /// Do things wrong on purpose in the end, to see that they are found
+    #[arg(long, hide = true, value_delimiter = ',')]
+    plant: Vec<Plant>,
 }
 
 /// What the checker must find.
@@ -179,8 +179,8 @@ async fn chaos(args: &Args, context: &Context) -> anyhow::Result<Report> {
         gone = fleet.supervise() => return Err(gone.err().unwrap_or_else(|| anyhow::anyhow!("the supervisor ended"))),
         () = count(&stores, &log) => bail!("the count ended"),
     };
-    if let Some(plant) = args.plant {
-        spoil(plant, &stores, &pool).await?;
+    for plant in &args.plant {
+        spoil(*plant, &stores, &pool).await?;
     }
     tokio::time::sleep(LOOK_ON).await;
     stop_watch.cancel();
