@@ -145,6 +145,7 @@ impl Postgres {
             .bind(key_id)
             .execute(&mut *tx)
             .await?;
+        crate::fault_point!("engine.complete.inside");
         tx.commit().await?;
         Ok(true)
     }

@@ -187,6 +187,7 @@ impl Postgres {
             return Ok(false);
         }
         insert_sagas(&mut tx, &[saga]).await?;
+        crate::fault_point!("engine.begin.inside");
         tx.commit().await?;
         Ok(true)
     }
@@ -225,6 +226,7 @@ impl Postgres {
         .bind(sweep_after.as_secs_f64())
         .execute(&mut *tx)
         .await?;
+        crate::fault_point!("ingest.unstage.inside");
         tx.commit().await?;
         Ok(true)
     }

@@ -186,7 +186,7 @@ async fn chaos(args: &Args, context: &Context) -> anyhow::Result<Report> {
     stop_watch.cancel();
     watching.await.context("the reader failed")?;
     other.extend(fleet.odd());
-    other.extend(audit(&stores, &own_queue).await?);
+    other.extend(audit(&stores, &direct.queue().await?).await?);
     let looks = seeing.looks.load(Ordering::Relaxed);
     if looks == 0 {
         bail!("the reader saw nothing");
@@ -343,23 +343,36 @@ async fn count(stores: &Stores, log: &Log) {
 async fn settle(stores: &Stores, queue: &Queue) -> anyhow::Result<Vec<String>> {
     let begun = Instant::now();
     loop {
-        let pending = stores.postgres.audit_pending().await?;
-        let mut leases = 0;
-        for name in ["ingest", "embed", "delete", marks::KIND] {
-            leases += queue.stats(&QueueName::new(name)?).await?.in_flight;
-        }
-        if pending.unfinished == 0 && pending.sweeps == 0 && pending.finishing == 0 && leases == 0 {
-            output::say(format!("everything has ended after {:.1} s", begun.elapsed().as_secs_f64()));
-            return Ok(vec![]);
-        }
+        // A connection that a fault has cut is noticed by the next call only, which fails.
+        let left = match under_way(stores, queue).await {
+            Ok(None) => {
+                output::say(format!("everything has ended after {:.1} s", begun.elapsed().as_secs_f64()));
+                return Ok(vec![]);
+            }
+            Ok(Some(left)) => left,
+            Err(error) => format!("{error:#}"),
+        };
         if begun.elapsed() > SETTLE_WITHIN {
-            return Ok(vec![format!(
-                "not settled within {SETTLE_WITHIN:?}: {} unfinished jobs, {} sweeps, {} finishing sagas, {leases} leases",
-                pending.unfinished, pending.sweeps, pending.finishing
-            )]);
+            return Ok(vec![format!("not settled within {SETTLE_WITHIN:?}: {left}")]);
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+/// What is still to be done, in ledger, stores and queue.
+async fn under_way(stores: &Stores, queue: &Queue) -> anyhow::Result<Option<String>> {
+    let pending = stores.postgres.audit_pending().await?;
+    let mut leases = 0;
+    for name in ["ingest", "embed", "delete", marks::KIND] {
+        leases += queue.stats(&QueueName::new(name)?).await?.in_flight;
+    }
+    let done = pending.unfinished == 0 && pending.sweeps == 0 && pending.finishing == 0 && leases == 0;
+    Ok((!done).then(|| {
+        format!(
+            "{} unfinished jobs, {} sweeps, {} finishing sagas, {leases} leases",
+            pending.unfinished, pending.sweeps, pending.finishing
+        )
+    }))
 }
 
 /// What the auditor finds; it mends nothing.
