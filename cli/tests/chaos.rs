@@ -40,7 +40,8 @@ fn a_fleet_under_random_faults_ends_every_accepted_job_as_it_should() {
 
 #[test]
 fn what_is_wrong_in_the_end_is_found_and_is_exit_code_1() {
-    let (output, report) = chaos(&["--minutes", "0.1", "--seed", "5", "--plant", "lost,duplicate,half,drift"]);
+    let (output, report) =
+        chaos(&["--minutes", "0.1", "--seed", "5", "--plant", "lost,duplicate,half,drift"]);
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(report["verdict"], "violations");
     assert_eq!(result(&report, "lost"), 1, "{report}");
@@ -49,6 +50,7 @@ fn what_is_wrong_in_the_end_is_found_and_is_exit_code_1() {
     assert!(result(&report, "half_visible") >= 1, "{report}");
     let found = report["found"].to_string();
     assert!(found.contains("auditor: point_missing"), "{report}");
-    let sum = ["lost", "duplicate_effects", "half_visible"].map(|name| result(&report, name)).iter().sum::<u64>();
+    let sum =
+        ["lost", "duplicate_effects", "half_visible"].map(|name| result(&report, name)).iter().sum::<u64>();
     assert!(result(&report, "violations") > sum, "{report}");
 }

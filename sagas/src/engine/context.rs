@@ -273,8 +273,7 @@ impl StepContext {
     #[cfg(feature = "faults")]
     fn next_point(&self, dependency: Dependency) -> String {
         use std::sync::atomic::Ordering;
-        let (way, count) =
-            if self.compensating { ("undo", &self.calls.1) } else { ("call", &self.calls.0) };
+        let (way, count) = if self.compensating { ("undo", &self.calls.1) } else { ("call", &self.calls.0) };
         let no = count.fetch_add(1, Ordering::Relaxed) + 1;
         format!("{}.{way}{no}.{}", self.job.kind, dependency.name())
     }
