@@ -94,7 +94,7 @@ enum Command {
     Breakers,
     /// Compare the stores; exit code 1 if they disagree
     Audit(audit::Args),
-    /// Measure this machine: embedding, enqueueing, ingesting
+    /// Measure this machine: embedding, enqueueing, ingesting; and break it on purpose
     #[command(subcommand)]
     Bench(bench::Command),
 }
@@ -158,6 +158,6 @@ async fn dispatch(command: Command, context: Context, telemetry: &Telemetry) -> 
         Command::Stats(args) => Box::pin(stats::run(args, &context)).await,
         Command::Breakers => breakers::run(&context).await,
         Command::Audit(args) => Box::pin(audit::run(args, &context)).await,
-        Command::Bench(command) => Box::pin(bench::run(command, &context)).await,
+        Command::Bench(command) => Box::pin(bench::run(command, &context, telemetry)).await,
     }
 }

@@ -89,6 +89,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("encryption rotate", &["--page"]),
     ("stats", &["--watch", "--queues"]),
     ("audit", &["--repair", "--wait"]),
+    ("bench chaos", &["--minutes", "--seed"]),
     ("bench embed", &["--texts", "--embedder"]),
     ("bench enqueue", &["--jobs"]),
     ("bench ingest", &["--documents", "--embedder", "--workers"]),

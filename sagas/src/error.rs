@@ -139,6 +139,8 @@ impl From<sqlx::Error> for StoreError {
                     c if c.starts_with("08") || c.starts_with("57P0") || c.starts_with("53") => {
                         Class::Unavailable
                     }
+                    // The server has ended a session that was idle within a transaction, as that of a process is that was paused.
+                    "25P03" | "25P04" => Class::Unavailable,
                     "57014" => Class::Timeout,
                     "40001" | "40P01" | "55P03" => Class::Transient,
                     c if c.starts_with("22") || c.starts_with("23") => Class::Data,

@@ -5,16 +5,26 @@
 //! Actions: `kill` (SIGKILL of this process), `stop` (SIGSTOP), `hang` (never returns), `error` (transient), `permanent`,
 //! `unavailable`.
 //!
+//! `FLOTILLA_FAULTS_TRACE` names a file to which each point is added when it is passed, armed or not: run a saga once, there or
+//! back, and the file lists its points.
+//!
 //! `FLOTILLA_FAULTS_DOCUMENT` narrows them to one document's jobs: then only points around steps act, because those inside
 //! store writes know no single job.
 
-/// The points inside store writes, beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
-/// names. The ingest ones are shared by `embed_document`.
-pub const INSIDE: [&str; 6] = [
+/// The points inside store writes, right before their commit, or, where a write is one statement that commits by itself, before
+/// its reply is heard; beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
+/// names, and those around each store call (see [`StepContext::call`](crate::engine::StepContext::call)). The ingest ones are
+/// shared by `embed_document`.
+pub const INSIDE: [&str; 11] = [
     "ingest.stage.inside",
+    "ingest.unstage.inside",
     "ingest.vectors.inside",
     "ingest.publish.inside",
     "delete.tombstone.inside",
+    "delete.erase.inside",
+    "engine.begin.inside",
+    "engine.turn.inside",
+    "engine.complete.inside",
     "engine.finish.inside",
     "probe.effect.inside",
 ];
@@ -80,9 +90,23 @@ mod armed {
     static DOCUMENT: LazyLock<Option<String>> =
         LazyLock::new(|| std::env::var("FLOTILLA_FAULTS_DOCUMENT").ok());
 
+    static TRACE: LazyLock<Option<PathBuf>> =
+        LazyLock::new(|| std::env::var_os("FLOTILLA_FAULTS_TRACE").map(PathBuf::from));
+
+    /// Adds the point to the trace. One write of one line each, so that threads don't mix theirs.
+    fn trace(name: &str, path: &PathBuf) -> std::io::Result<()> {
+        use std::io::Write;
+        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+        file.write_all(format!("{name}\n").as_bytes())
+    }
+
     /// Acts if armed, for the job with this payload if it is narrowed to one document; see the module.
     pub async fn point(name: &str, payload: Option<&serde_json::Value>) -> Result<(), StoreError> {
         use nix::sys::signal::{Signal, raise};
+        if let Some(path) = TRACE.as_ref() {
+            trace(name, path)
+                .map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string()))?;
+        }
         if let Some(document) = DOCUMENT.as_deref()
             && payload.and_then(|p| p.get("document")?.as_str()) != Some(document)
         {

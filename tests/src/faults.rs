@@ -1,6 +1,10 @@
 //! Armed fault points, and what is told from their names.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
+
+use futures::future::join_all;
+
+use crate::{Fleet, Outcome, Subject};
 
 /// Armed fault points whose firings are counted on their own, over all workers that carry them.
 #[derive(Debug, Clone)]
@@ -22,7 +26,7 @@ impl Faults {
 }
 
 /// A fault point together with the kind of job that comes by it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The job's kind.
     pub kind: String,
@@ -30,43 +34,117 @@ pub struct Place {
     pub point: String,
     /// The point where the saga is to fail first, for places that are only met on the way back.
     pub fails_at: Option<String>,
+    /// Whether the run's effect stands when it gets there.
+    pub past_pivot: bool,
 }
 
 impl Place {
-    /// All places among these points: where several kinds share a point, one for each.
-    pub fn all(points: &[String]) -> Vec<Self> {
-        let kinds_of = |point: &str| -> Vec<String> {
-            let kind = point.split('.').next().unwrap_or_default().to_owned();
-            match kind.as_str() {
-                "engine" => vec!["ingest".into(), "embed_document".into(), "probe".into()],
-                "ingest" if point.ends_with(".inside") => vec![kind, "embed_document".into()],
-                _ => vec![kind],
-            }
-        };
-        let mut places: Vec<Self> = points
-            .iter()
-            .flat_map(|point| kinds_of(point).into_iter().map(move |kind| (kind, point)))
-            .map(|(kind, point)| {
-                let back = point.contains(".compensate.") || point == "engine.finish.inside";
-                let fails_at = back.then(|| format!("{}.before", pivot(&kind, points)));
-                Self { kind, point: point.clone(), fails_at }
-            })
-            .collect();
-        places.sort();
-        places
+    /// Whether it is inside a call to a store: then a hang there ends with the call.
+    pub fn in_a_call(&self) -> bool {
+        [".call", ".undo", ".inside"].iter().any(|part| self.point.contains(part))
     }
 }
 
-/// The kind's step that can't be undone, as `kind.step`: the one without a fault point at its compensation.
+impl Fleet {
+    /// Every place: each kind's jobs are run once, and once there and back, by a worker that writes down which points it passes.
+    /// Fails the test if a point that the code names is not among them.
+    pub async fn places(&self) -> Vec<Place> {
+        let named = self.fault_points();
+        let kinds: BTreeSet<&str> = named
+            .iter()
+            .filter(|point| !point.ends_with(".inside"))
+            .filter_map(|point| point.split('.').next())
+            .collect();
+        let mut ways: Vec<(&str, Option<String>)> = kinds.iter().map(|kind| (*kind, None)).collect();
+        ways.extend(kinds.iter().filter_map(|kind| Some((*kind, Some(fails_at(kind, &named)?)))));
+        let mut subjects: Vec<Subject> = ways
+            .iter()
+            .enumerate()
+            .map(|(no, (kind, _))| Subject::new(kind, &format!("trace-{no}"), &format!("trace-{no}")))
+            .collect();
+        self.seed(&mut subjects).await;
+        let traced = join_all(
+            ways.iter()
+                .zip(&subjects)
+                .enumerate()
+                .map(|(no, (way, subject))| self.trace(no, way.1.as_deref(), subject)),
+        )
+        .await;
+        let mut places: Vec<Place> = vec![];
+        for ((kind, fails_at), points) in ways.into_iter().zip(traced) {
+            let pivot = pivot(kind, &named);
+            let (mut at_pivot, mut past_pivot) = (false, false);
+            for point in points {
+                at_pivot |= point == format!("{pivot}.before");
+                past_pivot |= at_pivot && point.ends_with(".after");
+                if !places.iter().any(|place| place.kind == kind && place.point == point) {
+                    let fails_at = fails_at.clone();
+                    places.push(Place {
+                        kind: kind.to_owned(),
+                        point,
+                        past_pivot: past_pivot && fails_at.is_none(),
+                        fails_at,
+                    });
+                }
+            }
+        }
+        let missed: Vec<&String> =
+            named.iter().filter(|point| !places.iter().any(|place| place.point == **point)).collect();
+        assert!(missed.is_empty(), "no run passes these points: {missed:?}");
+        places
+    }
+
+    /// The points that a job of this subject passes, in order, each once.
+    async fn trace(&self, no: usize, fails_at: Option<&str>, subject: &Subject) -> Vec<String> {
+        let faults = self
+            .faults(&format!("trace-{no}"), fails_at.map(|at| format!("{at}=permanent")).unwrap_or_default());
+        let path = faults.dir.join("trace");
+        let worker = self
+            .worker()
+            .queues(&[subject.queue.as_str()])
+            .armed(&faults)
+            .patient()
+            .env("FLOTILLA_FAULTS_TRACE", path.display().to_string())
+            .start();
+        let job = self.begin(subject).await;
+        let outcome = if fails_at.is_some() { Outcome::Dead } else { Outcome::Done };
+        self.assert_outcome(subject, job, outcome).await;
+        assert!(worker.terminate().await.success(), "{}", worker.tail());
+        let trace = std::fs::read_to_string(path).expect("the trace");
+        let mut points: Vec<String> = vec![];
+        for point in trace.lines().filter(|point| passes(&subject.kind, point)) {
+            if !points.iter().any(|known| known == point) {
+                points.push(point.to_owned());
+            }
+        }
+        points
+    }
+}
+
+/// Whether jobs of this kind pass a point that was traced while one of them ran: an `embed` job enqueues others.
+fn passes(kind: &str, point: &str) -> bool {
+    match point.split('.').next() {
+        Some("engine") => true,
+        Some("ingest") if point.ends_with(".inside") => matches!(kind, "ingest" | "embed_document"),
+        of => of == Some(kind),
+    }
+}
+
+/// Where a saga fails for good when all its steps that can be undone have had their effects; `None` if it has none.
+fn fails_at(kind: &str, points: &[String]) -> Option<String> {
+    let undone =
+        points.iter().any(|point| point.starts_with(&format!("{kind}.")) && point.contains(".compensate."));
+    undone.then(|| format!("{}.before", pivot(kind, points)))
+}
+
+/// The kind's first step that can't be undone, as `kind.step`: one without a fault point at its compensation. Of `delete`, whose
+/// steps can all not be undone, the tombstone.
 fn pivot(kind: &str, points: &[String]) -> String {
-    points
-        .iter()
-        .filter_map(|point| point.strip_suffix(".before"))
-        .find(|step| {
-            step.split('.').next() == Some(kind)
-                && !step.ends_with(".compensate")
-                && !points.contains(&format!("{step}.compensate.before"))
-        })
-        .unwrap_or_else(|| panic!("{kind} has no fault points: build with --features cli/faults"))
-        .to_owned()
+    let mut steps = points.iter().filter_map(|point| point.strip_suffix(".before")).filter(|step| {
+        step.split('.').next() == Some(kind)
+            && !step.ends_with(".compensate")
+            && !points.contains(&format!("{step}.compensate.before"))
+    });
+    let first = steps.clone().find(|step| *step == "delete.tombstone").or_else(|| steps.next());
+    first.unwrap_or_else(|| panic!("{kind} has no fault points: build with --features cli/faults")).to_owned()
 }

@@ -31,7 +31,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{Faults, LONG, Reader, SHORT, WorkerBuilder, process, wait_until};
+use crate::{Faults, LONG, Reader, SHORT, Subject, WorkerBuilder, process, wait_until};
 
 /// The tenant that owns all that tests enqueue.
 pub const TENANT: &str = "acme";
@@ -266,6 +266,23 @@ impl Fleet {
         .await;
     }
 
+    /// Waits until the janitor has nothing left to remove of a subject's document: nothing sweeps any more what a zombie may
+    /// still leave there. A worker must run.
+    pub async fn swept(&self, subject: &Subject) {
+        wait_until("the janitor has done with the document", SHORT, async || {
+            let due: i64 = sqlx::query_scalar(
+                "SELECT count(*) FROM document_versions v JOIN documents d ON d.id = v.document_id
+                 WHERE d.key = $1 AND v.sweep_after IS NOT NULL",
+            )
+            .bind(&subject.document)
+            .fetch_one(self.postgres.pool())
+            .await
+            .map_err(|e| e.to_string())?;
+            if due == 0 { Ok(()) } else { Err(format!("{due} versions to sweep")) }
+        })
+        .await;
+    }
+
     /// A job and its runs, for a failed test's message.
     pub async fn describe(&self, id: JobId) -> String {
         use std::fmt::Write;
@@ -297,6 +314,15 @@ impl Fleet {
             }
         }
         text
+    }
+
+    /// Reads what a subject's job is about while it runs; `None` if that is no document.
+    pub fn reader_of(&self, subject: &Subject) -> Option<Reader> {
+        let document = (subject.document.clone(), vec![subject.text_before(), subject.text()]);
+        let goes = subject.kind == "delete";
+        subject
+            .needs_document()
+            .then(|| Reader::start_with(self.stores.clone(), [document], goes, Duration::from_millis(20)))
     }
 
     /// Reads documents all the time; each has one of its texts whenever it is seen, and stays once it was seen.

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::TENANT;
 
-/// Between two rounds; short enough to fall into the gaps between the steps of a saga.
+/// Between two rounds, unless a test says otherwise; short enough to fall into the gaps between the steps of a saga.
 const EVERY: Duration = Duration::from_millis(5);
 
 /// What was seen of a document at one moment.
@@ -58,24 +58,37 @@ pub struct Reader {
 
 struct Watch {
     stores: Stores,
-    /// The texts that each document may have; it may not be absent once it was seen.
+    /// The texts that each document may have; it may not be absent once it was seen, nor be there again.
     allowed: HashMap<String, HashSet<String>>,
+    /// They may go, once and for good.
+    may_go: bool,
+    every: Duration,
     history: Arc<Mutex<History>>,
 }
 
 impl Reader {
     /// Watches documents, each of which has one of its texts whenever it is seen, and stays once it was seen.
     pub(crate) fn start(stores: Stores, documents: impl IntoIterator<Item = (String, Vec<String>)>) -> Self {
+        Self::start_with(stores, documents, false, EVERY)
+    }
+
+    /// The same for documents that may go for good, and with a pause between two rounds.
+    pub(crate) fn start_with(
+        stores: Stores,
+        documents: impl IntoIterator<Item = (String, Vec<String>)>,
+        may_go: bool,
+        every: Duration,
+    ) -> Self {
         let allowed = documents.into_iter().map(|(key, texts)| (key, texts.into_iter().collect())).collect();
         let (history, stop) = (Arc::<Mutex<History>>::default(), CancellationToken::new());
-        let watch = Watch { stores, allowed, history: Arc::clone(&history) };
+        let watch = Watch { stores, allowed, may_go, every, history: Arc::clone(&history) };
         let ends = stop.clone();
         let task = tokio::spawn(async move {
             while !ends.is_cancelled() {
                 for document in watch.allowed.keys() {
                     watch.look(document).await;
                 }
-                tokio::time::sleep(EVERY).await;
+                tokio::time::sleep(watch.every).await;
             }
         });
         Self { history, stop, task }
@@ -108,14 +121,19 @@ impl Watch {
         let before = self.history.lock().unwrap().seen.get(document).and_then(|seen| seen.last().cloned());
         let complaint = match self.see(document).await {
             Ok(sight) => {
-                let vanished =
-                    before.as_ref().is_some_and(|b| b.version.is_some()) && sight.version.is_none();
+                let complaint = match before.as_ref().map(|before| before.version) {
+                    Some(Some(_)) if sight.version.is_none() && !self.may_go => {
+                        Some("it vanished".to_owned())
+                    }
+                    Some(None) if sight.version.is_some() && self.may_go => Some("it came back".to_owned()),
+                    _ => None,
+                };
                 let mut history = self.history.lock().unwrap();
                 history.looks += 1;
                 if before.as_ref() != Some(&sight) {
                     history.seen.entry(document.to_owned()).or_default().push(sight);
                 }
-                vanished.then(|| "it vanished".to_owned())
+                complaint
             }
             Err(complaint) => Some(complaint),
         };

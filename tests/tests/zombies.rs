@@ -50,19 +50,7 @@ async fn run(fleet: &Fleet, no: usize, subject: &Subject) {
     let successor = fleet.worker().queues(&[queue]).armed(&fails).start();
     let outcome = if fails_at.is_some() { Outcome::Dead } else { Outcome::Done };
     fleet.assert_outcome(subject, job, outcome).await;
-    // Nothing sweeps any more what the zombie might leave.
-    wait_until("the janitor has done with the document", SHORT, async || {
-        let due: i64 = sqlx::query_scalar(
-            "SELECT count(*) FROM document_versions v JOIN documents d ON d.id = v.document_id
-             WHERE d.key = $1 AND v.sweep_after IS NOT NULL",
-        )
-        .bind(&subject.document)
-        .fetch_one(fleet.postgres.pool())
-        .await
-        .unwrap();
-        if due == 0 { Ok(()) } else { Err(format!("{due} versions to sweep")) }
-    })
-    .await;
+    fleet.swept(subject).await;
     let before = fleet.snapshot(subject, job).await;
     assert!(successor.terminate().await.success(), "{}", successor.tail());
 

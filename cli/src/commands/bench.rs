@@ -2,6 +2,7 @@
 //!
 //! Everything runs on private servers in a directory of its own, on loopback addresses, and is removed afterwards.
 
+mod chaos;
 mod embed;
 mod enqueue;
 mod ingest;
@@ -12,6 +13,7 @@ mod texts;
 use std::{borrow::Cow, time::Duration};
 
 use serde::{Deserialize, Serialize};
+use telemetry::Telemetry;
 
 use crate::{
     context::Context,
@@ -29,6 +31,12 @@ pub enum Command {
     Ingest(ingest::Args),
     /// The queue alone: enqueue, drain, pick-up, depth, memory, beside apalis-redis and two minimal scripts
     Queue(queue::Args),
+    /// Kill, pause and cut off workers and servers at random under load, then check all that happened; exit code 1 if it is
+    /// not what it should be
+    Chaos(chaos::Args),
+    /// Be a worker of `bench chaos`
+    #[command(hide = true)]
+    ChaosWorker(super::worker::Args),
 }
 
 /// Which embedding provider is measured.
@@ -120,8 +128,10 @@ fn percentiles(mut times: Vec<Duration>) -> (f64, f64) {
     (at(0.5), at(0.99))
 }
 
-pub async fn run(command: Command, context: &Context) -> Outcome {
+pub async fn run(command: Command, context: &Context, telemetry: &Telemetry) -> Outcome {
     let report = match command {
+        Command::Chaos(args) => return Box::pin(chaos::run(args, context)).await,
+        Command::ChaosWorker(args) => return Box::pin(chaos::work(args, context, telemetry)).await,
         Command::Embed(args) => Box::pin(embed::measure(args, context)).await?,
         Command::Enqueue(args) => Box::pin(enqueue::measure(args, context)).await?,
         Command::Ingest(args) => Box::pin(ingest::measure(args, context)).await?,

@@ -7,8 +7,9 @@ use anyhow::Context as _;
 use producer::MaintainSettings;
 use queue::{HeartbeatConfig, QueueName, WorkerId};
 use sagas::{
-    engine::{CallLimits, EngineSettings},
+    engine::{CallLimits, EngineSettings, Registry},
     janitor::JanitorSettings,
+    kinds::Stores,
 };
 use telemetry::Telemetry;
 use tokio_util::sync::CancellationToken;
@@ -40,6 +41,16 @@ const HOUR: Duration = Duration::from_secs(3600);
 const LEASE_MARGIN: Duration = Duration::from_secs(2);
 
 pub async fn run(args: Args, context: &Context, telemetry: &Telemetry) -> Outcome {
+    run_with(args, context, telemetry, Stores::registry).await
+}
+
+/// A worker that knows the sagas which `registry` makes over its stores.
+pub async fn run_with(
+    args: Args,
+    context: &Context,
+    telemetry: &Telemetry,
+    registry: impl FnOnce(&Stores) -> Registry,
+) -> Outcome {
     let postgres = context.migrated_postgres().await?;
     let queue = context.queue().await?;
     // The maintenance loops store the policies; until they have, this worker claims nothing.
@@ -63,7 +74,8 @@ pub async fn run(args: Args, context: &Context, telemetry: &Telemetry) -> Outcom
             ended
         }
     });
-    let worked = ::worker::run(settings, stores.clone(), stores.registry(), queue, metrics, shutdown).await;
+    let registry = registry(&stores);
+    let worked = ::worker::run(settings, stores, registry, queue, metrics, shutdown).await;
     upkeep.cancel();
     let maintained = maintaining.await.context("the maintenance loops ended")?;
     worked?;

@@ -118,6 +118,9 @@ pub struct StepContext {
     pub(super) compensating: bool,
     pub(super) steps: Mutex<Vec<StepRecord>>,
     budget: Budget,
+    /// Calls so far, there and back.
+    #[cfg(feature = "faults")]
+    calls: (std::sync::atomic::AtomicU32, std::sync::atomic::AtomicU32),
 }
 
 impl StepContext {
@@ -151,6 +154,8 @@ impl StepContext {
             compensating: false,
             steps: Mutex::default(),
             budget,
+            #[cfg(feature = "faults")]
+            calls: Default::default(),
         }
     }
 
@@ -225,10 +230,18 @@ impl StepContext {
         C: Future<Output = Result<T, StoreError>>,
     {
         let mut lone = 0;
+        #[cfg(feature = "faults")]
+        let point = self.next_point(dependency);
         loop {
             self.ready(dependency).await?;
             let deadline = self.deadline(dependency)?;
-            let answer = self.unless_ended(async { Ok(timeout_at(deadline, call(deadline)).await) }).await?;
+            let call = async {
+                crate::fault_point!(&format!("{point}.before"), &self.job.payload);
+                let done = call(deadline).await?;
+                crate::fault_point!(&format!("{point}.after"), &self.job.payload);
+                Ok::<T, StoreError>(done)
+            };
+            let answer = self.unless_ended(async { Ok(timeout_at(deadline, call).await) }).await?;
             let error = match answer {
                 Ok(Ok(value)) => return Ok(value),
                 Ok(Err(error)) if !matches!(error.class, Class::Unavailable | Class::Timeout) => {
@@ -253,6 +266,16 @@ impl StepContext {
             }
             self.pause(Duration::from_millis(50) * 2u32.pow(lone)).await?;
         }
+    }
+
+    /// The name of the fault points around the next call of this delivery: `ingest.call2.vectors`, on the way back
+    /// `ingest.undo1.postgres`.
+    #[cfg(feature = "faults")]
+    fn next_point(&self, dependency: Dependency) -> String {
+        use std::sync::atomic::Ordering;
+        let (way, count) = if self.compensating { ("undo", &self.calls.1) } else { ("call", &self.calls.0) };
+        let no = count.fetch_add(1, Ordering::Relaxed) + 1;
+        format!("{}.{way}{no}.{}", self.job.kind, dependency.name())
     }
 
     /// Sleeps, unless the run has to end.

@@ -345,7 +345,7 @@ impl Postgres {
     }
 
     /// Work under way: what the janitor, the relay and the workers still have to do, and what waits for a person.
-    pub(crate) async fn audit_pending(&self) -> Result<Pending, StoreError> {
+    pub async fn audit_pending(&self) -> Result<Pending, StoreError> {
         let mut tx = self.audit_snapshot().await?;
         let (sweeps, finishing, undispatched, unfinished, parked) = sqlx::query_as(
             "SELECT (SELECT count(*) FROM document_versions WHERE sweep_after IS NOT NULL),

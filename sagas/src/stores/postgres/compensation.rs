@@ -31,6 +31,7 @@ impl Postgres {
         .bind(run.fence.0)
         .execute(&mut *tx)
         .await?;
+        crate::fault_point!("engine.turn.inside");
         tx.commit().await?;
         Ok(true)
     }

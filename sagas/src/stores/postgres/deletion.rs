@@ -120,6 +120,7 @@ impl Postgres {
         .bind(versions)
         .execute(&mut *tx)
         .await?;
+        crate::fault_point!("delete.erase.inside");
         tx.commit().await?;
         Ok(true)
     }

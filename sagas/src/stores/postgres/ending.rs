@@ -250,6 +250,7 @@ impl Postgres {
         .bind(keys)
         .fetch_all(&self.pool)
         .await?;
+        crate::fault_point!("engine.complete.inside");
         Ok(items.iter().map(|item| ended.contains(&item.job_id.0)).collect())
     }
 

@@ -230,6 +230,7 @@ impl Postgres {
         .bind(sagas.iter().map(|s| s.fence.0).collect::<Vec<_>>())
         .fetch_all(&self.pool)
         .await?;
+        crate::fault_point!("engine.begin.inside");
         Ok(sagas.iter().map(|saga| alive.contains(&saga.job_id.0)).collect())
     }
 
@@ -267,6 +268,7 @@ impl Postgres {
         .bind(sweep_after.as_secs_f64())
         .execute(&mut *tx)
         .await?;
+        crate::fault_point!("ingest.unstage.inside");
         tx.commit().await?;
         Ok(true)
     }

@@ -1,0 +1,270 @@
+//! The fault matrix: at every point of every saga, there and back, around and inside every store call and every write of the
+//! log, a worker is killed, gets an error, hangs, or stops until its successor has ended the job. Each time the effect is there
+//! exactly once, or not at all; a reader sees the old state or the new one; and what a zombie does changes nothing.
+//!
+//! The points are those that the sagas pass when they are run; their number, and that of the cases, is printed. `make test` runs
+//! some of the cases, `make test-chaos` all: `FLOTILLA_MATRIX=all`. Any other value runs the cases whose name it is part of.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    fmt,
+    panic::AssertUnwindSafe,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
+
+use e2e::{Fleet, Outcome, Place, SHORT, Subject, wait_until};
+use futures::{FutureExt, future::join_all};
+
+/// Cases that run side by side, each on a queue of its own.
+const LANES: usize = 6;
+/// Of the cases, so many run in `make test`.
+const SOME: usize = 48;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    /// SIGKILL; another worker goes on.
+    Kill,
+    /// The point returns an error, once.
+    Error,
+    /// The point never returns, once.
+    Hang,
+    /// SIGSTOP until a successor has taken the run on and the job is published; then SIGCONT.
+    ZombieAfterPublish,
+    /// SIGSTOP until a successor has undone the run and another run is published; then SIGCONT.
+    ZombieAfterThird,
+}
+
+impl Trouble {
+    const ALL: [Self; 5] =
+        [Self::Kill, Self::Error, Self::Hang, Self::ZombieAfterPublish, Self::ZombieAfterThird];
+
+    /// Whether it can come here and differs from the others.
+    fn fits(self, place: &Place) -> bool {
+        match self {
+            // Outside of a call nothing but the step's own time ends a hang, and on the way back the job's time does not count.
+            Self::Hang => place.in_a_call() || place.fails_at.is_none(),
+            // Only a run that has not passed its pivot can still be undone, and only of a saga that has a step to undo.
+            Self::ZombieAfterThird => {
+                place.fails_at.is_none()
+                    && !place.past_pivot
+                    && matches!(place.kind.as_str(), "ingest" | "embed_document" | "probe")
+            }
+            _ => true,
+        }
+    }
+}
+
+struct Case {
+    place: Place,
+    trouble: Trouble,
+    subject: Subject,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:?} at {}", self.place.kind, self.trouble, self.place.point)
+    }
+}
+
+impl Case {
+    fn all(places: &[Place]) -> Vec<Self> {
+        let mut cases: Vec<Self> = vec![];
+        for trouble in Trouble::ALL {
+            for place in places.iter().filter(|place| trouble.fits(place)) {
+                let (name, queue) =
+                    (format!("case-{}", cases.len()), format!("lane-{}", cases.len() % LANES));
+                // An ingest replaces a version that readers see all the while.
+                let mut subject = match place.kind.as_str() {
+                    "ingest" => Subject::again(&name, &queue),
+                    kind => Subject::new(kind, &name, &queue),
+                };
+                if trouble == Trouble::Hang {
+                    // Enough for the attempt after the hang, on a busy machine, too.
+                    subject.timeout = Duration::from_secs(5);
+                }
+                cases.push(Self { place: place.clone(), trouble, subject });
+            }
+        }
+        cases
+    }
+
+    async fn run(&self, fleet: &Fleet, no: usize) {
+        let reader = fleet.reader_of(&self.subject);
+        match self.trouble {
+            Trouble::Kill => self.killed(fleet, no).await,
+            Trouble::Error | Trouble::Hang => self.failed(fleet, no).await,
+            Trouble::ZombieAfterPublish | Trouble::ZombieAfterThird => self.zombie(fleet, no).await,
+        }
+        if let Some(reader) = reader {
+            reader.finish().await;
+        }
+    }
+
+    /// What arms the point, and makes the saga come by it.
+    fn spec(&self, action: &str, failure: &str) -> String {
+        let fails = self.place.fails_at.as_ref().map(|at| format!(";{at}={failure}")).unwrap_or_default();
+        format!("{}={action}{fails}", self.place.point)
+    }
+
+    fn outcome(&self) -> Outcome {
+        if self.place.fails_at.is_some() { Outcome::Dead } else { Outcome::Done }
+    }
+
+    /// One worker dies there; another, started only then, brings the job to its end.
+    async fn killed(&self, fleet: &Fleet, no: usize) {
+        let faults = fleet.faults(&format!("case-{no}"), self.spec("kill", "permanent"));
+        let queue = self.subject.queue.as_str();
+        let first = fleet.worker().queues(&[queue]).armed(&faults).start();
+        let job = fleet.begin(&self.subject).await;
+        first.killed().await;
+        assert_eq!(faults.fired(&self.place.point), 1);
+        let second = fleet.worker().queues(&[queue]).armed(&faults).start();
+        fleet.assert_outcome(&self.subject, job, self.outcome()).await;
+        let lost = fleet.postgres.job(job, None).await.unwrap().unwrap().lost_deliveries;
+        assert!(lost <= 1, "{}", fleet.describe(job).await);
+        fleet.let_go(queue, job).await;
+        second.kill9().await;
+    }
+
+    /// The point fails or hangs once; the job comes to the end that it would have come to.
+    async fn failed(&self, fleet: &Fleet, no: usize) {
+        let action = if self.trouble == Trouble::Hang { "hang" } else { "error" };
+        let faults = fleet.faults(&format!("case-{no}"), self.spec(action, "permanent"));
+        let queue = self.subject.queue.as_str();
+        let worker = fleet.worker().queues(&[queue]).armed(&faults).start();
+        let job = fleet.begin(&self.subject).await;
+        fleet.assert_outcome(&self.subject, job, self.outcome()).await;
+        assert_eq!(faults.fired(&self.place.point), 1, "{}", worker.tail());
+        fleet.let_go(queue, job).await;
+        worker.kill9().await;
+    }
+
+    /// One worker stops there; when its successors have published and nothing is left to sweep, it goes on.
+    async fn zombie(&self, fleet: &Fleet, no: usize) {
+        let queue = self.subject.queue.as_str();
+        // A failure that may pass, so that what is undone is tried again, and published by another run.
+        let stops = fleet.faults(&format!("case-{no}"), self.spec("stop", "error*3"));
+        let zombie = fleet.worker().queues(&[queue]).concurrency(1).armed(&stops).start();
+        let job = fleet.begin(&self.subject).await;
+        wait_until("the fault point acts", SHORT, async || match stops.fired(&self.place.point) {
+            1 => Ok(()),
+            _ => Err(format!("{}\n{}", fleet.describe(job).await, zombie.tail())),
+        })
+        .await;
+        zombie.stopped().await;
+        let fails = match (self.trouble, self.place.kind.as_str()) {
+            (Trouble::ZombieAfterPublish, _) => String::new(),
+            (_, "probe") => "probe.third.before=error*3".to_owned(),
+            (_, kind) => format!("{kind}.publish.before=error*3"),
+        };
+        let fails = fleet.faults(&format!("case-{no}-successor"), fails);
+        let successor = fleet.worker().queues(&[queue]).armed(&fails).start();
+        fleet.assert_outcome(&self.subject, job, Outcome::Done).await;
+        let runs = fleet.postgres.sagas_of(job).await.unwrap();
+        if self.trouble == Trouble::ZombieAfterThird {
+            let undone = runs.iter().filter(|run| run.state == "compensated").count();
+            let attempts = fleet.postgres.attempts(job).await.unwrap().len();
+            assert_eq!(attempts, 1, "{}", fleet.describe(job).await);
+            // A run that was stopped before its first row left nothing; then the successor's own was undone.
+            assert_eq!(undone, 1, "{}", fleet.describe(job).await);
+        }
+        fleet.swept(&self.subject).await;
+        let before = fleet.snapshot(&self.subject, job).await;
+        assert!(successor.terminate().await.success(), "{}", successor.tail());
+
+        zombie.resume();
+        // It has one slot: when it has brought another job to its end, it has done with the old one.
+        let next = fleet.begin(&Subject::new("probe", &format!("next-{no}"), queue)).await;
+        assert_eq!(fleet.ended(next).await, "succeeded", "{}", zombie.tail());
+        let after = fleet.snapshot(&self.subject, job).await;
+        assert_eq!(before, after, "the zombie changed something\n{}", zombie.tail());
+        fleet.let_go(queue, next).await;
+        zombie.kill9().await;
+    }
+}
+
+/// Which of the cases run.
+fn chosen(cases: Vec<Case>) -> Vec<Case> {
+    match std::env::var("FLOTILLA_MATRIX") {
+        Ok(all) if all == "all" => cases,
+        Ok(part) if !part.is_empty() => {
+            cases.into_iter().filter(|case| case.to_string().contains(&part)).collect()
+        }
+        // An odd step, so that no trouble, kind or side of a call is always left out.
+        _ => {
+            let step = (cases.len() / SOME) | 1;
+            cases
+                .into_iter()
+                .enumerate()
+                .filter(|(no, _)| no % step == step / 2)
+                .map(|(_, case)| case)
+                .collect()
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_happens_at_any_point_leaves_one_effect_or_none_and_no_half_state() {
+    let began = Instant::now();
+    let fleet = Fleet::start().await;
+    let places = fleet.places().await;
+    let points: std::collections::BTreeSet<&str> = places.iter().map(|place| place.point.as_str()).collect();
+    let cases = Case::all(&places);
+    for trouble in Trouble::ALL {
+        println!("{trouble:?}: {} cases", cases.iter().filter(|case| case.trouble == trouble).count());
+    }
+    println!(
+        "{} points, passed by jobs of all kinds at {} places, make {} cases",
+        points.len(),
+        places.len(),
+        cases.len()
+    );
+    let total = cases.len();
+    let mut cases = chosen(cases);
+    assert!(!cases.is_empty(), "FLOTILLA_MATRIX chooses no case");
+    let mut subjects: Vec<Subject> = cases.iter().map(|case| case.subject.clone()).collect();
+    fleet.seed(&mut subjects).await;
+    for (case, subject) in cases.iter_mut().zip(subjects) {
+        case.subject = subject;
+    }
+    // A lane takes the next case when it is free, since some last ten times as long as others.
+    let next = AtomicUsize::new(0);
+    let lane = async |lane: usize| {
+        let mut failed = vec![];
+        loop {
+            let no = next.fetch_add(1, Ordering::Relaxed);
+            let Some(case) = cases.get(no) else { return failed };
+            let case = Case {
+                place: case.place.clone(),
+                trouble: case.trouble,
+                subject: case.subject.in_queue(&format!("lane-{lane}")),
+            };
+            let began = Instant::now();
+            let done = AssertUnwindSafe(case.run(&fleet, no)).catch_unwind().await;
+            let word = if done.is_ok() { "passed" } else { "FAILED" };
+            println!("case {no}: {case}: {word}, {:.1} s", began.elapsed().as_secs_f64());
+            if done.is_err() {
+                failed.push(format!("case {no}: {case}"));
+                // Its job may still be under way: the lane's next case gets a clean queue.
+                return failed;
+            }
+        }
+    };
+    let failed: Vec<String> = join_all((0..LANES).map(lane)).await.concat();
+    let run = next.load(Ordering::Relaxed).min(cases.len());
+    println!(
+        "{} of {run} cases passed, of {} chosen of {total}, in {:.0} s",
+        run - failed.len(),
+        cases.len(),
+        began.elapsed().as_secs_f64()
+    );
+    assert!(failed.is_empty(), "{failed:#?}");
+    let janitor = fleet.worker().start();
+    janitor.ready().await;
+    let report = fleet.audit_clean().await;
+    println!("audited {:?}", report.counts);
+    assert!(janitor.terminate().await.success());
+    drop(janitor);
+    fleet.end();
+}
