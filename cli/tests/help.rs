@@ -82,6 +82,8 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("sagas show", &[]),
     ("search", &["-k", "--tenant", "--model", "--collection"]),
     ("documents get", &["--tenant"]),
+    ("events list", &["--after", "--limit", "--tenant"]),
+    ("events tail", &["--after", "--tenant"]),
     ("encryption new-key", &[]),
     ("encryption status", &[]),
     ("encryption rotate", &["--page"]),
