@@ -15,8 +15,8 @@ use telemetry::{Telemetry, TelemetryConfig};
 
 use crate::{
     commands::{
-        audit, batches, bench, breakers, dev, dlq, documents, encryption, enqueue, import, jobs, keys,
-        migrate, producer, queues, sagas, schedules, search, stats, tenants, worker,
+        audit, batches, bench, breakers, dev, dlq, documents, encryption, enqueue, events, import, jobs,
+        keys, migrate, producer, queues, sagas, schedules, search, stats, tenants, worker,
     },
     config::{Settings, StoreArgs},
     context::Context,
@@ -85,6 +85,9 @@ enum Command {
     /// Read published documents
     #[command(subcommand)]
     Documents(documents::Command),
+    /// Follow what other services hear of documents
+    #[command(subcommand)]
+    Events(events::Command),
     /// Make, look at and rotate the keys that payloads are sealed with
     #[command(subcommand)]
     Encryption(encryption::Command),
@@ -154,6 +157,7 @@ async fn dispatch(command: Command, context: Context, telemetry: &Telemetry) -> 
         Command::Sagas(command) => sagas::run(command, &context).await,
         Command::Search(args) => Box::pin(search::run(args, &context)).await,
         Command::Documents(command) => documents::run(command, &context).await,
+        Command::Events(command) => events::run(command, &context).await,
         Command::Encryption(command) => encryption::run(command, &context).await,
         Command::Stats(args) => Box::pin(stats::run(args, &context)).await,
         Command::Breakers => breakers::run(&context).await,

@@ -84,6 +84,8 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("sagas resolve", &["--reason"]),
     ("search", &["-k", "--tenant", "--model", "--collection"]),
     ("documents get", &["--tenant"]),
+    ("events list", &["--after", "--limit", "--tenant"]),
+    ("events tail", &["--after", "--tenant"]),
     ("encryption new-key", &[]),
     ("encryption status", &[]),
     ("encryption rotate", &["--page"]),

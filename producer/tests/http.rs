@@ -446,7 +446,8 @@ async fn nothing_crosses_tenants() {
         let theirs = api.call(OTHER_KEY, method, &path, "{}").await;
         assert_eq!((theirs.status, theirs.code()), (StatusCode::NOT_FOUND, "not_found"), "{path}");
     }
-    for (path, list) in [("/v1/jobs", "jobs"), ("/v1/dead-letters", "dead_letters")] {
+    for (path, list) in [("/v1/jobs", "jobs"), ("/v1/dead-letters", "dead_letters"), ("/v1/events", "events")]
+    {
         assert_eq!(api.get(path).await.body[list].as_array().unwrap().len(), 1, "{path}");
         let theirs = api.call(OTHER_KEY, Method::GET, path, Body::empty()).await;
         assert_eq!(theirs.body[list], json!([]), "{path}");
@@ -456,6 +457,47 @@ async fn nothing_crosses_tenants() {
         api.call(OTHER_KEY, Method::POST, "/v1/jobs", with("idempotency_key", json!("k")).to_string()).await;
     assert_eq!((theirs.status, &theirs.body["duplicate"]), (StatusCode::ACCEPTED, &json!(false)));
     assert_eq!(api.get(&job_path).await.body["state"], json!("waiting"), "nobody cancelled it");
+}
+
+#[tokio::test]
+async fn events_are_read_by_cursor_and_a_cursor_before_what_is_kept_is_410() {
+    let api = Api::new().await;
+    let pool = api.stage.postgres.pool();
+    let begin = api.get("/v1/events?after=now").await;
+    assert_eq!((begin.status, &begin.body["events"]), (StatusCode::OK, &json!([])));
+    for key in ["a", "b", "c"] {
+        publish(pool, "acme", key, "text").await;
+    }
+    sqlx::query("UPDATE documents SET current_version = NULL WHERE key = 'b'").execute(pool).await.unwrap();
+    let (mut after, mut seen) = (begin.body["next"].as_str().unwrap().to_owned(), vec![]);
+    loop {
+        let page = api.get(&format!("/v1/events?after={after}&limit=3")).await;
+        assert_eq!(page.status, StatusCode::OK, "{}", page.body);
+        let events = page.body["events"].as_array().unwrap().clone();
+        assert!(events.len() <= 3);
+        if events.is_empty() {
+            assert_eq!(page.body["next"], json!(after), "with nothing new the cursor stays");
+            break;
+        }
+        after = page.body["next"].as_str().unwrap().to_owned();
+        seen.extend(
+            events
+                .iter()
+                .map(|e| format!("{} {}", e["event"].as_str().unwrap(), e["document"].as_str().unwrap())),
+        );
+    }
+    assert_eq!(
+        seen,
+        ["document.published a", "document.published b", "document.published c", "document.deleted b"]
+    );
+    let oldest = api.get("/v1/events").await;
+    assert_eq!(oldest.body["events"].as_array().unwrap().len(), 4);
+    let first = oldest.body["events"][0]["cursor"].as_str().unwrap();
+    assert_eq!(api.stage.postgres.expire_events(std::time::Duration::ZERO, 3).await.unwrap(), 3);
+    let gone = api.get(&format!("/v1/events?after={first}")).await;
+    assert_eq!((gone.status, gone.code()), (StatusCode::GONE, "cursor_expired"), "{}", gone.body);
+    assert_eq!(api.get("/v1/events").await.body["events"].as_array().unwrap().len(), 1);
+    assert_eq!(api.get(&format!("/v1/events?after={after}")).await.status, StatusCode::OK);
 }
 
 /// A published document, as `publish` leaves it.
@@ -710,6 +752,8 @@ async fn odd_routes_and_questions_are_answered_in_the_same_form() {
         (Method::GET, "/v1/documents/%00", StatusCode::NOT_FOUND),
         (Method::GET, "/v1/documents/%ff", StatusCode::BAD_REQUEST),
         (Method::GET, "/v1/dead-letters/x", StatusCode::NOT_FOUND),
+        (Method::GET, "/v1/events?after=7", StatusCode::BAD_REQUEST),
+        (Method::GET, "/v1/events?limit=0", StatusCode::BAD_REQUEST),
     ] {
         let answer = api.call(KEY, method.clone(), path, Body::empty()).await;
         assert_eq!(answer.status, status, "{method} {path}: {}", answer.body);
@@ -753,6 +797,7 @@ async fn the_description_names_every_route_and_metrics_are_text() {
         ("/v1/schedules", vec!["get", "post"]),
         ("/v1/schedules/{name}", vec!["delete", "get", "post", "put"]),
         ("/v1/dead-letters", vec!["get"]),
+        ("/v1/events", vec!["get"]),
         ("/v1/dead-letters/{id}", vec!["get", "post"]),
     ] {
         let described: Vec<&str> =

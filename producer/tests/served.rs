@@ -52,6 +52,13 @@ fn stores(postgres: Postgres, services: &TestServices) -> Stores {
 
 /// One request on a connection of its own: status and body.
 async fn ask(addr: SocketAddr, request: &str, body: &str) -> Result<(u16, Value), std::io::Error> {
+    let answer = answer(addr, request, body).await?;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default();
+    Ok((status, serde_json::from_str(body).unwrap_or_else(|_| Value::String(body.to_owned()))))
+}
+
+async fn answer(addr: SocketAddr, request: &str, body: &str) -> Result<String, std::io::Error> {
     let mut stream = TcpStream::connect(addr).await?;
     let length = body.len();
     let text = format!(
@@ -60,9 +67,7 @@ async fn ask(addr: SocketAddr, request: &str, body: &str) -> Result<(u16, Value)
     stream.write_all(text.as_bytes()).await?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await?;
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default();
-    Ok((status, serde_json::from_str(body).unwrap_or_else(|_| Value::String(body.to_owned()))))
+    Ok(answer)
 }
 
 struct Deployment {
@@ -72,7 +77,7 @@ struct Deployment {
     worker: JoinHandle<Result<(), worker::WorkerError>>,
     maintenance: Maintenance,
     _port: Port,
-    _services: TestServices,
+    services: TestServices,
 }
 
 impl Deployment {
@@ -107,7 +112,12 @@ impl Deployment {
             stop.clone(),
         ));
         let maintenance = Maintenance::start(postgres, queue, quick());
-        Self { addr, stop, api, worker, maintenance, _port: port, _services: services }
+        Self { addr, stop, api, worker, maintenance, _port: port, services }
+    }
+
+    async fn cache(&self) -> redis::aio::MultiplexedConnection {
+        let client = redis::Client::open(self.services.redis_cache().url()).unwrap();
+        client.get_multiplexed_async_connection().await.unwrap()
     }
 
     async fn ask(&self, request: &str, body: &str) -> (u16, Value) {
@@ -151,10 +161,24 @@ async fn what_is_enqueued_over_http_is_read_searched_and_deleted_over_http() {
     let (status, document) = fleet.ask(path, "").await;
     assert_eq!((status, &document["text"]), (200, &json!("A gull sits on the mast.")), "{document}");
     assert_eq!(document["document"], json!("notes/möwe 1.txt"));
+    // The saga wrote the text through; without the entry it comes from Postgres and fills the cache.
+    let cached = async || {
+        let answer = answer(fleet.addr, path, "").await.unwrap().to_lowercase();
+        answer.lines().find_map(|line| Some(line.strip_prefix("x-cache: ")?.to_owned())).unwrap()
+    };
+    assert_eq!(cached().await, "hit");
+    redis::cmd("FLUSHALL").exec_async(&mut fleet.cache().await).await.unwrap();
+    assert_eq!((cached().await, cached().await), ("miss".to_owned(), "hit".to_owned()));
     let (status, found) = fleet.ask("GET /v1/search?q=gull+mast&k=3", "").await;
     assert_eq!((status, &found["hits"][0]["document"]), (200, &json!("notes/möwe 1.txt")), "{found}");
     enqueue("delete", json!({ "document": "notes/möwe 1.txt" })).await;
     assert_eq!(fleet.ask(path, "").await.0, 404);
+    let keys: Vec<String> = redis::cmd("KEYS").arg("*").query_async(&mut fleet.cache().await).await.unwrap();
+    assert!(keys.is_empty(), "entry and tag of a deleted document stay: {keys:?}");
+    let (_, told) = fleet.ask("GET /v1/events", "").await;
+    let events: Vec<_> = told["events"].as_array().unwrap().iter().map(|one| &one["event"]).collect();
+    assert_eq!(events, ["document.published", "document.deleted"], "{told}");
+    assert_eq!(told["events"][0]["version"], document["version"], "{told}");
     assert_eq!(fleet.ask("GET /v1/search?q=gull+mast", "").await.1["hits"], json!([]));
 
     fleet.maintenance.stop().await;

@@ -18,10 +18,12 @@ pub struct JanitorSettings {
     pub keep_results: Duration,
     /// How long the audit log is kept.
     pub keep_audit_log: Duration,
+    /// How long events for other services are kept.
+    pub keep_events: Duration,
 }
 
 impl Default for JanitorSettings {
-    /// 1 s; 7 days; 1 day; 400 days.
+    /// 1 s; 7 days; 1 day; 400 days; 7 days.
     fn default() -> Self {
         let day = Duration::from_secs(24 * 3600);
         Self {
@@ -29,6 +31,7 @@ impl Default for JanitorSettings {
             keep_jobs: 7 * day,
             keep_results: day,
             keep_audit_log: 400 * day,
+            keep_events: 7 * day,
         }
     }
 }
@@ -76,6 +79,7 @@ async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool) ->
         postgres.expire_jobs(settings.keep_jobs, EXPIRED).await?,
         postgres.expire_keys(EXPIRED).await?,
         postgres.expire_batches(settings.keep_jobs, EXPIRED).await?,
+        postgres.expire_events(settings.keep_events, EXPIRED).await?,
     ];
     if audit_log {
         postgres.expire_audit_log(settings.keep_audit_log).await?;

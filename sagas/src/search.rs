@@ -18,6 +18,9 @@ pub struct Document {
     pub version: PublishedVersion,
     /// The whole text.
     pub text: String,
+    /// Whether the text was in the cache.
+    #[serde(skip)]
+    pub cached: bool,
 }
 
 /// A search hit.
@@ -74,15 +77,15 @@ impl Stores {
                 }
             };
             if let Some(entry) = cached {
-                return Ok(Some(Document { version, text: entry.body }));
+                return Ok(Some(Document { version, text: entry.body, cached: true }));
             }
             let Some(body) = self.postgres.body(version.version).await? else { continue };
             let entry =
                 Entry { body, content_hash: version.content_hash.clone(), tenant: version.tenant.clone() };
-            if let Err(error) = self.cache.put(version.version, &entry).await {
+            if let Err(error) = self.cache.put_tagged(version.document_id, version.version, &entry).await {
                 tracing::debug!(%error, "the cache was not filled");
             }
-            return Ok(Some(Document { version, text: entry.body }));
+            return Ok(Some(Document { version, text: entry.body, cached: false }));
         }
         Ok(None)
     }

@@ -14,7 +14,10 @@ pub fn describe() {
     describe_gauge!("saga_active_count", "Sagas that run in this process now.");
     describe_counter!("redis_cache_hits_total", "Documents whose text was in the cache.");
     describe_counter!("redis_cache_misses_total", "Documents whose text was not in the cache.");
-    describe_counter!("redis_cache_invalidations_total", "Cache entries removed, by why.");
+    describe_counter!(
+        "redis_cache_invalidations_total",
+        "Cache entries removed, by why, and changes announced, by their event."
+    );
     describe_gauge!("queue_depth", "Jobs that are ready to be claimed.");
     describe_gauge!("queue_oldest_age_seconds", Unit::Seconds, "How long the oldest ready job has waited.");
     describe_gauge!("queue_in_flight", "Jobs that are leased to workers.");
@@ -48,6 +51,7 @@ pub fn describe() {
     describe_histogram!("embed_batch_seconds", Unit::Seconds, "Time that one batch of texts took to embed.");
     describe_counter!("embed_texts_total", "Texts embedded.");
     describe_histogram!("coalescer_batch_size", "Calls that shared one statement or request to a store.");
+    describe_gauge!("coalescer_batch_limit", "Calls that may share one, as the store's answers allow now.");
     describe_gauge!("outbox_unrelayed", "Accepted jobs that are not in the queue yet.");
     describe_counter!("batches_finished_total", "Batches whose last member has ended.");
     describe_counter!("reconciler_redispatched_total", "Jobs that had to be put into the queue again.");

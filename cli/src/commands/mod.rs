@@ -9,6 +9,7 @@ pub mod dlq;
 pub mod documents;
 pub mod encryption;
 pub mod enqueue;
+pub mod events;
 pub mod import;
 pub mod jobs;
 pub mod keys;

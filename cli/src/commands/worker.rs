@@ -125,6 +125,7 @@ fn worker_settings(args: &Args, context: &Context, lease: Duration) -> anyhow::R
                 )
                 .unwrap_or(u32::MAX),
             keep_audit_log: days("FLOTILLA_KEEP_AUDIT_LOG_DAYS", janitor.keep_audit_log)?,
+            keep_events: days("FLOTILLA_KEEP_EVENTS_DAYS", janitor.keep_events)?,
             ..janitor
         },
     })

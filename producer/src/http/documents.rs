@@ -1,7 +1,7 @@
 //! Reading documents and searching them.
 
-use axum::{Json, extract::State};
-use sagas::search::{Document, Query, SearchHit};
+use axum::{Json, extract::State, response::IntoResponse};
+use sagas::search::{Query, SearchHit};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -16,11 +16,15 @@ use super::{
 const MAX_TEXT: usize = 8192;
 const MAX_HITS: usize = 100;
 
+/// Whether the text came from the cache: `hit` or `miss`.
+const X_CACHE: &str = "x-cache";
+
 /// Read the published version of a document.
 #[utoipa::path(get, path = "/v1/documents/{key}", tag = "documents",
     params(("key" = String, Path, description = "The caller's name for the document; slashes may stand as they are")),
     responses(
-        (status = 200, description = "The version and its `text`", body = Object),
+        (status = 200, description = "The version and its `text`", body = Object,
+            headers(("X-Cache" = String, description = "`hit`: the text was in the cache; `miss`: it came from Postgres"))),
         (status = 401, body = ErrorEnvelope),
         (status = 404, description = "Unknown, deleted, or not ingested yet", body = ErrorEnvelope),
         (status = 503, body = ErrorEnvelope)))]
@@ -28,13 +32,14 @@ pub(super) async fn show(
     State(api): State<Api>,
     Caller(tenant): Caller,
     Named(key): Named,
-) -> Result<Json<Document>, ApiError> {
+) -> Result<impl IntoResponse, ApiError> {
     let missing = || ApiError::not_found("no such document: it is unknown, deleted, or not ingested yet");
     // The ledger can't hold such a name, nor be asked for it.
     if key.contains('\0') {
         return Err(missing());
     }
-    api.stores.document(tenant.as_str(), &key).await?.map(Json).ok_or_else(missing)
+    let document = api.stores.document(tenant.as_str(), &key).await?.ok_or_else(missing)?;
+    Ok(([(X_CACHE, if document.cached { "hit" } else { "miss" })], Json(document)))
 }
 
 /// What to search.

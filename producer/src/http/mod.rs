@@ -6,6 +6,7 @@ mod bodies;
 mod dead_letters;
 mod documents;
 mod error;
+mod events;
 mod health;
 mod input;
 mod jobs;
@@ -91,6 +92,7 @@ pub fn router(
         .route("/v1/batches/{id}/jobs", post(batches::add).layer(DefaultBodyLimit::max(many)))
         .route("/v1/search", get(documents::search))
         .route("/v1/documents/{*key}", get(documents::show))
+        .route("/v1/events", get(events::list))
         .route("/v1/dead-letters", get(dead_letters::list))
         .route("/v1/dead-letters/{id}", get(dead_letters::show).post(dead_letters::resolve))
         .route("/openapi.json", get(openapi::document))

@@ -9,7 +9,7 @@ use utoipa::{
     },
 };
 
-use super::{batches, dead_letters, documents, health, jobs, schedules};
+use super::{batches, dead_letters, documents, events, health, jobs, schedules};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -21,7 +21,7 @@ use super::{batches, dead_letters, documents, health, jobs, schedules};
         jobs::enqueue, jobs::enqueue_many, jobs::list, jobs::show, jobs::change, jobs::cancel,
         schedules::create, schedules::list, schedules::show, schedules::update, schedules::delete, schedules::control,
         batches::make, batches::add, batches::seal, batches::list, batches::show, batches::cancel,
-        documents::show, documents::search,
+        documents::show, documents::search, events::list,
         dead_letters::list, dead_letters::show, dead_letters::resolve,
         health::ready
     ),

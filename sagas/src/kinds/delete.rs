@@ -12,7 +12,10 @@ use super::Stores;
 use crate::{
     engine::{Commits, Saga, Step, StepContext},
     error::{Dependency, StepError},
-    stores::postgres::{deletion::Doomed, publish::Published, stage::NewSaga, take::TakenJob},
+    stores::{
+        announcer::Announcement,
+        postgres::{deletion::Doomed, publish::Published, stage::NewSaga, take::TakenJob},
+    },
 };
 
 /// The job kind.
@@ -130,6 +133,14 @@ impl Step<Deletion> for Tombstone {
         match published {
             Published::Yes => {
                 data.doomed = doomed;
+                self.0.cache.announce(Announcement {
+                    event: "document.deleted",
+                    tenant: ctx.job.tenant.clone(),
+                    document: super::document_of(KIND, &ctx.job.payload).unwrap_or_default(),
+                    document_id: data.document,
+                    version: None,
+                    order,
+                });
                 Ok(())
             }
             Published::Superseded => Err(StepError::Superseded),
@@ -154,7 +165,7 @@ impl Step<Deletion> for PurgeCache {
 
     async fn execute(&self, ctx: &StepContext, data: &mut Deletion) -> Result<(), StepError> {
         let versions = data.versions();
-        ctx.call(Dependency::Cache, |_| self.0.cache.remove(&versions, "deleted")).await
+        ctx.call(Dependency::Cache, |_| self.0.cache.remove_document(data.document, &versions)).await
     }
 
     async fn compensate(&self, _: &StepContext, _: &Deletion) -> Result<(), StepError> {

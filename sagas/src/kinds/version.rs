@@ -13,6 +13,7 @@ use crate::{
     engine::{Commits, Step, StepContext},
     error::{Dependency, StepError},
     stores::{
+        announcer::Announcement,
         cache::Entry,
         postgres::{
             publish::{Condition, Publish, PublishBatch, Published},
@@ -258,7 +259,8 @@ impl Step<Draft> for WriteCache {
                 .ok_or_else(|| StepError::transient("body_missing", "the staged text is not there"))?,
         };
         let entry = Entry { body, content_hash: draft.content_hash.clone(), tenant: ctx.job.tenant.clone() };
-        ctx.call(Dependency::Cache, |_| self.0.cache.put(draft.version, &entry)).await
+        ctx.call(Dependency::Cache, |_| self.0.cache.put_tagged(draft.document_id, draft.version, &entry))
+            .await
     }
 
     async fn compensate(&self, ctx: &StepContext, draft: &Draft) -> Result<(), StepError> {
@@ -314,7 +316,17 @@ impl Step<Draft> for PublishVersion {
             .call(Dependency::Postgres, |deadline| self.0.publish.call(Arc::clone(&publish), deadline))
             .await?
         {
-            Published::Yes => Ok(()),
+            Published::Yes => {
+                stores.cache.announce(Announcement {
+                    event: "document.published",
+                    tenant: ctx.job.tenant.clone(),
+                    document: super::document_of(&ctx.job.kind, &ctx.job.payload).unwrap_or_default(),
+                    document_id: draft.document_id,
+                    version: Some(draft.version),
+                    order: draft.doc_order,
+                });
+                Ok(())
+            }
             Published::Cancelled => Err(StepError::Cancelled),
             Published::LeaseLost => Err(StepError::LeaseLost),
             Published::Superseded if draft.source.is_none() => Err(StepError::Superseded),

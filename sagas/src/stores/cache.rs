@@ -1,5 +1,5 @@
 //! The cache Redis: bodies of published versions, by version. A wrong entry can't exist, because a version never changes;
-//! an absent one is filled from Postgres.
+//! an absent one is filled from Postgres. Each document has a tag with the versions that have entries.
 
 use std::time::Duration;
 
@@ -10,11 +10,16 @@ use uuid::Uuid;
 
 use crate::{
     error::{Class, Dependency, StoreError},
-    stores::cache_line::CacheLine,
+    stores::{
+        announcer::{Announcement, Announcer},
+        cache_line::CacheLine,
+    },
 };
 
 /// Longest time a lost entry can stand (PROTOCOL.md 9). Entries that are read stay worth their memory far shorter.
 const TTL: Duration = Duration::from_secs(24 * 3600);
+/// Versions that a document's tag names at most: the latest.
+const TAGGED: isize = 64;
 
 /// How to connect.
 #[derive(Clone)]
@@ -68,12 +73,15 @@ pub struct Entry {
 pub struct Cache {
     line: CacheLine,
     prefix: String,
+    announcer: Announcer,
 }
 
 impl Cache {
     /// Makes the handle; connects when needed.
     pub fn lazy(config: &CacheConfig) -> Result<Self, StoreError> {
-        Ok(Self { line: CacheLine::new(config)?, prefix: config.prefix.clone() })
+        let (line, prefix) = (CacheLine::new(config)?, config.prefix.clone());
+        let announcer = Announcer::new(line.clone(), format!("{prefix}:events"));
+        Ok(Self { line, prefix, announcer })
     }
 
     /// Whether the server answers within a second, on a connection of its own.
@@ -93,15 +101,40 @@ impl Cache {
         format!("{}:doc:{version}", self.prefix)
     }
 
-    /// Writes a version's entry.
+    /// The key of a document's tag: a sorted set of the versions that have entries, the latest last.
+    pub fn tag(&self, document: Uuid) -> String {
+        format!("{}:tag:{document}", self.prefix)
+    }
+
+    /// Writes a version's entry and tags it with its document.
+    pub async fn put_tagged(&self, document: Uuid, version: Uuid, entry: &Entry) -> Result<(), StoreError> {
+        let tag = self.tag(document);
+        let mut pipe = redis::pipe();
+        pipe.add_command(self.set(version, entry)?).ignore();
+        // Numbers that grow with time; two of the same millisecond stand side by side.
+        pipe.cmd("ZADD")
+            .arg(&tag)
+            .arg(chrono::Utc::now().timestamp_millis())
+            .arg(version.to_string())
+            .ignore();
+        pipe.cmd("ZREMRANGEBYRANK").arg(&tag).arg(0).arg(-TAGGED - 1).ignore();
+        pipe.cmd("EXPIRE").arg(&tag).arg(TTL.as_secs()).ignore();
+        self.line.pipeline(&pipe).await
+    }
+
+    /// Writes a version's entry without a tag.
     pub async fn put(&self, version: Uuid, entry: &Entry) -> Result<(), StoreError> {
+        self.line.command(&self.set(version, entry)?).await
+    }
+
+    fn set(&self, version: Uuid, entry: &Entry) -> Result<redis::Cmd, StoreError> {
         let json = serde_json::to_string(entry)
             .map_err(|e| StoreError::new(Dependency::Cache, Class::Permanent, e.to_string()))?;
         // A tenth of spread, so that what was written together does not expire together.
         let ttl = TTL.as_secs() - rand::random_range(0..TTL.as_secs() / 10);
         let mut set = redis::cmd("SET");
         set.arg(self.key(version)).arg(json).arg("EX").arg(ttl);
-        self.line.command(&set).await
+        Ok(set)
     }
 
     /// Reads a version's entry and counts the hit or miss.
@@ -138,6 +171,31 @@ impl Cache {
         let () = self.line.pipeline(&pipe).await?;
         counter!("redis_cache_invalidations_total", "event" => event).increment(versions.len() as u64);
         Ok(())
+    }
+
+    /// Removes all entries of a document that has been deleted: those that its tag names, and these.
+    pub async fn remove_document(&self, document: Uuid, versions: &[Uuid]) -> Result<(), StoreError> {
+        let tag = self.tag(document);
+        let mut range = redis::cmd("ZRANGE");
+        range.arg(&tag).arg(0).arg(-1);
+        let tagged: Vec<String> = self.line.command(&range).await?;
+        let mut all: Vec<Uuid> = tagged.iter().filter_map(|version| version.parse().ok()).collect();
+        all.extend(versions);
+        all.sort_unstable();
+        all.dedup();
+        let mut pipe = redis::pipe();
+        for version in &all {
+            pipe.cmd("UNLINK").arg(self.key(*version)).ignore();
+        }
+        pipe.cmd("UNLINK").arg(&tag).ignore();
+        let () = self.line.pipeline(&pipe).await?;
+        counter!("redis_cache_invalidations_total", "event" => "deleted").increment(all.len() as u64);
+        Ok(())
+    }
+
+    /// Tells everybody who listens that what readers see has changed, in the background. Call it after the commit.
+    pub fn announce(&self, announcement: Announcement) {
+        self.announcer.tell(announcement);
     }
 
     /// A page of all versions that have an entry, for the auditor: the versions and the next cursor (0: the end). Keys that

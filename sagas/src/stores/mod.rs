@@ -1,6 +1,7 @@
 //! The three stores. All SQL of the project is in `postgres/`, all use of Qdrant in `vectors`, all use of the cache
 //! Redis in `cache`.
 
+pub mod announcer;
 pub mod cache;
 mod cache_line;
 pub mod postgres;

@@ -14,6 +14,7 @@ pub mod dead_letters;
 pub mod deletion;
 pub mod documents;
 pub mod ending;
+pub mod events;
 pub mod fenced;
 pub mod inspect;
 pub mod janitor;
