@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::Read,
+    io::{BufRead, BufReader, Read},
     path::Path,
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -242,6 +242,39 @@ async fn a_whole_day_with_the_command_line() {
     );
     assert_eq!(done["job"]["state"], "succeeded", "{done}");
     cli.text(1, &["documents", "get", "docs/guide/07.md", "--tenant", "acme"]);
+
+    // Other services hear of it: once no transaction is under way that could come before.
+    let deadline = Instant::now() + WITHIN;
+    let heard = loop {
+        let heard = cli.json(0, &["events", "list", "--tenant", "acme"]);
+        if heard["events"].as_array().unwrap().len() == 22 {
+            break heard;
+        }
+        assert!(Instant::now() < deadline, "{heard}");
+    };
+    let last = &heard["events"][21];
+    assert_eq!((&last["event"], &last["document"]), (&"document.deleted".into(), &"docs/guide/07.md".into()));
+    let cursor = heard["events"][19]["cursor"].as_str().unwrap();
+    let rest = cli.json(0, &["events", "list", "--after", cursor, "--limit", "1"]);
+    assert_eq!((&rest["events"][0], &rest["next"]), (&heard["events"][20], &heard["events"][20]["cursor"]));
+    assert!(cli.text(0, &["events", "list"]).0.contains("document.published"));
+    assert_eq!(cli.json(0, &["events", "list", "--after", "now"])["events"], serde_json::json!([]));
+    cli.text(2, &["events", "list", "--after", "yesterday"]);
+    let mut tail = cli
+        .command(&["events", "tail", "--after", "0-0", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(tail.stdout.take().unwrap()).lines().take(22);
+    let tailed: Vec<Value> = lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
+    assert_eq!(&Value::Array(tailed), &heard["events"]);
+    kill(Pid::from_raw(tail.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert_eq!(tail.wait().unwrap().code(), Some(0));
+    let breakers = cli.json(0, &["breakers"]);
+    assert_eq!(breakers.as_array().unwrap().len(), 4, "{breakers}");
+    assert!(breakers.as_array().unwrap().iter().all(|one| one["state"] == "closed"), "{breakers}");
+    assert!(cli.text(0, &["breakers"]).0.contains("embedder"));
 
     let audit = cli.json(0, &["audit"]);
     assert_eq!(audit["by_kind"], serde_json::json!({}), "{audit}");

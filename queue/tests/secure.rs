@@ -7,8 +7,8 @@ use std::{collections::HashSet, fs, path::PathBuf, time::Duration};
 
 use devstack::{RedisProcess, testing::TestServices};
 use queue::{
-    Access, Acker, Claimer, ClaimerConfig, Done, Envelope, Gates, Heartbeat, HeartbeatConfig, Priority,
-    Queue, QueueConfig, Reaper, Scheduler, TenantId,
+    Access, Acker, BreakerNews, BreakerReport, Claimer, ClaimerConfig, Done, Envelope, Gates, Heartbeat,
+    HeartbeatConfig, Priority, Queue, QueueConfig, Reaper, Scheduler, TenantId, WorkerId,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use support::{
@@ -251,6 +251,15 @@ async fn a_user_with_no_more_than_the_guides_rights_can_do_everything() {
     queue.places(&places).await.unwrap();
     queue.stats(&name()).await.unwrap();
     queue.leases(&name()).await.unwrap();
+    let mut news = queue.breaker_news(WorkerId::new("listener"), CancellationToken::new());
+    assert_eq!(tokio::time::timeout(PATIENCE, news.recv()).await.unwrap(), Some(BreakerNews::Listening));
+    for report in [BreakerReport::Open, BreakerReport::Look, BreakerReport::Closed] {
+        queue.report_breaker(&worker(), "cache", report).await.unwrap();
+    }
+    for told in [BreakerNews::Opened("cache".to_owned()), BreakerNews::Closed("cache".to_owned())] {
+        assert_eq!(tokio::time::timeout(PATIENCE, news.recv()).await.unwrap(), Some(told));
+    }
+    assert!(queue.open_breakers("cache").await.unwrap().is_empty());
     queue.tenant_depth(&name(), &TenantId::new("acme").unwrap()).await.unwrap();
     let far = queue.at(i64::MAX / 4096 + 1);
     assert!(!far.reap(&name()).await.unwrap().is_empty());

@@ -325,6 +325,11 @@ mod tests {
             })
             .collect();
         while gate.1.lock().unwrap().is_empty() || coalescer.calls.capacity() > 0 {
+            assert!(
+                Instant::now() < deadline,
+                "the backlog has room for all: {}",
+                coalescer.calls.capacity()
+            );
             tokio::task::yield_now().await;
         }
         for _ in 0..1000 {

@@ -135,13 +135,7 @@ async fn protocol_11_no_read_is_stale_and_every_change_is_told_once_and_in_order
         let (fleet, stop) = (Arc::clone(&fleet), stop.clone());
         async move { follow(&fleet, &stop).await }
     });
-    let writers = (0..DOCUMENTS).map(|no| {
-        let (fleet, progress) = (Arc::clone(&fleet), Arc::clone(&progress));
-        tokio::spawn(async move { change(&fleet, no, &progress[no]).await })
-    });
-    for writer in futures::future::join_all(writers).await {
-        writer.expect("a writer");
-    }
+    futures::future::join_all((0..DOCUMENTS).map(|no| change(&fleet, no, &progress[no]))).await;
     stop.cancel();
     for reader in readers {
         reader.await.expect("a reader");

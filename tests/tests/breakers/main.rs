@@ -125,7 +125,7 @@ async fn protocol_16_a_fleet_stops_claiming_together_and_goes_on_together() {
     }
     let mut ids = fleet.accept(jobs(&fleet, "seen", "bulk", 5)).await;
     fleet.assert_all_succeeded(&ids).await;
-    ids.extend(fleet.accept(jobs(&fleet, "busy", "ingest", 600)).await);
+    ids.extend(fleet.accept(jobs(&fleet, "busy", "ingest", 400)).await);
     succeeded(&fleet, 40).await;
 
     fleet.services.vectors().kill9().await.unwrap();
