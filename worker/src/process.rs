@@ -16,6 +16,7 @@ use sagas::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    auditor::{self, AuditorSettings},
     canceller, gatekeeper,
     health::{self, MetricsRender},
     runner::Runner,
@@ -40,6 +41,8 @@ pub struct WorkerSettings {
     pub engine: EngineSettings,
     /// The janitor's.
     pub janitor: JanitorSettings,
+    /// The auditor's.
+    pub auditor: AuditorSettings,
 }
 
 /// Why a worker can't start or go on.
@@ -104,6 +107,14 @@ pub async fn run(
     Reaper::spawn(queue.clone(), settings.queues.clone(), background.clone());
     Scheduler::spawn(queue.clone(), settings.queues.clone(), background.clone());
     tokio::spawn(janitor::run(stores.clone(), settings.janitor, background.clone()));
+    // Of a worker that drains, another goes on with the audit.
+    tokio::spawn(auditor::run(
+        stores.clone(),
+        queue.clone(),
+        settings.auditor,
+        settings.id.clone(),
+        shutdown.child_token(),
+    ));
 
     let stop_jobs = CancellationToken::new();
     let runner = Arc::new(Runner::new(engine, acker.clone(), settings.engine.calls, stop_jobs.clone()));

@@ -2,6 +2,7 @@
 //!
 //! Everything runs on private servers in a directory of its own, on loopback addresses, and is removed afterwards.
 
+mod audit;
 mod embed;
 mod enqueue;
 mod ingest;
@@ -21,6 +22,8 @@ use crate::{
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
+    /// Points audited per second, and the memory that it takes, beside a plain scroll
+    Audit(audit::Args),
     /// Texts embedded per second, in batches and one by one
     Embed(embed::Args),
     /// Jobs accepted per second, durably: one by one and in batches, beside plain inserts
@@ -122,6 +125,7 @@ fn percentiles(mut times: Vec<Duration>) -> (f64, f64) {
 
 pub async fn run(command: Command, context: &Context) -> Outcome {
     let report = match command {
+        Command::Audit(args) => Box::pin(audit::measure(args, context)).await?,
         Command::Embed(args) => Box::pin(embed::measure(args, context)).await?,
         Command::Enqueue(args) => Box::pin(enqueue::measure(args, context)).await?,
         Command::Ingest(args) => Box::pin(ingest::measure(args, context)).await?,

@@ -6,6 +6,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
+use chrono::{DateTime, Utc};
 use queue::TenantId;
 use sagas::{
     kinds,
@@ -35,6 +36,14 @@ pub(super) struct LetterQuery {
     class: Option<String>,
     /// `open`, `replayed`, `discarded` or `all`. Default `open`.
     state: Option<String>,
+    /// Only written then or later, as RFC 3339.
+    #[param(value_type = Option<String>)]
+    since: Option<DateTime<Utc>>,
+    /// Only written before, as RFC 3339.
+    #[param(value_type = Option<String>)]
+    until: Option<DateTime<Utc>>,
+    /// Only with this text in the reason or the chain of errors, in any case.
+    text: Option<String>,
     /// Page length, 1 to 1,000. Default 100.
     limit: Option<i64>,
 }
@@ -61,6 +70,10 @@ pub(super) async fn list(
         kind: asked.kind,
         class: asked.class,
         state: (state != "all").then_some(state),
+        since: asked.since,
+        until: asked.until,
+        text: asked.text,
+        from: None,
         limit: page(asked.limit)?,
     };
     Ok(Json(LetterList { dead_letters: api.client.postgres().dead_letters(&filter).await? }))
