@@ -20,7 +20,7 @@ CREATE TRIGGER jobs_batch_reopened AFTER UPDATE OF state ON jobs
 
 -- Who of the fleet audits, when the next audit is due, and what the last one found: one row.
 CREATE TABLE auditor (
-    only        boolean PRIMARY KEY DEFAULT true CHECK (only),
+    the_one     boolean PRIMARY KEY DEFAULT true CHECK (the_one),
     created_at  timestamptz NOT NULL DEFAULT now(),
     -- Not before a new fleet has been filled.
     due_at      timestamptz NOT NULL DEFAULT now() + interval '10 minutes',
