@@ -191,10 +191,42 @@ async fn a_whole_day_with_the_command_line() {
         found.unwrap_or_else(|| panic!("no {class} in {letters}")).clone()
     };
     let not_utf8 = letter("not_utf8");
-    assert_eq!(not_utf8["payload"]["document"], "docs/latin1.txt");
+    assert_eq!((&not_utf8["document"], &not_utf8["payload"]), (&"docs/latin1.txt".into(), &Value::Null));
     let id = not_utf8["id"].as_str().unwrap();
+    // The payload is shown only on request, and what is named secret not even then.
     let (shown, _) = cli.text(0, &["dlq", "show", id]);
     assert!(shown.contains("docs/latin1.txt") && shown.contains("dlq replay"), "{shown}");
+    assert!(shown.contains("hidden; --payload shows it") && shown.contains("attempts"), "{shown}");
+    let shown = cli.json(0, &["dlq", "show", id, "--payload"]);
+    assert_eq!(shown["payload"]["document"], "docs/latin1.txt", "{shown}");
+    assert!(
+        shown["attempts"][0]["worker"].is_string() && shown["attempts"][0]["ended_at"].is_string(),
+        "{shown}"
+    );
+    let redacted = cli
+        .command(&["dlq", "show", id, "--payload", "--json"])
+        .env("FLOTILLA_REDACT", "Document")
+        .output()
+        .unwrap();
+    let redacted: Value = serde_json::from_slice(&redacted.stdout).unwrap();
+    assert_eq!(redacted["payload"]["document"], "[redacted]", "{redacted}");
+
+    // By filter: a dry run changes nothing; an export has a line for each.
+    let dry = cli.json(0, &["dlq", "replay", "--all", "--dry-run", "--text", "UTF-8"]);
+    assert_eq!(
+        (&dry["letters"], &dry["by_kind_and_class"][0]["class"]),
+        (&1.into(), &"not_utf8".into()),
+        "{dry}"
+    );
+    assert_eq!(cli.json(0, &["dlq", "discard", "--all", "--dry-run", "--reason", "x"])["letters"], 2);
+    let (lines, _) = cli.text(0, &["dlq", "export", "--state", "open", "--since", "1h"]);
+    let exported: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(exported.len(), 2, "{lines}");
+    assert!(
+        exported.iter().all(|letter| letter["payload"].is_null() && letter["runs"].is_array()),
+        "{lines}"
+    );
+    assert_eq!(cli.json(0, &["dlq", "list", "--until", "1h"]), Value::Array(vec![]));
     let mended = r#"{"document":"docs/latin1.txt","text":"Müller mends pipes"}"#;
     let replayed = cli.json(0, &["dlq", "replay", id, "--payload", mended]);
     let job = replayed[0]["job"].as_str().unwrap().to_owned();

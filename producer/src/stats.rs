@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use metrics::gauge;
 use queue::{Queue, QueueError};
-use sagas::{StoreError, stores::postgres::Postgres};
+use sagas::{StoreError, audit::FindingKind, stores::postgres::Postgres};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -60,6 +60,12 @@ impl Stats {
         let (limit, postgres) = (self.postgres.call_timeout(), &self.postgres);
         gauge!("outbox_unrelayed").set(within(limit, postgres.undispatched_count()).await? as f64);
         gauge!("parked_sagas").set(within(limit, postgres.parked_count()).await? as f64);
+        let drift = within(limit, postgres.drift()).await?;
+        gauge!("audit_age_seconds").set(drift.age_s);
+        for kind in FindingKind::ALL {
+            let left = drift.by_kind.get(kind.name()).copied().unwrap_or_default();
+            gauge!("audit_drift", "kind" => kind.name()).set(left as f64);
+        }
         let mut gone = std::mem::take(&mut self.dead);
         for (kind, class, count) in within(limit, postgres.dead_letter_counts()).await? {
             gauge!("dead_letters", "kind" => kind.clone(), "class" => class.clone()).set(count as f64);

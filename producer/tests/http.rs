@@ -577,6 +577,55 @@ async fn dead_letters_are_replayed_or_discarded_once() {
 }
 
 #[tokio::test]
+async fn a_tenants_open_letters_are_replayed_or_discarded_together() {
+    let api = Api::new().await;
+    let pool = api.stage.postgres.pool();
+    for (n, class) in ["odd", "odd", "odd", "other"].into_iter().enumerate() {
+        let id = api.enqueue(&job()).await.body["id"].as_str().unwrap().parse::<uuid::Uuid>().unwrap();
+        sqlx::query("UPDATE jobs SET state = 'dead', finished_at = now() WHERE id = $1")
+            .bind(id)
+            .execute(pool)
+            .await
+            .unwrap();
+        sqlx::query("INSERT INTO dead_letters (id, job_id, tenant, kind, queue, class, reason, payload) VALUES ($1, $2, 'acme', 'ingest', 'ingest', $3, $4, $5)")
+            .bind(uuid::Uuid::now_v7())
+            .bind(id)
+            .bind(class)
+            .bind(format!("number {n}"))
+            .bind(&job()["payload"])
+            .execute(pool)
+            .await
+            .unwrap();
+    }
+    let replay = async |body: serde_json::Value| api.post("/v1/dead-letters:replay", &body).await;
+    let dry = replay(json!({ "class": "odd", "dry_run": true })).await;
+    assert_eq!((dry.status, &dry.body["letters"]), (StatusCode::OK, &json!(3)), "{}", dry.body);
+    assert_eq!(replay(json!({ "limit": 0 })).await.status, StatusCode::BAD_REQUEST);
+    assert_eq!(replay(json!({ "clas": "odd" })).await.status, StatusCode::BAD_REQUEST);
+    let theirs = api.call(OTHER_KEY, Method::POST, "/v1/dead-letters:replay", "{}").await;
+    assert_eq!((theirs.status, &theirs.body["replayed"]), (StatusCode::ACCEPTED, &json!([])));
+
+    let first = replay(json!({ "class": "odd", "limit": 2 })).await;
+    assert_eq!(first.status, StatusCode::ACCEPTED, "{}", first.body);
+    assert_eq!(first.body["replayed"].as_array().unwrap().len(), 2);
+    let job = first.body["replayed"][0]["replay_job"].as_str().unwrap();
+    assert_eq!(api.get(&format!("/v1/jobs/{job}")).await.body["state"], "waiting");
+    let rest = replay(json!({ "class": "odd", "text": "NUMBER 2" })).await;
+    assert_eq!(rest.body["replayed"].as_array().unwrap().len(), 1, "{}", rest.body);
+    assert_eq!(replay(json!({ "class": "odd" })).await.body["replayed"], json!([]));
+
+    let discard = async |body: serde_json::Value| api.post("/v1/dead-letters:discard", &body).await;
+    assert_eq!(discard(json!({})).await.status, StatusCode::BAD_REQUEST, "without a reason");
+    assert_eq!(discard(json!({ "reason": "a test", "dry_run": true })).await.body["letters"], 1);
+    assert_eq!(discard(json!({ "reason": "a test" })).await.body, json!({ "discarded": 1 }));
+    assert_eq!(
+        api.get("/v1/dead-letters?state=all&text=number%203").await.body["dead_letters"][0]["note"],
+        "a test"
+    );
+    assert_eq!(api.get("/v1/dead-letters").await.body["dead_letters"], json!([]));
+}
+
+#[tokio::test]
 async fn with_open_auth_the_header_names_the_tenant() {
     let api = Api::with(ClientSettings::default(), Auth::Open).await;
     let send = |tenant: Option<&'static str>| {
@@ -799,6 +848,8 @@ async fn the_description_names_every_route_and_metrics_are_text() {
         ("/v1/dead-letters", vec!["get"]),
         ("/v1/events", vec!["get"]),
         ("/v1/dead-letters/{id}", vec!["get", "post"]),
+        ("/v1/dead-letters:discard", vec!["post"]),
+        ("/v1/dead-letters:replay", vec!["post"]),
     ] {
         let described: Vec<&str> =
             paths.get(path).map(support::object).unwrap().keys().map(String::as_str).collect();

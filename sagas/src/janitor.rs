@@ -16,6 +16,8 @@ pub struct JanitorSettings {
     pub keep_jobs: Duration,
     /// How long jobs that have ended keep their result.
     pub keep_results: Duration,
+    /// How long open dead letters wait for a person. `None`: for ever.
+    pub keep_letters: Option<Duration>,
     /// How long the audit log is kept.
     pub keep_audit_log: Duration,
     /// How long events for other services are kept.
@@ -23,13 +25,14 @@ pub struct JanitorSettings {
 }
 
 impl Default for JanitorSettings {
-    /// 1 s; 7 days; 1 day; 400 days; 7 days.
+    /// 1 s; 7 days; 1 day; for ever; 400 days; 7 days.
     fn default() -> Self {
         let day = Duration::from_secs(24 * 3600);
         Self {
             every: Duration::from_secs(1),
             keep_jobs: 7 * day,
             keep_results: day,
+            keep_letters: None,
             keep_audit_log: 400 * day,
             keep_events: 7 * day,
         }
@@ -74,7 +77,12 @@ pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: Cancellati
 /// One look at retention; whether there is more to remove. The audit log's partitions need no look so often.
 async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool) -> Result<bool, StoreError> {
     let postgres = &stores.postgres;
+    let letters = match settings.keep_letters {
+        Some(keep) => postgres.expire_letters(keep, EXPIRED).await?,
+        None => 0,
+    };
     let gone = [
+        letters,
         postgres.expire_results(settings.keep_results, EXPIRED).await?,
         postgres.expire_jobs(settings.keep_jobs, EXPIRED).await?,
         postgres.expire_keys(EXPIRED).await?,

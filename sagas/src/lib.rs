@@ -10,6 +10,7 @@ pub mod error;
 pub mod fault;
 pub mod janitor;
 pub mod kinds;
+pub mod redaction;
 pub mod results;
 pub mod search;
 pub mod standing;

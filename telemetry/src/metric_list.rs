@@ -62,7 +62,8 @@ pub fn describe() {
         "How late the longest due tick of any schedule is."
     );
     describe_gauge!(
-        "audit_findings",
-        "Disagreements between the stores that the last audit of this process left, by kind."
+        "audit_drift",
+        "Disagreements between the stores that the fleet's last audit left, by kind."
     );
+    describe_gauge!("audit_age_seconds", Unit::Seconds, "Time since the fleet's last audit came to its end.");
 }

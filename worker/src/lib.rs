@@ -1,10 +1,12 @@
 #![doc = include_str!("../README.md")]
 
+mod auditor;
 mod canceller;
 mod gatekeeper;
 mod health;
 mod process;
 mod runner;
 
+pub use auditor::AuditorSettings;
 pub use health::MetricsRender;
 pub use process::{WorkerError, WorkerSettings, run};

@@ -16,6 +16,7 @@ use sagas::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    auditor::{self, AuditorSettings},
     canceller,
     gatekeeper::Gatekeeper,
     health::{self, MetricsRender},
@@ -41,6 +42,8 @@ pub struct WorkerSettings {
     pub engine: EngineSettings,
     /// The janitor's.
     pub janitor: JanitorSettings,
+    /// The auditor's.
+    pub auditor: AuditorSettings,
 }
 
 impl WorkerSettings {
@@ -58,6 +61,7 @@ impl WorkerSettings {
             addr: SocketAddr::from(([127, 0, 0, 1], 9090)),
             engine,
             janitor: JanitorSettings::default(),
+            auditor: AuditorSettings::default(),
         }
     }
 }
@@ -127,6 +131,14 @@ pub async fn run(
     Scheduler::spawn(queue.clone(), settings.queues.clone(), background.clone());
     Presence::spawn(queue.clone(), settings.id.clone(), settings.queues.clone(), background.clone());
     tokio::spawn(janitor::run(stores.clone(), settings.janitor, background.clone()));
+    // Of a worker that drains, another goes on with the audit.
+    tokio::spawn(auditor::run(
+        stores.clone(),
+        queue.clone(),
+        settings.auditor,
+        settings.id.clone(),
+        shutdown.child_token(),
+    ));
 
     let stop_jobs = CancellationToken::new();
     let runner =

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
-use ::sagas::audit::{AuditSettings, Auditor, Report};
+use ::sagas::{
+    audit::{AuditSettings, Auditor, Report},
+    stores::postgres::Postgres,
+};
+use serde_json::json;
 
 use crate::{
     context::{Context, actor},
-    failure::{Ending, Outcome},
-    output::{self, short, span},
+    failure::{Ending, Outcome, Refused},
+    output::{self, ago, short, span, time},
 };
 
 #[derive(Debug, clap::Args)]
@@ -24,6 +28,9 @@ pub struct Args {
     /// Disagreements listed at most; all are counted
     #[arg(long, value_name = "N", default_value_t = 1000)]
     list: usize,
+    /// Show the last report of the auditor in the workers instead of looking now
+    #[arg(long, conflicts_with_all = ["repair", "wait", "collection", "list", "without_queue"])]
+    last: bool,
     /// Leave the queue's Redis out
     #[arg(long)]
     without_queue: bool,
@@ -31,6 +38,9 @@ pub struct Args {
 
 pub async fn run(args: Args, context: &Context) -> Outcome {
     let postgres = context.postgres().await?;
+    if args.last {
+        return last(&postgres, context).await;
+    }
     let queue = if args.without_queue { None } else { Some(context.queue().await?) };
     let auditor = Auditor::new(context.stores(postgres)?, queue);
     let settings = AuditSettings {
@@ -43,6 +53,19 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
     };
     let report = Box::pin(auditor.run(&settings)).await?;
     context.out.data(&report, || described(&report))?;
+    Ok(Ending::fine_if(report.unrepaired() == 0))
+}
+
+/// What the fleet's auditor found when it last looked.
+async fn last(postgres: &Postgres, context: &Context) -> Outcome {
+    let drift = postgres.drift().await?;
+    let Some((report, at)) = postgres.last_audit().await?.zip(drift.finished_at) else {
+        return Err(Refused("no audit has come to its end yet: does a worker run?".to_owned()).into());
+    };
+    let report: Report = serde_json::from_value(report)?;
+    context.out.data(&json!({ "finished_at": at, "report": report }), || {
+        format!("audited {} ({})\n{}", time(at), ago(at), described(&report))
+    })?;
     Ok(Ending::fine_if(report.unrepaired() == 0))
 }
 

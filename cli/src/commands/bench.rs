@@ -3,6 +3,7 @@
 //! Everything runs on private servers in a directory of its own, on loopback addresses, and is removed afterwards.
 
 mod chaos;
+mod audit;
 mod embed;
 mod enqueue;
 mod ingest;
@@ -23,6 +24,8 @@ use crate::{
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
+    /// Points audited per second, and the memory that it takes, beside a plain scroll
+    Audit(audit::Args),
     /// Texts embedded per second, in batches and one by one
     Embed(embed::Args),
     /// Jobs accepted per second, durably: one by one and in batches, beside plain inserts
@@ -132,6 +135,7 @@ pub async fn run(command: Command, context: &Context, telemetry: &Telemetry) -> 
     let report = match command {
         Command::Chaos(args) => return Box::pin(chaos::run(args, context)).await,
         Command::ChaosWorker(args) => return Box::pin(chaos::work(args, context, telemetry)).await,
+        Command::Audit(args) => Box::pin(audit::measure(args, context)).await?,
         Command::Embed(args) => Box::pin(embed::measure(args, context)).await?,
         Command::Enqueue(args) => Box::pin(enqueue::measure(args, context)).await?,
         Command::Ingest(args) => Box::pin(ingest::measure(args, context)).await?,

@@ -1,9 +1,15 @@
 //! `flotilla dlq`: jobs that will not be tried again without a person.
 
+mod many;
+
 use anyhow::{Context as _, bail};
-use sagas::stores::postgres::{
-    Postgres,
-    dead_letters::{DeadLetter, DeadLetterFilter, Replay, Resolved},
+use chrono::{DateTime, Utc};
+use sagas::{
+    redaction::Redaction,
+    stores::postgres::{
+        Postgres,
+        dead_letters::{DeadLetter, DeadLetterFilter, LetterStory, Replay, Resolved},
+    },
 };
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -13,10 +19,8 @@ use crate::{
     context::{Context, actor},
     failure::{Ending, Outcome, Refused},
     output::{self, ago, fields, short, time},
+    times,
 };
-
-/// Letters that `replay --all` takes at once.
-const ALL_AT_MOST: i64 = 1000;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
@@ -30,12 +34,16 @@ pub enum Command {
         /// Letters at most
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(i64).range(1..=10_000))]
         limit: i64,
+        /// The next page: only letters before this one, the last of the page before
+        #[arg(long, value_name = "ID")]
+        before: Option<Uuid>,
     },
-    /// Show one dead letter with its payload and its chain of errors
+    /// Show one dead letter with its chain of errors, its attempts and its timeline
     Show {
         /// The letter, or its job
         id: Uuid,
-        /// Also open a sealed payload, with the keys that are there
+        /// Also show the payload, a sealed one opened with the keys that are there, without the fields that FLOTILLA_REDACT
+        /// names
         #[arg(long)]
         payload: bool,
     },
@@ -44,11 +52,20 @@ pub enum Command {
         /// The letter, or its job
         #[arg(required_unless_present = "all")]
         id: Option<Uuid>,
-        /// Replay all open letters that the filters let through, at most 1,000
+        /// Replay all open letters that the filters let through, oldest first
         #[arg(long, conflicts_with_all = ["id", "payload", "as_kind"])]
         all: bool,
         #[command(flatten)]
         filter: Filter,
+        /// Letters at most
+        #[arg(long, requires = "all", value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        limit: Option<u64>,
+        /// Letters a second at most
+        #[arg(long, requires = "all", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        rate: Option<u32>,
+        /// Only say what would be replayed
+        #[arg(long, requires = "all")]
+        dry_run: bool,
         /// A mended payload: JSON, @FILE, or - for stdin
         #[arg(long, value_name = "JSON")]
         payload: Option<String>,
@@ -62,10 +79,30 @@ pub enum Command {
     /// Close a dead letter without a replay
     Discard {
         /// The letter, or its job
-        id: Uuid,
+        #[arg(required_unless_present = "all")]
+        id: Option<Uuid>,
+        /// Close all open letters that the filters let through
+        #[arg(long, conflicts_with = "id")]
+        all: bool,
+        #[command(flatten)]
+        filter: Filter,
+        /// Only say what would be closed
+        #[arg(long, requires = "all")]
+        dry_run: bool,
         /// Why, for the audit log
         #[arg(long)]
         reason: String,
+    },
+    /// Write letters with all that is known of their jobs to stdout, one JSON object a line, oldest first
+    Export {
+        #[command(flatten)]
+        filter: Filter,
+        /// open, replayed, discarded or all
+        #[arg(long, default_value = "all", value_parser = ["open", "replayed", "discarded", "all"])]
+        state: String,
+        /// Also the payloads, as `dlq show --payload` shows them
+        #[arg(long)]
+        payload: bool,
     },
 }
 
@@ -80,51 +117,94 @@ pub struct Filter {
     /// Only letters with this reason, such as `not_utf8` or `poison`
     #[arg(long)]
     class: Option<String>,
+    /// Only letters written then or later: a time, or how long ago, such as 2h
+    #[arg(long, value_name = "TIME", value_parser = times::past)]
+    since: Option<DateTime<Utc>>,
+    /// Only letters written before: a time, or how long ago
+    #[arg(long, value_name = "TIME", value_parser = times::past)]
+    until: Option<DateTime<Utc>>,
+    /// Only letters with this text in their reason or chain of errors, in any case
+    #[arg(long)]
+    text: Option<String>,
 }
 
 impl Filter {
     fn with(self, state: &str, limit: i64) -> DeadLetterFilter {
         let state = (state != "all").then(|| state.to_owned());
-        DeadLetterFilter { tenant: self.tenant, kind: self.kind, class: self.class, state, limit }
+        let Self { tenant, kind, class, since, until, text } = self;
+        DeadLetterFilter { tenant, kind, class, state, since, until, text, from: None, limit }
     }
+}
+
+/// What of payloads is not shown.
+fn redaction(context: &Context) -> Redaction {
+    context.settings.get("FLOTILLA_REDACT").map_or_else(Redaction::default, |names| match names.trim() {
+        "none" => Redaction::parse(""),
+        names => Redaction::parse(names),
+    })
+}
+
+/// Takes the payload out of a letter, or shows what may be seen of it.
+async fn show_payload(
+    letter: &mut DeadLetter,
+    shown: bool,
+    postgres: &Postgres,
+    redaction: &Redaction,
+) -> anyhow::Result<()> {
+    letter.payload = Value::Null;
+    if shown {
+        letter.payload = postgres.letter_payload(letter).await?;
+        redaction.apply(&mut letter.payload);
+    }
+    Ok(())
 }
 
 pub async fn run(command: Command, context: &Context) -> Outcome {
     let postgres = context.postgres().await?;
     match command {
-        Command::List { filter, state, limit } => {
-            let letters = postgres.dead_letters(&filter.with(&state, limit)).await?;
+        Command::List { filter, state, limit, before } => {
+            let mut filter = filter.with(&state, limit);
+            if let Some(id) = before {
+                let Some(letter) = postgres.dead_letter(id).await? else { return Err(unknown(id).into()) };
+                filter.from = Some((letter.created_at, letter.id));
+            }
+            let mut letters = postgres.dead_letters(&filter).await?;
+            for letter in &mut letters {
+                letter.payload = Value::Null;
+            }
             context.out.data(&letters, || output::rows(&letter_table(&letters), "no such dead letters"))?;
             Ok(Ending::Fine)
         }
         Command::Show { id, payload } => {
-            let Some(mut letter) = postgres.dead_letter(id).await? else { return Err(unknown(id).into()) };
-            if payload {
-                letter.payload = postgres.letter_payload(&letter).await?;
-            }
-            context.out.data(&letter, || described(&letter))?;
+            let Some(mut story) = postgres.letter_story(id).await? else { return Err(unknown(id).into()) };
+            show_payload(&mut story.letter, payload, &postgres, &redaction(context)).await?;
+            context.out.data(&story, || described(&story, payload))?;
             Ok(Ending::Fine)
         }
-        Command::Replay { id, all, filter, payload, as_kind, as_latest } => {
+        Command::Replay { id, all: _, filter, limit, rate, dry_run, payload, as_kind, as_latest } => {
             let how = Replay {
                 actor: actor(),
                 payload: payload.as_deref().map(read_payload).transpose()?,
                 kind: as_kind,
                 as_latest,
             };
-            let ids = match id {
-                Some(id) if !all => vec![id],
-                _ => {
-                    let open = postgres.dead_letters(&filter.with("open", ALL_AT_MOST)).await?;
-                    open.iter().map(|letter| letter.id).collect()
+            match id {
+                Some(id) => replay(id, &how, &postgres, context).await,
+                None => {
+                    let filter = filter.with("open", many::PAGE);
+                    let pace = many::Pace { limit, rate };
+                    many::replay(filter, &how, pace, dry_run, &postgres, context).await
                 }
-            };
-            replay(&ids, &how, &postgres, context).await
+            }
         }
-        Command::Discard { id, reason } => {
+        Command::Discard { id, all: _, filter, dry_run, reason } => {
             if reason.trim().is_empty() {
                 bail!("--reason is empty: say why, for whoever reads the audit log");
             }
+            let Some(id) = id else {
+                let filter = filter.with("open", many::PAGE);
+                return many::discard(filter, &reason, dry_run, &postgres, context).await;
+            };
             match postgres.discard(id, &actor(), &reason).await? {
                 Resolved::Done(_) => {
                     context
@@ -136,17 +216,22 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
                 Resolved::Unknown => Err(unknown(id).into()),
             }
         }
+        Command::Export { filter, state, payload } => {
+            many::export(filter.with(&state, many::EXPORTED), payload, &postgres, &redaction(context)).await
+        }
     }
 }
 
 fn letter_table(letters: &[DeadLetter]) -> comfy_table::Table {
-    let mut table = output::table(&["ID", "JOB", "KIND", "TENANT", "CLASS", "STATE", "DIED", "REASON"]);
+    let mut table =
+        output::table(&["ID", "JOB", "KIND", "TENANT", "DOCUMENT", "CLASS", "STATE", "DIED", "REASON"]);
     for letter in letters {
         table.add_row([
             letter.id.into(),
             letter.job_id.into(),
             (&letter.kind).into(),
             (&letter.tenant).into(),
+            short(letter.document.as_deref().unwrap_or_default(), 40).into(),
             (&letter.class).into(),
             output::state(&letter.state),
             ago(letter.created_at).into(),
@@ -156,7 +241,8 @@ fn letter_table(letters: &[DeadLetter]) -> comfy_table::Table {
     table
 }
 
-fn described(letter: &DeadLetter) -> String {
+fn described(story: &LetterStory, shown: bool) -> String {
+    let letter = &story.letter;
     let chain = match &letter.error_chain {
         Value::Array(chain) if !chain.is_empty() => Some(
             chain
@@ -168,8 +254,9 @@ fn described(letter: &DeadLetter) -> String {
         _ => None,
     };
     let payload = match &letter.payload_key_id {
-        Some(key) if letter.payload.is_null() => format!("sealed with key {key}; --payload opens it"),
-        _ => serde_json::to_string_pretty(&letter.payload).unwrap_or_default(),
+        _ if shown => serde_json::to_string_pretty(&letter.payload).unwrap_or_default(),
+        Some(key) => format!("sealed with key {key}; --payload opens it"),
+        None => "hidden; --payload shows it".to_owned(),
     };
     let text = fields(&[
         ("dead letter", Some(letter.id.to_string())),
@@ -178,9 +265,12 @@ fn described(letter: &DeadLetter) -> String {
         ("kind", Some(letter.kind.clone())),
         ("queue", Some(letter.queue.clone())),
         ("tenant", Some(letter.tenant.clone())),
+        ("document", letter.document.clone()),
         ("class", Some(letter.class.clone())),
         ("reason", Some(letter.reason.clone())),
         ("errors", chain),
+        ("attempts", lines(&story.attempts, attempt)),
+        ("runs", lines(&story.runs, run_lines)),
         ("died", Some(format!("{} ({})", time(letter.created_at), ago(letter.created_at)))),
         ("state", Some(letter.state.clone())),
         ("resolved", letter.resolved_at.map(time)),
@@ -200,49 +290,54 @@ fn described(letter: &DeadLetter) -> String {
     text
 }
 
-async fn replay(ids: &[Uuid], how: &Replay, postgres: &Postgres, context: &Context) -> Outcome {
-    let mut replayed = vec![];
-    let mut refused = vec![];
-    for id in ids {
-        match postgres
-            .replay(*id, how)
-            .await
-            .with_context(|| format!("{} of {} were replayed", replayed.len(), ids.len()))?
-        {
-            Resolved::Done(Some(job)) => {
-                dispatch(job, postgres, context).await;
-                replayed.push((*id, job));
-            }
-            Resolved::Done(None) => {}
-            Resolved::Already(state) => refused.push(already(*id, &state)),
-            Resolved::Unknown => refused.push(unknown(*id)),
-        }
-    }
-    let data: Vec<Value> = replayed.iter().map(|(id, job)| json!({ "id": id, "job": job })).collect();
-    if context.out.json || !replayed.is_empty() {
-        context.out.data(&data, || {
-            let lines: Vec<String> =
-                replayed.iter().map(|(id, job)| format!("{id} replayed as job {job}")).collect();
-            lines.join("\n")
-        })?;
-    } else if refused.is_empty() {
-        output::say("no open dead letters");
-    }
-    match refused.into_iter().next() {
-        Some(first) => Err(first.into()),
-        None => Ok(Ending::Fine),
-    }
+/// Lines about each entry of a JSON array; `None`: there are none.
+fn lines(all: &Value, line: fn(&Value) -> String) -> Option<String> {
+    let all = all.as_array().filter(|all| !all.is_empty())?;
+    Some(all.iter().map(line).collect::<Vec<_>>().join("\n"))
 }
 
-/// Puts a replayed job into Redis at once. Where that fails, the producer's relay does it: the job is in the ledger.
-async fn dispatch(job: queue::JobId, postgres: &Postgres, context: &Context) {
-    let pushed = async {
-        let envelope = postgres.envelope(job).await?.into_iter().collect::<Vec<_>>();
-        context.lazy_queue()?.push_accepted(&envelope).await?;
-        anyhow::Ok(())
+fn text<'a>(entry: &'a Value, name: &str) -> &'a str {
+    entry[name].as_str().unwrap_or_default()
+}
+
+fn attempt(entry: &Value) -> String {
+    format!(
+        "{} by {}, {} to {}: {}: {}",
+        entry["attempt"],
+        text(entry, "worker"),
+        text(entry, "started_at"),
+        text(entry, "ended_at"),
+        text(entry, "class"),
+        text(entry, "error")
+    )
+}
+
+fn run_lines(run: &Value) -> String {
+    let step = |step: &Value| {
+        let undo = if step["direction"] == "compensate" { "undo " } else { "" };
+        let error = step["error"].as_str().map(|error| format!(": {error}")).unwrap_or_default();
+        format!(
+            "  {} {undo}{} {}{error}",
+            text(step, "started_at"),
+            text(step, "step_name"),
+            text(step, "state")
+        )
     };
-    if let Err(error) = pushed.await {
-        tracing::debug!(%job, %error, "left to the relay");
+    let steps = run["steps"].as_array().into_iter().flatten().map(step);
+    let head = format!("{} {}", text(run, "id"), text(run, "state"));
+    [head].into_iter().chain(steps).collect::<Vec<_>>().join("\n")
+}
+
+async fn replay(id: Uuid, how: &Replay, postgres: &Postgres, context: &Context) -> Outcome {
+    match postgres.replay(id, how).await.context("the letter was not replayed")? {
+        Resolved::Done(Some(job)) => {
+            context.dispatch(job, postgres).await;
+            context.out.data(&json!([{ "id": id, "job": job }]), || format!("{id} replayed as job {job}"))?;
+            Ok(Ending::Fine)
+        }
+        Resolved::Done(None) => Ok(Ending::Fine),
+        Resolved::Already(state) => Err(already(id, &state).into()),
+        Resolved::Unknown => Err(unknown(id).into()),
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use ::worker::{MetricsRender, WorkerSettings};
-use anyhow::Context as _;
+use ::worker::{AuditorSettings, MetricsRender, WorkerSettings};
+use anyhow::{Context as _, bail};
 use producer::MaintainSettings;
 use queue::{HeartbeatConfig, QueueName, WorkerId};
 use sagas::{
@@ -15,6 +15,7 @@ use telemetry::Telemetry;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    config::Settings,
     context::Context,
     failure::{Ending, Outcome},
     signals,
@@ -84,6 +85,23 @@ pub async fn run_with(
     Ok(Ending::Fine)
 }
 
+fn auditor_settings(settings: &Settings) -> anyhow::Result<AuditorSettings> {
+    const REPAIR: &str = "FLOTILLA_AUDIT_REPAIR";
+    let defaults = AuditorSettings::default();
+    Ok(AuditorSettings {
+        every: settings.millis("FLOTILLA_AUDIT_EVERY_MS", defaults.every)?,
+        rate: u32::try_from(settings.number("FLOTILLA_AUDIT_RATE", defaults.rate.into())?)
+            .unwrap_or(u32::MAX)
+            .max(1),
+        repair: match settings.get(REPAIR).as_deref().map(str::trim) {
+            None => defaults.repair,
+            Some("true") => true,
+            Some("false") => false,
+            Some(other) => bail!("{REPAIR} is {other:?}: true and false are allowed"),
+        },
+    })
+}
+
 fn worker_settings(args: &Args, context: &Context, lease: Duration) -> anyhow::Result<WorkerSettings> {
     let settings = &context.settings;
     let engine = EngineSettings::default();
@@ -124,9 +142,13 @@ fn worker_settings(args: &Args, context: &Context, lease: Duration) -> anyhow::R
                     settings.number("FLOTILLA_KEEP_RESULTS_HOURS", janitor.keep_results.as_secs() / 3600)?,
                 )
                 .unwrap_or(u32::MAX),
+            // 0: for ever.
+            keep_letters: Some(days("FLOTILLA_KEEP_DEAD_LETTERS_DAYS", Duration::ZERO)?)
+                .filter(|keep| !keep.is_zero()),
             keep_audit_log: days("FLOTILLA_KEEP_AUDIT_LOG_DAYS", janitor.keep_audit_log)?,
             keep_events: days("FLOTILLA_KEEP_EVENTS_DAYS", janitor.keep_events)?,
             ..janitor
         },
+        auditor: auditor_settings(settings)?,
     })
 }

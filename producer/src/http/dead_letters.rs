@@ -1,4 +1,4 @@
-//! Dead letters: list, replay, discard.
+//! Dead letters: list, replay, discard; one or together.
 
 use axum::{
     Json,
@@ -6,6 +6,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
+use chrono::{DateTime, Utc};
 use queue::TenantId;
 use sagas::{
     kinds,
@@ -35,6 +36,14 @@ pub(super) struct LetterQuery {
     class: Option<String>,
     /// `open`, `replayed`, `discarded` or `all`. Default `open`.
     state: Option<String>,
+    /// Only written then or later, as RFC 3339.
+    #[param(value_type = Option<String>)]
+    since: Option<DateTime<Utc>>,
+    /// Only written before, as RFC 3339.
+    #[param(value_type = Option<String>)]
+    until: Option<DateTime<Utc>>,
+    /// Only with this text in the reason or the chain of errors, in any case.
+    text: Option<String>,
     /// Page length, 1 to 1,000. Default 100.
     limit: Option<i64>,
 }
@@ -61,6 +70,10 @@ pub(super) async fn list(
         kind: asked.kind,
         class: asked.class,
         state: (state != "all").then_some(state),
+        since: asked.since,
+        until: asked.until,
+        text: asked.text,
+        from: None,
         limit: page(asked.limit)?,
     };
     Ok(Json(LetterList { dead_letters: api.client.postgres().dead_letters(&filter).await? }))
@@ -162,4 +175,118 @@ pub(super) async fn resolve(
         )),
         Resolved::Unknown => Err(ApiError::not_found("no such dead letter")),
     }
+}
+
+/// Which open dead letters to replay or discard together.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Selection {
+    /// Only of this kind.
+    #[serde(default)]
+    kind: Option<String>,
+    /// Only with this reason word.
+    #[serde(default)]
+    class: Option<String>,
+    /// Only written then or later, as RFC 3339.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    since: Option<DateTime<Utc>>,
+    /// Only written before, as RFC 3339.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    until: Option<DateTime<Utc>>,
+    /// Only with this text in the reason or the chain of errors, in any case.
+    #[serde(default)]
+    text: Option<String>,
+    /// Letters at most, 1 to 1,000. Default 100. Call again for more: the oldest come first.
+    #[serde(default)]
+    limit: Option<i64>,
+    /// Only say how many there are.
+    #[serde(default)]
+    dry_run: bool,
+    /// For a replay: take new places at the end of the documents' order.
+    #[serde(default)]
+    as_latest: bool,
+    /// For a discard: why. Required there.
+    #[serde(default)]
+    reason: Option<String>,
+}
+
+impl Selection {
+    fn filter(&self, tenant: &TenantId) -> Result<DeadLetterFilter, ApiError> {
+        Ok(DeadLetterFilter {
+            tenant: Some(tenant.to_string()),
+            kind: self.kind.clone(),
+            class: self.class.clone(),
+            state: Some("open".to_owned()),
+            since: self.since,
+            until: self.until,
+            text: self.text.clone(),
+            from: None,
+            limit: page(self.limit)?,
+        })
+    }
+
+    /// How many letters a call without `dry_run` would find.
+    async fn preview(&self, api: &Api, filter: &DeadLetterFilter) -> Result<Response, ApiError> {
+        let (totals, _) = api.client.postgres().letter_totals(filter).await?;
+        let letters: i64 = totals.iter().map(|(_, _, count)| count).sum();
+        let by: Vec<Value> = totals
+            .into_iter()
+            .map(|(kind, class, count)| json!({ "kind": kind, "class": class, "letters": count }))
+            .collect();
+        Ok(Json(json!({ "dry_run": true, "letters": letters, "by_kind_and_class": by })).into_response())
+    }
+}
+
+/// Replay open dead letters together, each as if alone.
+///
+/// One that somebody else deals with meanwhile is left to them.
+#[utoipa::path(post, path = "/v1/dead-letters:replay", tag = "dead letters", request_body = Selection, responses(
+    (status = 202, description = "Each letter with the job that replays it", body = Object),
+    (status = 200, description = "A dry run: how many there are", body = Object),
+    (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope)))]
+pub(super) async fn replay_many(
+    State(api): State<Api>,
+    Caller(tenant): Caller,
+    Body(selection): Body<Selection>,
+) -> Result<Response, ApiError> {
+    let filter = selection.filter(&tenant)?;
+    if selection.dry_run {
+        return selection.preview(&api, &filter).await;
+    }
+    let postgres = api.client.postgres();
+    let how = Replay { actor: format!("api:{tenant}"), as_latest: selection.as_latest, ..Replay::default() };
+    let mut replayed = vec![];
+    for (_, id) in postgres.letter_places(&filter).await? {
+        if let Resolved::Done(Some(job)) = postgres.replay(id, &how).await? {
+            replayed.push(json!({ "id": id, "replay_job": job }));
+        }
+    }
+    Ok((StatusCode::ACCEPTED, Json(json!({ "replayed": replayed }))).into_response())
+}
+
+/// Close open dead letters together, without a replay.
+#[utoipa::path(post, path = "/v1/dead-letters:discard", tag = "dead letters", request_body = Selection, responses(
+    (status = 200, description = "How many were closed; or, of a dry run, how many there are", body = Object),
+    (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope)))]
+pub(super) async fn discard_many(
+    State(api): State<Api>,
+    Caller(tenant): Caller,
+    Body(selection): Body<Selection>,
+) -> Result<Response, ApiError> {
+    let filter = selection.filter(&tenant)?;
+    if selection.dry_run {
+        return selection.preview(&api, &filter).await;
+    }
+    let reason = selection.reason.as_deref().map(str::trim).filter(|reason| !reason.is_empty());
+    let Some(reason) = reason else {
+        return Err(ApiError::bad_request(
+            "invalid_query",
+            "reason: say why, for whoever reads the audit log",
+        ));
+    };
+    let postgres = api.client.postgres();
+    let discarded = postgres.discard_page(&filter, &format!("api:{tenant}"), reason).await?;
+    Ok(Json(json!({ "discarded": discarded })).into_response())
 }

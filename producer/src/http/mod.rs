@@ -94,6 +94,8 @@ pub fn router(
         .route("/v1/documents/{*key}", get(documents::show))
         .route("/v1/events", get(events::list))
         .route("/v1/dead-letters", get(dead_letters::list))
+        .route("/v1/dead-letters:replay", post(dead_letters::replay_many))
+        .route("/v1/dead-letters:discard", post(dead_letters::discard_many))
         .route("/v1/dead-letters/{id}", get(dead_letters::show).post(dead_letters::resolve))
         .route("/openapi.json", get(openapi::document))
         .route("/healthz", get(|| async { "ok" }))

@@ -22,7 +22,7 @@ use super::{batches, dead_letters, documents, events, health, jobs, schedules};
         schedules::create, schedules::list, schedules::show, schedules::update, schedules::delete, schedules::control,
         batches::make, batches::add, batches::seal, batches::list, batches::show, batches::cancel,
         documents::show, documents::search, events::list,
-        dead_letters::list, dead_letters::show, dead_letters::resolve,
+        dead_letters::list, dead_letters::show, dead_letters::resolve, dead_letters::replay_many, dead_letters::discard_many,
         health::ready
     ),
     components(schemas(super::bodies::JobRequest, schedules::ScheduleRequest)),

@@ -40,6 +40,7 @@ impl Run<'_> {
             versions.sort_unstable();
             versions.dedup();
             for page in versions.chunks(self.settings.page as usize) {
+                self.paced(page.len()).await;
                 let (first, unseen) = self.check_entries(page, true).await?;
                 self.pending.unseen_cache_entries += unseen;
                 if !first.is_empty() {
@@ -60,11 +61,11 @@ impl Run<'_> {
     async fn check_entries(&mut self, ids: &[Uuid], count: bool) -> Result<(Vec<Suspect>, u64), AuditError> {
         let cache = &self.stores.cache;
         // Entries before versions: one whose version is swept in between is gone at the second look.
-        let entries: Vec<Option<Seen>> = stream::iter(ids)
+        let entries: Vec<Option<Seen>> = stream::iter(ids.to_vec())
             .map(|id| async move {
-                let entry = cache.peek(*id).await?;
+                let entry = cache.peek(id).await?;
                 Ok::<_, StoreError>(entry.map(|entry| Seen {
-                    version: *id,
+                    version: id,
                     actual: format!("{:x}", Sha256::digest(entry.body.as_bytes())),
                     recorded: entry.content_hash,
                     tenant: entry.tenant,

@@ -25,6 +25,7 @@ impl Run<'_> {
             let jobs = self.stores.postgres.audit_open_jobs(after, self.page(), None).await?;
             let Some(last) = jobs.last() else { return Ok(()) };
             after = last.id;
+            self.paced(jobs.len()).await;
             let first = self.check_open_jobs(queue, &jobs).await?;
             if first.is_empty() {
                 continue;

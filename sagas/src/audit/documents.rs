@@ -23,6 +23,7 @@ impl Run<'_> {
             let ids = self.stores.postgres.audit_document_ids(after, self.page()).await?;
             let Some(last) = ids.last() else { return Ok(()) };
             after = *last;
+            self.paced(ids.len()).await;
             let first = self.check_documents(&ids, true).await?;
             if first.is_empty() {
                 continue;
@@ -85,7 +86,7 @@ impl Run<'_> {
     }
 
     async fn check_published_points(
-        &self,
+        &mut self,
         published: &[(&DocumentRow, &VersionRow)],
         suspects: &mut Vec<Suspect>,
     ) -> Result<(), AuditError> {
@@ -104,6 +105,7 @@ impl Run<'_> {
                 let (batch, left) = rest.split_at(fit.count().max(1));
                 rest = left;
                 let ids: Vec<Uuid> = batch.iter().flat_map(|(_, version)| point_ids(version)).collect();
+                self.paced(ids.len()).await;
                 let stored = self.stores.vectors.points_by_id(collection, &ids, true).await?;
                 let stored: HashMap<Uuid, StoredPoint> =
                     stored.into_iter().map(|point| (point.id, point)).collect();

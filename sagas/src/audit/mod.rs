@@ -42,6 +42,8 @@ pub struct AuditSettings {
     pub collections: Vec<String>,
     /// Findings listed at most; all are counted.
     pub max_listed: usize,
+    /// Documents, points, cache entries and jobs looked at a second, at most. `None`: as fast as it goes.
+    pub rate: Option<u32>,
     /// Mend what can be mended.
     pub repair: bool,
     /// Who asks, for the audit log.
@@ -49,7 +51,7 @@ pub struct AuditSettings {
 }
 
 impl Default for AuditSettings {
-    /// Pages of 500; no wait; 500 ms between two looks; 1,000 findings listed; no repair.
+    /// Pages of 500; no wait; 500 ms between two looks; 1,000 findings listed; as fast as it goes; no repair.
     fn default() -> Self {
         Self {
             page: 500,
@@ -58,6 +60,7 @@ impl Default for AuditSettings {
             dispatch_grace: None,
             collections: vec![],
             max_listed: 1000,
+            rate: None,
             repair: false,
             actor: "auditor".to_owned(),
         }
@@ -90,6 +93,8 @@ struct Run<'a> {
     findings: Findings,
     counts: Counts,
     pending: Pending,
+    /// When the next page may be read.
+    next_page: tokio::time::Instant,
 }
 
 /// Something that one reading found.
@@ -143,6 +148,7 @@ impl Auditor {
             findings: Findings::new(settings.max_listed),
             counts: self.stores.postgres.audit_counts().await?,
             pending: Pending::default(),
+            next_page: tokio::time::Instant::now(),
         };
         run.janitor().await?;
         run.documents().await?;
@@ -152,8 +158,7 @@ impl Auditor {
         run.dispatch().await?;
         let pending = self.stores.postgres.audit_pending().await?;
         let Run { findings, counts, pending: seen, .. } = run;
-        findings.publish();
-        let mut report = findings.report;
+        let mut report = findings.done();
         report.counts = counts;
         report.pending = Pending {
             unseen_points: seen.unseen_points,
@@ -172,6 +177,15 @@ const JANITOR_POLL: Duration = Duration::from_millis(200);
 impl Run<'_> {
     fn page(&self) -> i64 {
         i64::from(self.settings.page)
+    }
+
+    /// Waits until so many more things may be looked at.
+    async fn paced(&mut self, things: usize) {
+        let Some(rate) = self.settings.rate else { return };
+        tokio::time::sleep_until(self.next_page).await;
+        // What a slow page has lost is not made up for: the rate is a limit.
+        let share = Duration::from_secs(1).mul_f64(things as f64 / f64::from(rate.max(1)));
+        self.next_page = self.next_page.max(tokio::time::Instant::now()) + share;
     }
 
     async fn pause(&self) {

@@ -22,6 +22,7 @@ impl Run<'_> {
                 let ScrollPage { points, numbered, next } =
                     self.stores.vectors.scroll(&collection, offset, self.settings.page).await?;
                 self.counts.points += (points.len() + numbered.len()) as u64;
+                self.paced(points.len()).await;
                 let mut suspects = numbered_points(&collection, &numbered);
                 let (first, unseen) = self.check_points(&collection, &points).await?;
                 self.pending.unseen_points += unseen;

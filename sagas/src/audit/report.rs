@@ -2,14 +2,13 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use metrics::gauge;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident = $name:literal,)*) => {
         /// Kinds of disagreement between the stores.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(rename_all = "snake_case")]
         pub enum FindingKind {
             $($(#[$doc])* $kind,)*
@@ -80,6 +79,8 @@ kinds! {
     SagaDoneJobOpen = "saga_done_job_open",
     /// A saga waits for the sweep of a version that will not be swept.
     FinishingStuck = "finishing_stuck",
+    /// A saga is under way and has not moved for an hour beyond its job's time.
+    SagaStuck = "saga_stuck",
     /// A saga is parked and its job is not.
     ParkedDisagrees = "parked_disagrees",
     /// A dead job has no dead letter.
@@ -95,7 +96,7 @@ kinds! {
 }
 
 /// One disagreement.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// What kind.
     pub kind: FindingKind,
@@ -138,7 +139,8 @@ impl Finding {
 }
 
 /// Work under way, which is no disagreement.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Pending {
     /// Versions that the janitor still has to sweep, once or for the last time.
     pub sweeps: i64,
@@ -159,7 +161,7 @@ pub struct Pending {
 }
 
 /// A saga that waits for a person.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, sqlx::FromRow)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, sqlx::FromRow)]
 pub struct ParkedSaga {
     /// The run.
     pub saga: Uuid,
@@ -174,7 +176,8 @@ pub struct ParkedSaga {
 }
 
 /// How much was looked at.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Counts {
     /// Documents, deleted ones included.
     pub documents: u64,
@@ -193,7 +196,8 @@ pub struct Counts {
 }
 
 /// The result of an audit.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Report {
     /// How many disagreements of each kind; kinds without any are left out.
     pub by_kind: BTreeMap<FindingKind, u64>,
@@ -201,6 +205,8 @@ pub struct Report {
     pub findings: Vec<Finding>,
     /// How many of all disagreements were mended.
     pub repaired: u64,
+    /// Of each kind, how many were not; kinds without any are left out.
+    pub left_by_kind: BTreeMap<FindingKind, u64>,
     /// Work under way.
     pub pending: Pending,
     /// How much was looked at.
@@ -274,12 +280,9 @@ impl Findings {
         }
     }
 
-    /// Sets the gauge `audit_findings{kind}` for every kind to the number that stand now.
-    pub fn publish(&self) {
-        for kind in FindingKind::ALL {
-            let count = self.unrepaired.get(kind).copied().unwrap_or_default();
-            gauge!("audit_findings", "kind" => kind.name()).set(count as f64);
-        }
+    /// The report of all that was found.
+    pub fn done(self) -> Report {
+        Report { left_by_kind: self.unrepaired, ..self.report }
     }
 
     pub fn name_points(&mut self, points: &[Uuid]) {

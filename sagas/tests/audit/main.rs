@@ -2,6 +2,7 @@
 //! clean after a repair.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod auditor;
 mod dispatch;
 mod fleet;
 mod log;

@@ -8,6 +8,7 @@ mod encryption;
 mod ending;
 mod keys;
 mod ledger;
+mod letters;
 mod lock_order;
 mod outbox;
 mod parked;

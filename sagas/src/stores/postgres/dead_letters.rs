@@ -1,4 +1,4 @@
-//! Dead letters: list, show, replay, discard. They are written in `ending`, with the job's death.
+//! Dead letters: list, show, replay, discard, one or by filter. They are written in `ending`, with the job's death.
 
 use chrono::{DateTime, Utc};
 use queue::{JobId, Priority, QueueName, TenantId};
@@ -8,7 +8,7 @@ use sqlx::{FromRow, Row};
 use std::time::Duration;
 use uuid::Uuid;
 
-use super::{Postgres, accept::NewJob, batches::BatchId};
+use super::{Postgres, accept::NewJob, batches::BatchId, ledger::record_in};
 use crate::error::{Class, Dependency, StoreError};
 
 /// A job that will not be tried again without a person.
@@ -26,6 +26,8 @@ pub struct DeadLetter {
     pub kind: String,
     /// Queue of the job.
     pub queue: String,
+    /// The caller's name of the job's document.
+    pub document: Option<String>,
     /// The reason as a word.
     pub class: String,
     /// The reason as a sentence.
@@ -52,7 +54,23 @@ pub struct DeadLetter {
     pub replay_job: Option<Uuid>,
 }
 
-/// Which dead letters; newest first.
+/// A letter with all that is known of its job.
+#[derive(Debug, Clone, Serialize, FromRow)]
+pub struct LetterStory {
+    /// The letter.
+    #[serde(flatten)]
+    #[sqlx(flatten)]
+    pub letter: DeadLetter,
+    /// The job's charged failures, each with its worker and times, oldest first.
+    pub attempts: Value,
+    /// The job's runs, each with its `steps` in the order they happened.
+    pub runs: Value,
+}
+
+/// The place of a letter in the order of letters: when it was written, and its id.
+pub type Cursor = (DateTime<Utc>, Uuid);
+
+/// Which dead letters.
 #[derive(Debug, Clone, Default)]
 pub struct DeadLetterFilter {
     /// Only of this tenant.
@@ -63,6 +81,14 @@ pub struct DeadLetterFilter {
     pub class: Option<String>,
     /// Only in this state.
     pub state: Option<String>,
+    /// Only written then or later.
+    pub since: Option<DateTime<Utc>>,
+    /// Only written before.
+    pub until: Option<DateTime<Utc>>,
+    /// Only with this text in the reason or the chain of errors, in any case.
+    pub text: Option<String>,
+    /// In a listing, which is newest first: only older ones than this. Elsewhere, oldest first: only newer ones.
+    pub from: Option<Cursor>,
     /// Page length.
     pub limit: i64,
 }
@@ -92,34 +118,110 @@ pub struct Replay {
 }
 
 /// What is sealed is of no use to people who look.
-const LETTER: &str = "SELECT id, job_id, saga_id, tenant, kind, queue, class, reason, error_chain,
+const LETTER: &str = "id, job_id, saga_id, tenant, kind, queue, class, reason, error_chain,
+       (SELECT d.key FROM jobs j JOIN documents d ON d.id = j.document_id WHERE j.id = l.job_id) AS document,
        CASE WHEN payload_key_id IS NULL THEN payload ELSE 'null' END AS payload, payload_key_id, traceparent, created_at, state,
-       resolved_at, resolved_by, note, replay_job
-  FROM dead_letters";
+       resolved_at, resolved_by, note, replay_job";
+
+/// The rest of a letter's story, beside `LETTER`.
+const STORY: &str = "(SELECT coalesce(jsonb_agg(to_jsonb(a) - 'job_id' ORDER BY a.attempt), '[]') FROM job_attempts a
+         WHERE a.job_id = l.job_id) AS attempts,
+       (SELECT coalesce(jsonb_agg(jsonb_build_object('id', s.id, 'definition_version', s.definition_version, 'state', s.state,
+                   'error', s.error, 'created_at', s.created_at, 'finished_at', s.finished_at,
+                   'steps', (SELECT coalesce(jsonb_agg(to_jsonb(t) - 'saga_id' ORDER BY t.fence, t.seq), '[]')
+                             FROM saga_steps t WHERE t.saga_id = s.id)) ORDER BY s.created_at, s.id), '[]')
+        FROM sagas s WHERE s.job_id = l.job_id) AS runs";
+
+/// What a filter lets through; its binds are `$1` to `$7`, and those of a cursor `$8` and `$9`.
+const PASSES: &str = "($1::text IS NULL OR tenant = $1) AND ($2::text IS NULL OR kind = $2) AND ($3::text IS NULL OR class = $3)
+       AND ($4::text IS NULL OR state = $4) AND ($5::timestamptz IS NULL OR created_at >= $5)
+       AND ($6::timestamptz IS NULL OR created_at < $6)
+       AND ($7::text IS NULL OR strpos(lower(reason), lower($7)) > 0 OR strpos(lower(error_chain::text), lower($7)) > 0)";
+
+/// Binds what `PASSES` and a cursor need.
+macro_rules! bound {
+    ($query:expr, $filter:expr) => {
+        $query
+            .bind(&$filter.tenant)
+            .bind(&$filter.kind)
+            .bind(&$filter.class)
+            .bind(&$filter.state)
+            .bind($filter.since)
+            .bind($filter.until)
+            .bind(&$filter.text)
+            .bind($filter.from.map(|(at, _)| at))
+            .bind($filter.from.map(|(_, id)| id))
+    };
+}
 
 impl Postgres {
     /// A page of dead letters, newest first.
     pub async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetter>, StoreError> {
-        Ok(sqlx::query_as(sqlx::AssertSqlSafe(format!(
-            "{LETTER} WHERE ($1::text IS NULL OR tenant = $1) AND ($2::text IS NULL OR kind = $2)
-                   AND ($3::text IS NULL OR class = $3) AND ($4::text IS NULL OR state = $4)
-                 ORDER BY created_at DESC, id LIMIT $5"
-        )))
-        .bind(&filter.tenant)
-        .bind(&filter.kind)
-        .bind(&filter.class)
-        .bind(&filter.state)
-        .bind(filter.limit)
-        .fetch_all(&self.pool)
-        .await?)
+        let sql = format!(
+            "SELECT {LETTER} FROM dead_letters l
+             WHERE {PASSES} AND ($8::timestamptz IS NULL OR (created_at, id) < ($8, $9::uuid))
+             ORDER BY created_at DESC, id DESC LIMIT $10"
+        );
+        Ok(bound!(sqlx::query_as(sqlx::AssertSqlSafe(sql)), filter)
+            .bind(filter.limit)
+            .fetch_all(&self.pool)
+            .await?)
+    }
+
+    /// A page of letters with all that is known of their jobs, oldest first; their payloads are null:
+    /// [`letter_payload`](Self::letter_payload) reads one.
+    pub async fn letter_stories(&self, filter: &DeadLetterFilter) -> Result<Vec<LetterStory>, StoreError> {
+        let letter = LETTER.replace("THEN payload ELSE", "THEN 'null'::jsonb ELSE");
+        let sql = format!(
+            "SELECT {letter}, {STORY} FROM dead_letters l
+             WHERE {PASSES} AND ($8::timestamptz IS NULL OR (created_at, id) > ($8, $9::uuid))
+             ORDER BY created_at, id LIMIT $10"
+        );
+        Ok(bound!(sqlx::query_as(sqlx::AssertSqlSafe(sql)), filter)
+            .bind(filter.limit)
+            .fetch_all(&self.pool)
+            .await?)
+    }
+
+    /// The places of a page of letters, oldest first.
+    pub async fn letter_places(&self, filter: &DeadLetterFilter) -> Result<Vec<Cursor>, StoreError> {
+        let sql = format!(
+            "SELECT created_at, id FROM dead_letters
+             WHERE {PASSES} AND ($8::timestamptz IS NULL OR (created_at, id) > ($8, $9::uuid))
+             ORDER BY created_at, id LIMIT $10"
+        );
+        Ok(bound!(sqlx::query_as(sqlx::AssertSqlSafe(sql)), filter)
+            .bind(filter.limit)
+            .fetch_all(&self.pool)
+            .await?)
+    }
+
+    /// How many letters a filter lets through, by kind and class, whatever its limit; and the time on the ledger's clock.
+    /// With that as `until`, what dies from then on is left out.
+    pub async fn letter_totals(
+        &self,
+        filter: &DeadLetterFilter,
+    ) -> Result<(Vec<(String, String, i64)>, DateTime<Utc>), StoreError> {
+        let mut tx = self.pool.begin().await?;
+        let now = sqlx::query_scalar("SELECT now()").fetch_one(&mut *tx).await?;
+        let sql = format!(
+            "SELECT kind, class, count(*) FROM dead_letters
+             WHERE {PASSES} AND ($8::timestamptz IS NULL OR (created_at, id) > ($8, $9::uuid)) GROUP BY 1, 2 ORDER BY 1, 2"
+        );
+        let totals = bound!(sqlx::query_as(sqlx::AssertSqlSafe(sql)), filter).fetch_all(&mut *tx).await?;
+        Ok((totals, now))
+    }
+
+    /// One letter with all that is known of its job, by its own id or its job's.
+    pub async fn letter_story(&self, id: Uuid) -> Result<Option<LetterStory>, StoreError> {
+        let sql = format!("SELECT {LETTER}, {STORY} FROM dead_letters l WHERE id = $1 OR job_id = $1");
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(id).fetch_optional(&self.pool).await?)
     }
 
     /// One dead letter, by its own id or its job's.
     pub async fn dead_letter(&self, id: Uuid) -> Result<Option<DeadLetter>, StoreError> {
-        Ok(sqlx::query_as(sqlx::AssertSqlSafe(format!("{LETTER} WHERE id = $1 OR job_id = $1")))
-            .bind(id)
-            .fetch_optional(&self.pool)
-            .await?)
+        let sql = format!("SELECT {LETTER} FROM dead_letters l WHERE id = $1 OR job_id = $1");
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(id).fetch_optional(&self.pool).await?)
     }
 
     /// Enqueues the dead job again as a new job that keeps the original's order number. The letter's row is locked
@@ -183,14 +285,15 @@ impl Postgres {
         .bind(job.id.0)
         .execute(&mut *tx)
         .await?;
+        let detail = json!({ "job": job.id.to_string() });
+        record_in(&mut tx, &how.actor, "dlq.replay", &id.to_string(), &detail).await?;
         tx.commit().await?;
-        self.record_action(&how.actor, "dlq.replay", &id.to_string(), &json!({ "job": job.id.to_string() }))
-            .await?;
         Ok(Resolved::Done(Some(job.id)))
     }
 
     /// Closes a dead letter without a replay.
     pub async fn discard(&self, id: Uuid, actor: &str, reason: &str) -> Result<Resolved, StoreError> {
+        let mut tx = self.pool.begin().await?;
         let done = sqlx::query(
             "UPDATE dead_letters SET state = 'discarded', resolved_at = now(), resolved_by = $2, note = $3
              WHERE (id = $1 OR job_id = $1) AND state = 'open'",
@@ -198,15 +301,45 @@ impl Postgres {
         .bind(id)
         .bind(actor)
         .bind(reason)
-        .execute(&self.pool)
+        .execute(&mut *tx)
         .await?;
         if done.rows_affected() == 1 {
-            self.record_action(actor, "dlq.discard", &id.to_string(), &json!({ "reason": reason })).await?;
+            record_in(&mut tx, actor, "dlq.discard", &id.to_string(), &json!({ "reason": reason })).await?;
+            tx.commit().await?;
             return Ok(Resolved::Done(None));
         }
+        tx.rollback().await?;
         Ok(match self.dead_letter(id).await? {
             Some(letter) => Resolved::Already(letter.state),
             None => Resolved::Unknown,
         })
+    }
+
+    /// Closes a page of the open letters that a filter lets through, oldest first; returns how many. A letter that somebody
+    /// else holds is left to them.
+    pub async fn discard_page(
+        &self,
+        filter: &DeadLetterFilter,
+        actor: &str,
+        reason: &str,
+    ) -> Result<u64, StoreError> {
+        let sql = format!(
+            "WITH due AS (
+                 SELECT id FROM dead_letters
+                 WHERE {PASSES} AND state = 'open' AND ($8::timestamptz IS NULL OR (created_at, id) > ($8, $9::uuid))
+                 ORDER BY created_at, id LIMIT $10 FOR NO KEY UPDATE SKIP LOCKED
+             ), closed AS (
+                 UPDATE dead_letters l SET state = 'discarded', resolved_at = now(), resolved_by = $11, note = $12
+                 FROM due WHERE l.id = due.id RETURNING l.id)
+             INSERT INTO audit_log (id, actor, action, subject, detail)
+             SELECT uuid7(), $11, 'dlq.discard', id::text, jsonb_build_object('reason', $12::text) FROM closed"
+        );
+        Ok(bound!(sqlx::query(sqlx::AssertSqlSafe(sql)), filter)
+            .bind(filter.limit)
+            .bind(actor)
+            .bind(reason)
+            .execute(&self.pool)
+            .await?
+            .rows_affected())
     }
 }

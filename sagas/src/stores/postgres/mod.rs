@@ -6,6 +6,7 @@
 
 pub mod accept;
 pub mod audit;
+pub mod auditing;
 pub mod batches;
 pub mod collecting;
 pub mod compensation;

@@ -41,6 +41,25 @@ impl Postgres {
         Ok(done.rows_affected())
     }
 
+    /// Closes letters that have been open for longer than `keep`, at most `limit`; they go with their jobs.
+    pub async fn expire_letters(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
+        let done = sqlx::query(
+            "WITH due AS (
+                 SELECT id FROM dead_letters WHERE state = 'open' AND created_at < now() - make_interval(secs => $1)
+                 ORDER BY created_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED
+             ), closed AS (
+                 UPDATE dead_letters l SET state = 'discarded', resolved_at = now(), resolved_by = 'janitor', note = 'retention'
+                 FROM due WHERE l.id = due.id RETURNING l.id)
+             INSERT INTO audit_log (id, actor, action, subject, detail)
+             SELECT uuid7(), 'janitor', 'dlq.discard', id::text, '{\"reason\": \"retention\"}' FROM closed",
+        )
+        .bind(keep.as_secs_f64())
+        .bind(limit)
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected())
+    }
+
     /// Removes batches that ended longer than `keep` ago and whose members have gone; at most `limit`.
     pub async fn expire_batches(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
         let done = sqlx::query(
