@@ -203,7 +203,7 @@ impl Postgres {
         let given: Vec<(JobId, &Value)> = items.iter().map(|item| (item.job, &item.result)).collect();
         let (results, keys): (Vec<Value>, Vec<Option<String>>) =
             self.seal_results(&given).await?.into_iter().unzip();
-        let rows = sqlx::query(
+        let rows = sqlx::query(crate::fenced_sql!(
             "WITH alive AS (
                 SELECT j.id, held.result, held.key_id FROM jobs j
                 JOIN unnest($1::uuid[], $2::bigint[], $3::jsonb[], $4::text[]) AS held (id, fence, result, key_id) ON held.id = j.id
@@ -213,7 +213,8 @@ impl Postgres {
              UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
                     finished_at = now(), last_error = NULL
              FROM alive WHERE j.id = alive.id RETURNING j.id",
-        )
+            "j.fence = held.fence AND j.state = 'running'"
+        ))
         .bind(items.iter().map(|item| item.job.0).collect::<Vec<_>>())
         .bind(items.iter().map(|item| item.fence.0).collect::<Vec<_>>())
         .bind(results)
