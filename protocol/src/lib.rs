@@ -3,6 +3,7 @@
 pub mod bugs;
 mod check;
 pub mod reach;
+pub mod saga;
 pub mod state;
 pub mod step;
 

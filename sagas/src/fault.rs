@@ -44,6 +44,35 @@ macro_rules! fault_point {
     };
 }
 
+/// A statement that writes under a fence, and the fence's predicate in it. The test of the tests takes the predicate out: with
+/// the feature `faults`, `FLOTILLA_UNFENCED=stage.rs:86` makes it `true` in the statement that is written, or in [`lock_alive`] for
+/// the transaction that begins, at that line of `stores/postgres`.
+///
+/// [`lock_alive`]: crate::stores::postgres
+#[macro_export]
+macro_rules! fenced_sql {
+    ($sql:expr, $predicate:literal) => {{
+        #[cfg(feature = "faults")]
+        let sql =
+            sqlx::AssertSqlSafe($crate::fault::unfenced($sql, $predicate, std::panic::Location::caller()));
+        #[cfg(not(feature = "faults"))]
+        let sql = $sql;
+        sql
+    }};
+}
+
+/// The statement, without its fence if the environment asks for that at this place.
+#[cfg(feature = "faults")]
+pub(crate) fn unfenced(sql: &str, predicate: &str, site: &std::panic::Location<'_>) -> String {
+    static UNFENCED: std::sync::LazyLock<Option<String>> =
+        std::sync::LazyLock::new(|| std::env::var("FLOTILLA_UNFENCED").ok());
+    let file = site.file().rsplit('/').next().unwrap_or_default();
+    match UNFENCED.as_deref() {
+        Some(unfenced) if unfenced == format!("{file}:{}", site.line()) => sql.replace(predicate, "true"),
+        _ => sql.to_owned(),
+    }
+}
+
 #[cfg(feature = "faults")]
 pub use armed::point;
 

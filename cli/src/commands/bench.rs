@@ -2,8 +2,8 @@
 //!
 //! Everything runs on private servers in a directory of its own, on loopback addresses, and is removed afterwards.
 
-mod chaos;
 mod audit;
+mod chaos;
 mod embed;
 mod enqueue;
 mod ingest;

@@ -132,3 +132,31 @@ async fn protocol_20_a_bad_item_of_a_coalesced_stage_fails_alone() {
     assert_eq!(ledger.count("SELECT count(*) FROM sagas").await, 15);
     assert_eq!(ledger.count("SELECT count(*) FROM chunks").await, 30);
 }
+
+#[tokio::test]
+async fn protocol_20_a_begin_that_was_given_up_takes_no_later_write_with_it() {
+    let services = devstack::testing::TestServices::builder().postgres().start().await.unwrap();
+    let mut config = sagas::stores::postgres::PostgresConfig::new(services.postgres().url());
+    config.max_connections = 1;
+    let postgres = sagas::stores::postgres::Postgres::connect(&config).await.unwrap();
+    postgres.migrate_up().await.unwrap();
+    for begin in ["BEGIN", "BEGIN READ ONLY"] {
+        // The connection is there, so that only the answer to the BEGIN is missing.
+        sqlx::query("SELECT 1").execute(postgres.pool()).await.unwrap();
+        services.postgres().pause().await.unwrap();
+        let given_up =
+            tokio::time::timeout(std::time::Duration::from_millis(300), postgres.pool().begin_with(begin))
+                .await;
+        services.postgres().resume().await.unwrap();
+        assert!(given_up.is_err(), "it was answered while the server was paused");
+        let tenant = if begin == "BEGIN" { "one" } else { "two" };
+        postgres.create_tenant(tenant).await.unwrap();
+        let other = sagas::stores::postgres::Postgres::connect(&config).await.unwrap();
+        let seen: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM tenants WHERE id = $1)")
+            .bind(tenant)
+            .fetch_one(other.pool())
+            .await
+            .unwrap();
+        assert!(seen, "after a {begin} that was given up, a write was acknowledged and is not there");
+    }
+}

@@ -18,4 +18,6 @@ mod runs;
 mod stale_writes;
 mod steps;
 mod taking;
+#[cfg(feature = "faults")]
+mod unfenced;
 mod zombies;

@@ -3,10 +3,15 @@
 
 use std::time::Duration;
 
+use queue::{
+    WorkerId,
+    ledger::{End, Grant, Ledger as _},
+};
 use sagas::{
     coalescing::Batch,
     stores::postgres::{
         ending::Verdict,
+        plain::PlainLedger,
         publish::Published,
         stage::{Stage, StageBatch},
         take::TakenJob,
@@ -252,4 +257,26 @@ async fn protocol_02_nobody_takes_a_job_between_the_check_of_its_fence_and_the_w
     let taken = stalled.await;
     assert_eq!(taken.fence, crate::ledger::after(job.fence));
     assert_eq!(ledger.count("SELECT count(*) FROM tenants WHERE id = 'theirs'").await, 1);
+}
+
+#[tokio::test]
+async fn protocol_02_a_job_without_a_saga_ends_only_under_the_newest_fence() {
+    check("ingest", true, async |r| {
+        let plain = PlainLedger::new(r.ledger.postgres.clone(), WorkerId::new("w"));
+        let grant = Grant {
+            payload: json!({}),
+            fence: r.job.fence.0,
+            attempts: 0,
+            max_attempts: None,
+            timeout: None,
+            lost: 0,
+            lost_alone: 0,
+            cancelled: false,
+        };
+        // The answer is also yes for an end under this very fence; what is written tells.
+        let before = r.ledger.snapshot().await;
+        plain.end(r.job.id, &grant, &End::Succeeded(json!({ "sum": 1 }))).await.unwrap();
+        r.ledger.snapshot().await != before
+    })
+    .await;
 }

@@ -201,3 +201,17 @@ async fn a_job_with_an_unknown_key_goes_back_uncharged_and_says_why() {
     assert_eq!((view.state.as_str(), view.attempts), ("waiting", 0));
     assert!(view.last_error.unwrap().contains("FLOTILLA_ENCRYPTION_KEYS"));
 }
+
+#[tokio::test]
+async fn protocol_02_a_zombie_says_nothing_about_a_job_that_another_runs() {
+    let ledger = Ledger::start().await;
+    let key = sagas::encryption::new_key();
+    let sealing = ledger.postgres.clone().with_cipher(Keyring::parse(&format!("a:{key}")).unwrap().into());
+    let secret = job("own", json!({ "card": 1 }));
+    sealing.accept(std::slice::from_ref(&secret), true).await.unwrap();
+    let engine = engine(&ledger, |_| Box::pin(async { panic!("no step runs without its payload") }));
+    let late = delivery(ledger.take("w", secret.id).await);
+    ledger.take("another", secret.id).await;
+    assert_eq!(engine.run(late).await, Ended::Abandoned);
+    assert_eq!(ledger.postgres.job(secret.id, None).await.unwrap().unwrap().last_error, None);
+}

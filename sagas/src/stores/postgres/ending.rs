@@ -157,14 +157,17 @@ impl Steps {
     }
 }
 
-const STEPS: &str = "INSERT INTO saga_steps (saga_id, fence, seq, step_name, direction, state, attempts, started_at, ended_at, error)
-     SELECT saga_id, fence, seq, step, CASE WHEN compensation THEN 'compensate' ELSE 'execute' END,
-            CASE WHEN error IS NULL THEN 'succeeded' ELSE 'failed' END, attempts, started_at, ended_at, error
-     FROM unnest($1::uuid[], $2::bigint[], $3::integer[], $4::text[], $5::boolean[], $6::integer[],
-                 $7::timestamptz[], $8::timestamptz[], $9::text[])
-          AS s (saga_id, fence, seq, step, compensation, attempts, started_at, ended_at, error)";
-/// What was written before stays: a call whose reply was lost.
-const AGAIN: &str = "ON CONFLICT (saga_id, fence, seq) DO NOTHING";
+/// `INSERT INTO saga_steps` from [`Steps`]: nine arrays. To be followed by a join or a condition, and a word on conflicts.
+macro_rules! insert_steps {
+    () => {
+        "INSERT INTO saga_steps (saga_id, fence, seq, step_name, direction, state, attempts, started_at, ended_at, error)
+         SELECT saga_id, fence, seq, step, CASE WHEN compensation THEN 'compensate' ELSE 'execute' END,
+                CASE WHEN error IS NULL THEN 'succeeded' ELSE 'failed' END, attempts, started_at, ended_at, error
+         FROM unnest($1::uuid[], $2::bigint[], $3::integer[], $4::text[], $5::boolean[], $6::integer[],
+                     $7::timestamptz[], $8::timestamptz[], $9::text[])
+              AS s (saga_id, fence, seq, step, compensation, attempts, started_at, ended_at, error)"
+    };
+}
 
 /// Writes the steps of a run's delivery. The caller holds the fences.
 pub(super) async fn insert_steps(
@@ -175,7 +178,7 @@ pub(super) async fn insert_steps(
     if rows.sagas.is_empty() {
         return Ok(());
     }
-    sqlx::query(sqlx::AssertSqlSafe(format!("{STEPS} {AGAIN}")))
+    sqlx::query(concat!(insert_steps!(), " ON CONFLICT (saga_id, fence, seq) DO NOTHING"))
         .bind(rows.sagas)
         .bind(rows.fences)
         .bind(rows.seqs)
@@ -219,21 +222,27 @@ impl Postgres {
             self.seal_results(&given).await?.into_iter().unzip();
         let steps =
             Steps::of(items.iter().filter_map(|one| Some((one.saga_id?, one.fence, one.steps.as_slice()))));
-        let ended: Vec<Uuid> = sqlx::query_scalar(sqlx::AssertSqlSafe(format!(
-            "WITH alive AS (
-                SELECT held.* FROM jobs j
-                JOIN unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::jsonb[], $14::text[])
-                     AS held (id, fence, saga, result, key_id) ON held.id = j.id
-                WHERE j.fence = held.fence AND j.state = 'running'
-                ORDER BY j.id FOR NO KEY UPDATE OF j
-             ), ended AS (
-                UPDATE sagas s SET state = 'completed', finished_at = now(), updated_at = now(), fence = alive.fence
-                FROM alive WHERE s.id = alive.saga RETURNING s.id
-             ), steps AS ({STEPS} JOIN ended ON ended.id = s.saga_id {AGAIN})
-             UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
-                    finished_at = now(), last_error = NULL
-             FROM alive WHERE j.id = alive.id RETURNING j.id"
-        )))
+        let ended: Vec<Uuid> = sqlx::query_scalar(crate::fenced_sql!(
+            concat!(
+                "WITH alive AS (
+                    SELECT held.* FROM jobs j
+                    JOIN unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::jsonb[], $14::text[])
+                         AS held (id, fence, saga, result, key_id) ON held.id = j.id
+                    WHERE j.fence = held.fence AND j.state = 'running'
+                    ORDER BY j.id FOR NO KEY UPDATE OF j
+                 ), ended AS (
+                    UPDATE sagas s SET state = 'completed', finished_at = now(), updated_at = now(), fence = alive.fence
+                    FROM alive WHERE s.id = alive.saga RETURNING s.id
+                 ), steps AS (",
+                insert_steps!(),
+                " JOIN ended ON ended.id = s.saga_id ON CONFLICT (saga_id, fence, seq) DO NOTHING
+                 )
+                 UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
+                        finished_at = now(), last_error = NULL
+                 FROM alive WHERE j.id = alive.id RETURNING j.id"
+            ),
+            "j.fence = held.fence AND j.state = 'running'"
+        ))
         .bind(steps.sagas)
         .bind(steps.fences)
         .bind(steps.seqs)

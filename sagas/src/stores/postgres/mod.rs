@@ -109,6 +109,9 @@ impl Postgres {
             .max_connections(config.max_connections)
             .acquire_timeout(config.call_timeout)
             .idle_timeout(Duration::from_secs(300))
+            // In place of sqlx' own question whether the connection lives, at the same price.
+            .test_before_acquire(false)
+            .before_acquire(|connection, _| Box::pin(outside_transaction(connection)))
             .connect_lazy_with(options);
         Ok(Self { pool, call_timeout: config.call_timeout, cipher: PayloadCipher::default() })
     }
@@ -204,6 +207,14 @@ impl Postgres {
     }
 }
 
+/// Whether a pooled connection lives and is in no transaction. A `BEGIN` that was given up before its answer came (a time-out, a
+/// lease that was lost) leaves one open of which sqlx knows nothing: what the next user writes would be lost with it, or refused
+/// if it began read-only. Such a connection is closed. Within a transaction `now()` stands still; a simple query has one time.
+async fn outside_transaction(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    let row = sqlx::raw_sql("SELECT now() = statement_timestamp()").fetch_one(connection).await?;
+    row.try_get(0)
+}
+
 fn migration_error(error: sqlx::migrate::MigrateError) -> StoreError {
     StoreError::new(Dependency::Postgres, Class::Permanent, crate::error::with_causes(&error))
 }
@@ -217,25 +228,26 @@ pub(crate) struct Alive {
 /// **The fence.** Locks the rows of those jobs that still run under the fence given, in id order, and returns them. A
 /// job that is absent from the answer has lost its lease: nothing may be written for it. Every write of a saga is in a
 /// transaction that began with this statement.
-pub(crate) async fn lock_alive(
-    connection: &mut PgConnection,
+#[cfg_attr(feature = "faults", track_caller)]
+pub(crate) fn lock_alive<'a>(
+    connection: &'a mut PgConnection,
     jobs: &[(JobId, Fence)],
-) -> Result<HashMap<JobId, Alive>, sqlx::Error> {
+) -> impl Future<Output = Result<HashMap<JobId, Alive>, sqlx::Error>> + Send + use<'a> {
     let ids: Vec<Uuid> = jobs.iter().map(|(id, _)| id.0).collect();
     let fences: Vec<i64> = jobs.iter().map(|(_, fence)| fence.0).collect();
-    let rows = sqlx::query(
+    let sql = crate::fenced_sql!(
         "SELECT j.id, j.cancel_requested_at IS NOT NULL AS cancel_requested
          FROM jobs j JOIN unnest($1::uuid[], $2::bigint[]) AS held (id, fence) ON held.id = j.id
          WHERE j.fence = held.fence AND j.state = 'running'
          ORDER BY j.id FOR NO KEY UPDATE OF j",
-    )
-    .bind(ids)
-    .bind(fences)
-    .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok((JobId(row.try_get("id")?), Alive { cancel_requested: row.try_get("cancel_requested")? }))
-        })
-        .collect()
+        "j.fence = held.fence AND j.state = 'running'"
+    );
+    async move {
+        let rows = sqlx::query(sql).bind(ids).bind(fences).fetch_all(connection).await?;
+        rows.iter()
+            .map(|row| {
+                Ok((JobId(row.try_get("id")?), Alive { cancel_requested: row.try_get("cancel_requested")? }))
+            })
+            .collect()
+    }
 }

@@ -34,7 +34,7 @@ impl Progress {
 impl Postgres {
     /// Records the progress of jobs that still run under their fence; returns these. Each job at most once in one call.
     pub async fn record_progress(&self, reports: &[Progress]) -> Result<Vec<JobId>, StoreError> {
-        let rows = sqlx::query(
+        let rows = sqlx::query(crate::fenced_sql!(
             "WITH said AS (
                  SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::smallint[], $4::text[]) AS s (id, fence, percent, message)
              ), alive AS (
@@ -46,7 +46,8 @@ impl Postgres {
              ON CONFLICT (job_id) DO UPDATE
                  SET fence = EXCLUDED.fence, percent = EXCLUDED.percent, message = EXCLUDED.message, at = now()
              RETURNING p.job_id",
-        )
+            "j.fence = said.fence AND j.state = 'running'"
+        ))
         .bind(reports.iter().map(|r| r.job.0).collect::<Vec<_>>())
         .bind(reports.iter().map(|r| r.fence.0).collect::<Vec<_>>())
         .bind(reports.iter().map(|r| i16::from(r.percent)).collect::<Vec<_>>())

@@ -188,12 +188,15 @@ impl Postgres {
 
     /// Notes why a job can't be run here, for people. Only under the fence.
     pub(crate) async fn note_error(&self, job: JobId, fence: Fence, error: &str) -> Result<(), StoreError> {
-        sqlx::query("UPDATE jobs SET last_error = $3 WHERE id = $1 AND fence = $2 AND state = 'running'")
-            .bind(job.0)
-            .bind(fence.0)
-            .bind(error)
-            .execute(&self.pool)
-            .await?;
+        sqlx::query(crate::fenced_sql!(
+            "UPDATE jobs SET last_error = $3 WHERE id = $1 AND fence = $2 AND state = 'running'",
+            "fence = $2 AND state = 'running'"
+        ))
+        .bind(job.0)
+        .bind(fence.0)
+        .bind(error)
+        .execute(&self.pool)
+        .await?;
         Ok(())
     }
 

@@ -204,7 +204,7 @@ impl Postgres {
     /// [`begin_saga`](Self::begin_saga) for many, in one statement; answers in their order. A row that is there already is an
     /// earlier try of the same call whose reply was lost.
     async fn begin_sagas(&self, sagas: &[&NewSaga]) -> Result<Vec<bool>, StoreError> {
-        let alive: Vec<Uuid> = sqlx::query_scalar(
+        let alive: Vec<Uuid> = sqlx::query_scalar(crate::fenced_sql!(
             "WITH held AS (
                 SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::smallint[], $7::jsonb[], $8::bigint[])
                      AS s (id, job_id, kind, version, tenant, next_step, data, fence)
@@ -219,7 +219,8 @@ impl Postgres {
                 ON CONFLICT (id) DO NOTHING
              )
              SELECT id FROM alive",
-        )
+            "j.fence = held.fence AND j.state = 'running'"
+        ))
         .bind(sagas.iter().map(|s| s.id).collect::<Vec<_>>())
         .bind(sagas.iter().map(|s| s.job_id.0).collect::<Vec<_>>())
         .bind(sagas.iter().map(|s| s.kind.as_str()).collect::<Vec<_>>())

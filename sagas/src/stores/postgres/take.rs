@@ -224,9 +224,10 @@ impl Postgres {
     /// Records that a taken job runs alone in its process from now on, so that a loss counts towards the delivery
     /// limit (PROTOCOL.md 13). `false`: the fence refused.
     pub async fn mark_alone(&self, id: JobId, fence: Fence) -> Result<bool, StoreError> {
-        let done = sqlx::query(
+        let done = sqlx::query(crate::fenced_sql!(
             "UPDATE jobs SET runs_alone = true WHERE id = $1 AND fence = $2 AND state = 'running'",
-        )
+            "fence = $2 AND state = 'running'"
+        ))
         .bind(id.0)
         .bind(fence.0)
         .execute(&self.pool)
