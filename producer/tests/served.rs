@@ -99,7 +99,14 @@ impl Deployment {
             janitor: JanitorSettings::default(),
         };
         let worker =
-            tokio::spawn(worker::run(settings, stores, queue.clone(), Arc::new(String::new), stop.clone()));
+            tokio::spawn(worker::run(
+            settings,
+            stores.clone(),
+            stores.registry(),
+            queue.clone(),
+            Arc::new(String::new),
+            stop.clone(),
+        ));
         let maintenance = Maintenance::start(postgres, queue, quick());
         Self { addr, stop, api, worker, maintenance, _port: port, _services: services }
     }

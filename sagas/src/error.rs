@@ -6,8 +6,7 @@ use embedding::EmbedError;
 use serde::{Deserialize, Serialize};
 
 /// Something outside this process that a saga needs. Each has a circuit breaker.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Dependency {
     /// The ledger, the saga log and the documents.
     Postgres,
@@ -17,10 +16,13 @@ pub enum Dependency {
     Cache,
     /// The embedding provider.
     Embedder,
+    /// A store of the user's own, by its name in metrics, errors and dead letters' classes. It has a breaker if the
+    /// registry got a probe for it ([`Registry::probe`](crate::engine::Registry::probe)).
+    Other(&'static str),
 }
 
 impl Dependency {
-    /// Every dependency, in the order of declaration.
+    /// Flotilla's own dependencies, in the order of declaration.
     pub const ALL: [Self; 4] = [Self::Postgres, Self::Vectors, Self::Cache, Self::Embedder];
 
     /// The name in metrics, errors and output.
@@ -30,6 +32,7 @@ impl Dependency {
             Self::Vectors => "vectors",
             Self::Cache => "cache",
             Self::Embedder => "embedder",
+            Self::Other(name) => name,
         }
     }
 }
@@ -96,6 +99,13 @@ impl StoreError {
     /// An error without a wish for a later time.
     pub fn new(dependency: Dependency, class: Class, message: impl Into<String>) -> Self {
         Self { dependency, class, message: message.into(), retry_after: None }
+    }
+
+    /// The same error as another dependency's: errors of sqlx and of redis convert as those of Flotilla's own Postgres and
+    /// cache, and a user's database may be another one.
+    #[must_use]
+    pub fn of(self, dependency: Dependency) -> Self {
+        Self { dependency, ..self }
     }
 
     /// Whether this is an outage.

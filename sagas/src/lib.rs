@@ -13,4 +13,7 @@ pub mod results;
 pub mod search;
 pub mod stores;
 
+pub use async_trait::async_trait;
+pub use engine::{Commits, JobRetry, Registry, RetryPolicy, Saga, Step, StepContext};
 pub use error::{Class, Dependency, StepError, StoreError};
+pub use stores::postgres::{Fence, take::TakenJob};

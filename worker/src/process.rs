@@ -9,7 +9,7 @@ use queue::{
 };
 use sagas::{
     StoreError,
-    engine::{Engine, EngineSettings},
+    engine::{Engine, EngineSettings, Registry},
     janitor::{self, JanitorSettings},
     kinds::Stores,
 };
@@ -42,6 +42,25 @@ pub struct WorkerSettings {
     pub janitor: JanitorSettings,
 }
 
+impl WorkerSettings {
+    /// The defaults of `flotilla worker` for a queue with this lease ([`queue::QueueConfig::lease`]): 16 jobs at once,
+    /// heartbeats every 10 s or three to a lease, 25 s to drain, port 9090 of loopback.
+    pub fn new(queues: Vec<QueueName>, lease: Duration) -> Self {
+        let mut engine = EngineSettings::default();
+        engine.calls.lease_margin = engine.calls.lease_margin.min(lease / 5);
+        Self {
+            queues,
+            concurrency: 16,
+            id: WorkerId::for_this_process(),
+            heartbeat: HeartbeatConfig::default().interval.min(lease / 3),
+            drain_grace: Duration::from_secs(25),
+            addr: SocketAddr::from(([127, 0, 0, 1], 9090)),
+            engine,
+            janitor: JanitorSettings::default(),
+        }
+    }
+}
+
 /// Why a worker can't start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
@@ -67,11 +86,12 @@ pub enum WorkerError {
 /// How long the last acks may take once all jobs have ended.
 const FLUSH_WITHIN: Duration = Duration::from_secs(5);
 
-/// Runs a worker until `shutdown`, then drains it: claims no more, lets running jobs end within the grace period, gives the
-/// others back uncharged. Errors only at start.
+/// Runs a worker of the registry's sagas until `shutdown`, then drains it: claims no more, lets running jobs end within the
+/// grace period, gives the others back uncharged. Errors only at start. `stores.registry()` has Flotilla's own sagas.
 pub async fn run(
     settings: WorkerSettings,
     stores: Stores,
+    registry: Registry,
     queue: Queue,
     metrics: MetricsRender,
     shutdown: CancellationToken,
@@ -90,13 +110,13 @@ pub async fn run(
     // Background loops outlive the drain: leases must be kept and breakers probed until the last job has ended.
     let background = CancellationToken::new();
     let _stop_background = background.clone().drop_guard();
-    let breakers = stores.breakers(background.clone());
+    let breakers = stores.breakers_with(registry.probes(), background.clone());
     let engine = Engine::new(
         stores.postgres.clone(),
         breakers.clone(),
         settings.id.clone(),
         settings.engine,
-        stores.registry(),
+        registry,
     );
     let gates = Gates::new();
     let acker = Acker::spawn(queue.clone(), heartbeat.clone());

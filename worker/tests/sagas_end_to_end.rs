@@ -82,6 +82,7 @@ impl Fleet {
         let worker = tokio::spawn(worker::run(
             settings,
             stores.clone(),
+            stores.registry(),
             queue.clone(),
             Arc::new(String::new),
             shutdown.clone(),

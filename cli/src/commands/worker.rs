@@ -63,7 +63,7 @@ pub async fn run(args: Args, context: &Context, telemetry: &Telemetry) -> Outcom
             ended
         }
     });
-    let worked = ::worker::run(settings, stores, queue, metrics, shutdown).await;
+    let worked = ::worker::run(settings, stores.clone(), stores.registry(), queue, metrics, shutdown).await;
     upkeep.cancel();
     let maintained = maintaining.await.context("the maintenance loops ended")?;
     worked?;

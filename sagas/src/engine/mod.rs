@@ -12,7 +12,7 @@ mod run;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-pub use breaker::Breakers;
+pub use breaker::{Breakers, Probe};
 pub use context::{CallLimits, RunToken, StepContext};
 pub use definition::{Commits, JobRetry, RetryPolicy, Saga, Step};
 use queue::{Lease, WorkerId};
@@ -21,11 +21,13 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    coalescing::{Coalescer, Limits},
     error::{Class, Dependency, StepError, StoreError},
     results::MAX_RESULT,
     stores::postgres::{
         Postgres,
-        ending::{Failure, Run, Verdict},
+        ending::{CompleteBatch, Failure, Run, Verdict},
+        stage::BeginBatch,
         take::TakenJob,
     },
 };
@@ -102,24 +104,49 @@ pub struct Engine {
     pub(crate) breakers: Breakers,
     pub(crate) worker: WorkerId,
     reporter: Reporter,
+    begin: Coalescer<BeginBatch>,
+    complete: Coalescer<CompleteBatch>,
     sagas: Arc<HashMap<&'static str, Arc<dyn AnySaga>>>,
 }
 
-/// The sagas that a worker knows.
+/// The sagas that a worker knows, and how it asks after the stores of their own. [`Stores::registry`](crate::kinds::Stores::registry)
+/// has Flotilla's sagas; a user adds their own to it, or begins with an empty one.
 #[derive(Default)]
-pub struct Registry(HashMap<&'static str, Arc<dyn AnySaga>>);
+pub struct Registry {
+    sagas: HashMap<&'static str, Arc<dyn AnySaga>>,
+    probes: Vec<(Dependency, Probe)>,
+}
 
 impl Registry {
     /// Adds a definition. A later one of the same kind replaces an earlier one.
     #[must_use]
     pub fn with(mut self, saga: impl Saga) -> Self {
-        self.0.insert(saga.kind(), Arc::new(run::Registered(saga)));
+        self.sagas.insert(saga.kind(), Arc::new(run::Registered(saga)));
         self
+    }
+
+    /// Gives a store of the user's own a circuit breaker. `ask` tells within about a second, on a connection of its own,
+    /// whether the store answers; it is asked after calls that failed as an outage does, and until the store is back.
+    /// Without one, such failures are charged to the job.
+    #[must_use]
+    pub fn probe<F, A>(mut self, dependency: Dependency, ask: F) -> Self
+    where
+        F: Fn() -> A + Send + Sync + 'static,
+        A: Future<Output = Result<(), StoreError>> + Send + 'static,
+    {
+        self.probes.push((dependency, Arc::new(move || Box::pin(ask()))));
+        self
+    }
+
+    /// The probes of the users' stores, for [`Breakers::new`].
+    pub fn probes(&self) -> Vec<(Dependency, Probe)> {
+        self.probes.clone()
     }
 }
 
 impl Engine {
-    /// An engine that runs the registered sagas.
+    /// An engine that runs the registered sagas. Needs a tokio runtime, on which it starts two tasks that end with its last
+    /// clone.
     pub fn new(
         postgres: Postgres,
         breakers: Breakers,
@@ -127,8 +154,16 @@ impl Engine {
         settings: EngineSettings,
         registry: Registry,
     ) -> Self {
-        let reporter = Reporter::new(postgres.clone());
-        Self { postgres, settings, breakers, worker, reporter, sagas: Arc::new(registry.0) }
+        Self {
+            settings,
+            breakers,
+            worker,
+            reporter: Reporter::new(postgres.clone()),
+            begin: Coalescer::spawn(BeginBatch(postgres.clone()), Limits::default()),
+            complete: Coalescer::spawn(CompleteBatch(postgres.clone()), Limits::default()),
+            postgres,
+            sagas: Arc::new(registry.sagas),
+        }
     }
 
     /// The ledger.

@@ -1,6 +1,9 @@
 //! One delivery of one job: forward from where the log says, or backward.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use chrono::Utc;
@@ -16,7 +19,7 @@ use crate::{
     error::{Class, Dependency, StepError, StoreError},
     results::fits,
     stores::postgres::{
-        ending::{Failure, Run, Verdict},
+        ending::{Completion, Failure, Run, Verdict},
         stage::NewSaga,
         take::{OpenSaga, StepRecord},
     },
@@ -134,7 +137,7 @@ impl<'a, S: Saga> Drive<'a, S> {
 
     /// The saga's first row, for sagas whose first step doesn't write it.
     async fn begin(&self, data: &S::Data) -> Result<(), StepError> {
-        let saga = NewSaga {
+        let saga = Arc::new(NewSaga {
             id: self.ctx.saga_id,
             job_id: self.ctx.job.id,
             fence: self.ctx.fence(),
@@ -143,8 +146,11 @@ impl<'a, S: Saga> Drive<'a, S> {
             tenant: self.ctx.job.tenant.clone(),
             next_step: 0,
             data: encode(data)?,
-        };
-        let begun = self.ctx.call(Dependency::Postgres, |_| self.engine.postgres.begin_saga(&saga)).await?;
+        });
+        let begun = self
+            .ctx
+            .call(Dependency::Postgres, |deadline| self.engine.begin.call(Arc::clone(&saga), deadline))
+            .await?;
         if begun { Ok(()) } else { Err(StepError::LeaseLost) }
     }
 
@@ -169,10 +175,19 @@ impl<'a, S: Saga> Drive<'a, S> {
         if let Err(error) = fits(&result, self.engine.settings.max_result) {
             return self.failed(&data, steps.len(), error).await;
         }
-        let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
+        let run = self.ctx.run();
+        let completion = Arc::new(Completion {
+            job_id: run.job_id,
+            fence: run.fence,
+            saga_id: run.saga_id,
+            result,
+            steps: self.ctx.steps_so_far(),
+        });
         let done = self
             .ctx
-            .call(Dependency::Postgres, |_| self.engine.postgres.complete(&run, &result, &records))
+            .call(Dependency::Postgres, |deadline| {
+                self.engine.complete.call(Arc::clone(&completion), deadline)
+            })
             .await;
         match done {
             Ok(true) => {

@@ -120,6 +120,11 @@ impl Stores {
 
     /// Breakers for everything that the stores reach.
     pub fn breakers(&self, shutdown: CancellationToken) -> Breakers {
+        self.breakers_with(vec![], shutdown)
+    }
+
+    /// Breakers for everything that the stores reach, and for a user's own stores ([`Registry::probes`]).
+    pub fn breakers_with(&self, others: Vec<(Dependency, Probe)>, shutdown: CancellationToken) -> Breakers {
         let (postgres, vectors, cache, embedder) =
             (self.postgres.clone(), self.vectors.clone(), self.cache.clone(), Arc::clone(&self.embedder));
         let probes: [(Dependency, Probe); 4] = [
@@ -152,7 +157,7 @@ impl Stores {
                 }),
             ),
         ];
-        Breakers::new(probes, shutdown)
+        Breakers::new(probes.into_iter().chain(others), shutdown)
     }
 
     /// The sagas over these stores.

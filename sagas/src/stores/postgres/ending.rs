@@ -1,8 +1,9 @@
 //! How a run ends when not by its pivot: completed, released, retried, cancelled, superseded, dead or parked.
 //! A job becomes dead here and nowhere else (PROTOCOL.md 12).
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
+use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use queue::{JobId, WorkerId};
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,10 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{Fence, Postgres, lock_alive, take::StepRecord};
-use crate::error::{Class, StoreError};
+use crate::{
+    coalescing::Batch,
+    error::{Class, Dependency, StoreError},
+};
 
 /// Why a job failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,43 +79,101 @@ pub struct Run {
     pub started_at: DateTime<Utc>,
 }
 
+/// The success of one job, and of its saga if it has one.
+#[derive(Debug, Clone)]
+pub struct Completion {
+    /// The job.
+    pub job_id: JobId,
+    /// Under this fence.
+    pub fence: Fence,
+    /// The saga's run.
+    pub saga_id: Option<Uuid>,
+    /// The job's result; null is none.
+    pub result: Value,
+    /// The run's steps in this delivery.
+    pub steps: Vec<StepRecord>,
+}
+
+/// The coalesced success. The reply is `false` where the fence refused.
+#[derive(Debug, Clone)]
+pub struct CompleteBatch(pub Postgres);
+
+#[async_trait]
+impl Batch for CompleteBatch {
+    type Item = Arc<Completion>;
+    type Reply = bool;
+    const OP: &'static str = "complete";
+    const DEPENDENCY: Dependency = Dependency::Postgres;
+
+    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<bool>, StoreError> {
+        self.0.complete_all(items).await
+    }
+}
+
+/// Rows of `saga_steps` as columns, in the order of [`STEPS`]' parameters.
+#[derive(Default)]
+struct Steps {
+    sagas: Vec<Uuid>,
+    fences: Vec<i64>,
+    seqs: Vec<i32>,
+    names: Vec<String>,
+    compensations: Vec<bool>,
+    attempts: Vec<i32>,
+    started: Vec<DateTime<Utc>>,
+    ended: Vec<DateTime<Utc>>,
+    errors: Vec<Option<String>>,
+}
+
+impl Steps {
+    fn of<'a>(runs: impl Iterator<Item = (Uuid, Fence, &'a [StepRecord])>) -> Self {
+        let mut rows = Self::default();
+        for (saga, fence, steps) in runs {
+            for (seq, step) in (0..).zip(steps) {
+                rows.sagas.push(saga);
+                rows.fences.push(fence.0);
+                rows.seqs.push(seq);
+                rows.names.push(step.step.clone());
+                rows.compensations.push(step.compensation);
+                rows.attempts.push(step.attempts);
+                rows.started.push(step.started_at);
+                rows.ended.push(step.ended_at);
+                rows.errors.push(step.error.clone());
+            }
+        }
+        rows
+    }
+}
+
+const STEPS: &str = "INSERT INTO saga_steps (saga_id, fence, seq, step_name, direction, state, attempts, started_at, ended_at, error)
+     SELECT saga_id, fence, seq, step, CASE WHEN compensation THEN 'compensate' ELSE 'execute' END,
+            CASE WHEN error IS NULL THEN 'succeeded' ELSE 'failed' END, attempts, started_at, ended_at, error
+     FROM unnest($1::uuid[], $2::bigint[], $3::integer[], $4::text[], $5::boolean[], $6::integer[],
+                 $7::timestamptz[], $8::timestamptz[], $9::text[])
+          AS s (saga_id, fence, seq, step, compensation, attempts, started_at, ended_at, error)";
+/// What was written before stays: a call whose reply was lost.
+const AGAIN: &str = "ON CONFLICT (saga_id, fence, seq) DO NOTHING";
+
 /// Writes the steps of a run's delivery. The caller holds the fences.
 pub(super) async fn insert_steps(
     connection: &mut PgConnection,
     runs: &[(Uuid, Fence, &[StepRecord])],
 ) -> Result<(), sqlx::Error> {
-    let (mut sagas, mut fences, mut seqs, mut records) = (vec![], vec![], vec![], vec![]);
-    for (saga, fence, steps) in runs {
-        for (seq, step) in steps.iter().enumerate() {
-            sagas.push(*saga);
-            fences.push(fence.0);
-            seqs.push(seq as i32);
-            records.push(step);
-        }
-    }
-    if records.is_empty() {
+    let rows = Steps::of(runs.iter().copied());
+    if rows.sagas.is_empty() {
         return Ok(());
     }
-    sqlx::query(
-        "INSERT INTO saga_steps (saga_id, fence, seq, step_name, direction, state, attempts, started_at, ended_at, error)
-         SELECT saga_id, fence, seq, step, CASE WHEN compensation THEN 'compensate' ELSE 'execute' END,
-                CASE WHEN error IS NULL THEN 'succeeded' ELSE 'failed' END, attempts, started_at, ended_at, error
-         FROM unnest($1::uuid[], $2::bigint[], $3::integer[], $4::text[], $5::boolean[], $6::integer[],
-                     $7::timestamptz[], $8::timestamptz[], $9::text[])
-              AS s (saga_id, fence, seq, step, compensation, attempts, started_at, ended_at, error)
-         ON CONFLICT (saga_id, fence, seq) DO NOTHING",
-    )
-    .bind(sagas)
-    .bind(fences)
-    .bind(seqs)
-    .bind(records.iter().map(|r| r.step.clone()).collect::<Vec<_>>())
-    .bind(records.iter().map(|r| r.compensation).collect::<Vec<_>>())
-    .bind(records.iter().map(|r| r.attempts).collect::<Vec<_>>())
-    .bind(records.iter().map(|r| r.started_at).collect::<Vec<_>>())
-    .bind(records.iter().map(|r| r.ended_at).collect::<Vec<_>>())
-    .bind(records.iter().map(|r| r.error.clone()).collect::<Vec<_>>())
-    .execute(connection)
-    .await?;
+    sqlx::query(sqlx::AssertSqlSafe(format!("{STEPS} {AGAIN}")))
+        .bind(rows.sagas)
+        .bind(rows.fences)
+        .bind(rows.seqs)
+        .bind(rows.names)
+        .bind(rows.compensations)
+        .bind(rows.attempts)
+        .bind(rows.started)
+        .bind(rows.ended)
+        .bind(rows.errors)
+        .execute(connection)
+        .await?;
     Ok(())
 }
 
@@ -123,30 +185,59 @@ impl Postgres {
         result: &Value,
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
-        let sealed = self.seal_results(&[(run.job_id, result)]).await?;
-        let mut tx = self.pool.begin().await?;
-        if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
-            return Ok(false);
-        }
-        if let Some(saga) = run.saga_id {
-            sqlx::query("UPDATE sagas SET state = 'completed', finished_at = now(), updated_at = now(), fence = $2 WHERE id = $1")
-                .bind(saga)
-                .bind(run.fence.0)
-                .execute(&mut *tx)
-                .await?;
-            insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
-        }
-        let (result, key_id) = sealed.into_iter().next().unwrap_or_default();
-        sqlx::query(
-            "UPDATE jobs SET state = 'succeeded', result = nullif($2, 'null'::jsonb), result_key_id = $3, finished_at = now(), last_error = NULL WHERE id = $1",
-        )
-            .bind(run.job_id.0)
-            .bind(result)
-            .bind(key_id)
-            .execute(&mut *tx)
-            .await?;
-        tx.commit().await?;
-        Ok(true)
+        let one = Completion {
+            job_id: run.job_id,
+            fence: run.fence,
+            saga_id: run.saga_id,
+            result: result.clone(),
+            steps: steps.to_vec(),
+        };
+        Ok(self.complete_all(&[one]).await? == [true])
+    }
+
+    /// [`complete`](Self::complete) for many, in one statement; answers in their order.
+    async fn complete_all<C: std::borrow::Borrow<Completion>>(
+        &self,
+        items: &[C],
+    ) -> Result<Vec<bool>, StoreError> {
+        let items: Vec<&Completion> = items.iter().map(std::borrow::Borrow::borrow).collect();
+        let given: Vec<(JobId, &Value)> = items.iter().map(|item| (item.job_id, &item.result)).collect();
+        let (results, keys): (Vec<Value>, Vec<Option<String>>) =
+            self.seal_results(&given).await?.into_iter().unzip();
+        let steps =
+            Steps::of(items.iter().filter_map(|one| Some((one.saga_id?, one.fence, one.steps.as_slice()))));
+        let ended: Vec<Uuid> = sqlx::query_scalar(sqlx::AssertSqlSafe(format!(
+            "WITH alive AS (
+                SELECT held.* FROM jobs j
+                JOIN unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::jsonb[], $14::text[])
+                     AS held (id, fence, saga, result, key_id) ON held.id = j.id
+                WHERE j.fence = held.fence AND j.state = 'running'
+                ORDER BY j.id FOR NO KEY UPDATE OF j
+             ), ended AS (
+                UPDATE sagas s SET state = 'completed', finished_at = now(), updated_at = now(), fence = alive.fence
+                FROM alive WHERE s.id = alive.saga RETURNING s.id
+             ), steps AS ({STEPS} JOIN ended ON ended.id = s.saga_id {AGAIN})
+             UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
+                    finished_at = now(), last_error = NULL
+             FROM alive WHERE j.id = alive.id RETURNING j.id"
+        )))
+        .bind(steps.sagas)
+        .bind(steps.fences)
+        .bind(steps.seqs)
+        .bind(steps.names)
+        .bind(steps.compensations)
+        .bind(steps.attempts)
+        .bind(steps.started)
+        .bind(steps.ended)
+        .bind(steps.errors)
+        .bind(items.iter().map(|item| item.job_id.0).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.fence.0).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.saga_id).collect::<Vec<_>>())
+        .bind(results)
+        .bind(keys)
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(items.iter().map(|item| ended.contains(&item.job_id.0)).collect())
     }
 
     /// Ends a run as its verdict says; its effects are undone by now. `false`: the fence refused.

@@ -1,26 +1,22 @@
 //! The ledger for jobs that are no sagas: [`queue::Ledger`] over the table `jobs`.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use async_trait::async_trait;
 use chrono::Utc;
 use queue::{
     Envelope, JobId, WorkerId,
     ledger::{self, End, FailureClass, Grant, Ledger, LedgerError},
 };
-use serde_json::Value;
-use sqlx::Row;
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use super::{
     Fence, Postgres,
-    ending::{Failure, Run, Verdict},
+    ending::{CompleteBatch, Completion, Failure, Run, Verdict},
     take::{Take, TakeBatch, TakeItem, TakenJob},
 };
 use crate::{
-    coalescing::{Batch, Coalescer, Limits},
-    error::{Class, Dependency, StoreError},
+    coalescing::{Coalescer, Limits},
+    error::{Class, StoreError},
     results::{MAX_RESULT, fits},
 };
 
@@ -31,7 +27,7 @@ pub struct PlainLedger {
     postgres: Postgres,
     worker: WorkerId,
     take: Coalescer<TakeBatch>,
-    succeed: Coalescer<SucceedBatch>,
+    complete: Coalescer<CompleteBatch>,
     max_result: usize,
 }
 
@@ -48,10 +44,9 @@ impl PlainLedger {
     /// The ledger as `worker` sees it.
     pub fn new(postgres: Postgres, worker: WorkerId) -> Self {
         let take = TakeBatch { postgres: postgres.clone(), worker: worker.clone() };
-        let succeed = SucceedBatch(postgres.clone());
         Self {
             take: Coalescer::spawn(take, Limits::default()),
-            succeed: Coalescer::spawn(succeed, Limits::default()),
+            complete: Coalescer::spawn(CompleteBatch(postgres.clone()), Limits::default()),
             postgres,
             worker,
             max_result: MAX_RESULT,
@@ -124,8 +119,14 @@ impl Ledger for PlainLedger {
         let written = match end {
             End::Succeeded(result) => {
                 fits(result, self.max_result).map_err(|error| LedgerError::Refused(error.to_string()))?;
-                let success = Success { job, fence: run.fence, result: result.clone() };
-                self.succeed.call(success, Instant::now() + self.postgres.call_timeout()).await
+                let success = Completion {
+                    job_id: job,
+                    fence: run.fence,
+                    saga_id: None,
+                    result: result.clone(),
+                    steps: vec![],
+                };
+                self.complete.call(Arc::new(success), Instant::now() + self.postgres.call_timeout()).await
             }
             End::Retry(failure, wait) => {
                 let retry_in_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
@@ -172,55 +173,5 @@ fn ledger_error(error: StoreError) -> LedgerError {
     match error.class {
         Class::Data | Class::Permanent => LedgerError::Refused(error.to_string()),
         _ => LedgerError::Unavailable(error.to_string()),
-    }
-}
-
-/// One job that succeeded.
-#[derive(Debug, Clone)]
-struct Success {
-    job: JobId,
-    fence: Fence,
-    result: Value,
-}
-
-struct SucceedBatch(Postgres);
-
-#[async_trait]
-impl Batch for SucceedBatch {
-    type Item = Success;
-    type Reply = bool;
-    const OP: &'static str = "succeed";
-    const DEPENDENCY: Dependency = Dependency::Postgres;
-
-    async fn flush(&self, items: &[Success]) -> Result<Vec<bool>, StoreError> {
-        self.0.succeed(items).await
-    }
-}
-
-impl Postgres {
-    /// Ends jobs without a saga as succeeded, in one statement; answers in the items' order. `false`: the fence refused.
-    async fn succeed(&self, items: &[Success]) -> Result<Vec<bool>, StoreError> {
-        let given: Vec<(JobId, &Value)> = items.iter().map(|item| (item.job, &item.result)).collect();
-        let (results, keys): (Vec<Value>, Vec<Option<String>>) =
-            self.seal_results(&given).await?.into_iter().unzip();
-        let rows = sqlx::query(
-            "WITH alive AS (
-                SELECT j.id, held.result, held.key_id FROM jobs j
-                JOIN unnest($1::uuid[], $2::bigint[], $3::jsonb[], $4::text[]) AS held (id, fence, result, key_id) ON held.id = j.id
-                WHERE j.fence = held.fence AND j.state = 'running'
-                ORDER BY j.id FOR NO KEY UPDATE OF j
-             )
-             UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
-                    finished_at = now(), last_error = NULL
-             FROM alive WHERE j.id = alive.id RETURNING j.id",
-        )
-        .bind(items.iter().map(|item| item.job.0).collect::<Vec<_>>())
-        .bind(items.iter().map(|item| item.fence.0).collect::<Vec<_>>())
-        .bind(results)
-        .bind(keys)
-        .fetch_all(&self.pool)
-        .await?;
-        let ended = rows.iter().map(|row| row.try_get("id")).collect::<Result<Vec<Uuid>, _>>()?;
-        Ok(items.iter().map(|item| ended.contains(&item.job.0)).collect())
     }
 }

@@ -98,6 +98,22 @@ impl Batch for StageBatch {
     }
 }
 
+/// The coalesced first row of sagas whose first step doesn't write it. The reply is `false` where the fence refused.
+#[derive(Debug, Clone)]
+pub struct BeginBatch(pub Postgres);
+
+#[async_trait]
+impl Batch for BeginBatch {
+    type Item = std::sync::Arc<NewSaga>;
+    type Reply = bool;
+    const OP: &'static str = "begin";
+    const DEPENDENCY: Dependency = Dependency::Postgres;
+
+    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<bool>, StoreError> {
+        self.0.begin_sagas(&items.iter().map(AsRef::as_ref).collect::<Vec<_>>()).await
+    }
+}
+
 /// Writes the sagas' first rows. The caller holds the fences. A row that is there already is an earlier try of the same
 /// call whose reply was lost.
 pub(super) async fn insert_sagas(
@@ -182,13 +198,39 @@ async fn insert_chunks(connection: &mut PgConnection, items: &[&Stage]) -> Resul
 impl Postgres {
     /// Writes the first row of a saga whose first step does not do so itself. `false`: the fence refused.
     pub async fn begin_saga(&self, saga: &NewSaga) -> Result<bool, StoreError> {
-        let mut tx = self.pool.begin().await?;
-        if lock_alive(&mut tx, &[(saga.job_id, saga.fence)]).await?.is_empty() {
-            return Ok(false);
-        }
-        insert_sagas(&mut tx, &[saga]).await?;
-        tx.commit().await?;
-        Ok(true)
+        Ok(self.begin_sagas(&[saga]).await? == [true])
+    }
+
+    /// [`begin_saga`](Self::begin_saga) for many, in one statement; answers in their order. A row that is there already is an
+    /// earlier try of the same call whose reply was lost.
+    async fn begin_sagas(&self, sagas: &[&NewSaga]) -> Result<Vec<bool>, StoreError> {
+        let alive: Vec<Uuid> = sqlx::query_scalar(
+            "WITH held AS (
+                SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::smallint[], $7::jsonb[], $8::bigint[])
+                     AS s (id, job_id, kind, version, tenant, next_step, data, fence)
+             ), alive AS (
+                SELECT j.id FROM jobs j JOIN held ON held.job_id = j.id
+                WHERE j.fence = held.fence AND j.state = 'running'
+                ORDER BY j.id FOR NO KEY UPDATE OF j
+             ), begun AS (
+                INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, next_step, data, fence)
+                SELECT held.id, held.job_id, kind, version, tenant, 'running', next_step, data, fence
+                FROM held JOIN alive ON alive.id = held.job_id ORDER BY held.id
+                ON CONFLICT (id) DO NOTHING
+             )
+             SELECT id FROM alive",
+        )
+        .bind(sagas.iter().map(|s| s.id).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| s.job_id.0).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| s.kind.as_str()).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| s.definition_version).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| s.tenant.as_str()).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| s.next_step).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| &s.data).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| s.fence.0).collect::<Vec<_>>())
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(sagas.iter().map(|saga| alive.contains(&saga.job_id.0)).collect())
     }
 
     /// The texts of a version's chunks, in order.
