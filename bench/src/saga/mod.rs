@@ -87,7 +87,13 @@ pub async fn measure(args: &Args) -> anyhow::Result<Vec<Figure>> {
     let of = |what: fn(&Drained) -> f64| median(drained.iter().map(what));
     let (rate, store, plain) = (of(|one| one.rate), median(stores), median(loops));
     let mut figures = vec![
-        Figure::new("three-step", "sagas/s", rate, "loop: the same writes, 32 in flight, nothing durable", plain),
+        Figure::new(
+            "three-step",
+            "sagas/s",
+            rate,
+            "loop: the same writes, 32 in flight, nothing durable",
+            plain,
+        ),
         Figure::new("three-step.store", "sagas/s", rate, "store: the same rows and keys in batches", store),
         Figure::new("three-step.worker-cpu", "µs/saga", of(|one| one.worker_us), "none", 0.0),
         Figure::new("three-step.postgres-cpu", "µs/saga", of(|one| one.postgres_us), "none", 0.0),
@@ -212,7 +218,9 @@ impl Bench {
         // The first jobs find cold pools; they count in nothing.
         self.enqueue(0..FAILS_EACH - 1).await?;
         self.ended(FAILS_EACH - 1).await?;
-        sqlx::raw_sql("TRUNCATE shop.rows, shop.vectors; DELETE FROM flotilla.jobs").execute(self.pool()).await?;
+        sqlx::raw_sql("TRUNCATE shop.rows, shop.vectors; DELETE FROM flotilla.jobs")
+            .execute(self.pool())
+            .await?;
         let begun = Instant::now();
         let mut ticks = tokio::time::interval(TICK);
         let mut fed = 0;
@@ -336,7 +344,8 @@ async fn stop(workers: Vec<Child>) -> anyhow::Result<Vec<(f64, f64)>> {
         let mut lines = BufReader::new(stdout).lines();
         while let Some(line) = lines.next_line().await? {
             let mut parts = line.split(' ').skip(1);
-            let mut number = || parts.next().and_then(|part| part.parse::<f64>().ok()).context("a worker said {line:?}");
+            let mut number =
+                || parts.next().and_then(|part| part.parse::<f64>().ok()).context("a worker said {line:?}");
             used.push((number()?, number()? / 1024.0));
         }
         let status = worker.wait().await?;

@@ -223,7 +223,10 @@ impl Step<Draft> for Key {
 
     async fn execute(&self, ctx: &StepContext, draft: &mut Draft) -> Result<(), StepError> {
         if draft.number % FAILS_EACH == FAILS_EACH - 1 {
-            return Err(StepError::permanent("refused_key", format!("number {} is one that fails", draft.number)));
+            return Err(StepError::permanent(
+                "refused_key",
+                format!("number {} is one that fails", draft.number),
+            ));
         }
         mishap(self.errors)?;
         ctx.call(KEYS, |deadline| self.set.call(draft.number, deadline)).await
@@ -245,7 +248,8 @@ impl Batch for Rows {
     const DEPENDENCY: Dependency = Dependency::Postgres;
 
     async fn flush(&self, items: &[Self::Item]) -> Result<Vec<()>, StoreError> {
-        let (ids, bodies): (Vec<Uuid>, Vec<Value>) = items.iter().map(|(id, number)| (*id, row(*number))).unzip();
+        let (ids, bodies): (Vec<Uuid>, Vec<Value>) =
+            items.iter().map(|(id, number)| (*id, row(*number))).unzip();
         self.0.insert_rows(&ids, &bodies).await?;
         Ok(vec![(); items.len()])
     }
@@ -309,7 +313,10 @@ impl Batch for NoVectors {
     const DEPENDENCY: Dependency = Dependency::Postgres;
 
     async fn flush(&self, items: &[Uuid]) -> Result<Vec<()>, StoreError> {
-        sqlx::query("DELETE FROM shop.vectors WHERE id = ANY($1)").bind(items).execute(&self.0.postgres).await?;
+        sqlx::query("DELETE FROM shop.vectors WHERE id = ANY($1)")
+            .bind(items)
+            .execute(&self.0.postgres)
+            .await?;
         Ok(vec![(); items.len()])
     }
 }
@@ -317,7 +324,7 @@ impl Batch for NoVectors {
 /// Whether the user's Redis answers, on a connection of its own.
 pub async fn keys_answer(url: String) -> Result<(), StoreError> {
     let ask = async {
-        let mut redis = crate::sides::connect(&url).await?;
+        let mut redis = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
         redis::cmd("PING").query_async::<()>(&mut redis).await
     };
     match tokio::time::timeout(Duration::from_secs(1), ask).await {

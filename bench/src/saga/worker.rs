@@ -18,7 +18,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio_util::sync::CancellationToken;
 use worker::WorkerSettings;
 
-use super::three_step::{self, KIND, KEYS, Sinks, ThreeStep};
+use super::three_step::{self, KEYS, KIND, Sinks, ThreeStep};
 use crate::{sides::connect, worker::used};
 
 #[derive(Debug, clap::Args)]
@@ -81,7 +81,8 @@ async fn serve(args: Args) -> anyhow::Result<()> {
 /// A worker has the stores of Flotilla's own sagas. None is reached but the ledger.
 fn stores(args: &Args) -> anyhow::Result<Stores> {
     let call_timeout = Duration::from_secs(5);
-    let postgres = Postgres::lazy(&PostgresConfig::new(&args.database)).map_err(|error| anyhow!("{error}"))?;
+    let postgres =
+        Postgres::lazy(&PostgresConfig::new(&args.database)).map_err(|error| anyhow!("{error}"))?;
     let vectors = VectorsConfig { url: "http://127.0.0.1:1".to_owned(), api_key: None, call_timeout };
     Ok(Stores::new(
         postgres,
