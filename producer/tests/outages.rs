@@ -90,7 +90,7 @@ async fn a_batch_whose_commit_reply_was_lost_is_found_with_its_duplicates() {
 async fn an_outcome_that_nobody_can_tell_is_not_called_a_failure() {
     let settings = ClientSettings { settle_within: Duration::from_millis(700), ..ClientSettings::default() };
     let stage = Broken::new(settings).await;
-    let job = report(1);
+    let job = with_key(report(1), "k");
     stage.proxy.set(Next::LoseReplyAndAll);
     let error = stage.client.enqueue(job.clone(), Durability::Durable).await.unwrap_err();
     assert!(matches!(error, EnqueueError::OutcomeUnknown { job: id, .. } if id == job.id), "{error:?}");

@@ -17,7 +17,10 @@ use super::{
     batches::{self, BatchId},
     sealing::{self, Sealed},
 };
-use crate::{encryption::PayloadCipher, error::StoreError};
+use crate::{
+    encryption::PayloadCipher,
+    error::{Class, Dependency, StoreError},
+};
 
 /// A key under which the same request is accepted once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,10 +142,29 @@ impl Postgres {
     /// Calling again with the same ids after an unknown outcome accepts nothing twice. With `dispatched` the caller
     /// promises to put the jobs into Redis itself; otherwise the relay does.
     pub async fn accept(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
+        if jobs.iter().all(is_plain) {
+            return self.accept_plain(jobs, dispatched).await;
+        }
         let mut tx = self.pool.begin().await?;
         let replies = self.accept_in(&mut tx, jobs, dispatched).await?;
         tx.commit().await?;
         Ok(replies)
+    }
+
+    /// Accepts jobs that touch nothing but their own rows: one statement, which commits by itself.
+    async fn accept_plain(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
+        let mut connection = self.pool.acquire().await?;
+        let all: Vec<&NewJob> = jobs.iter().collect();
+        let strangers =
+            insert(&mut connection, &self.cipher, &all, &vec![None; jobs.len()], dispatched).await?;
+        let reply = |job: &NewJob| {
+            if strangers.iter().any(|tenant| tenant == job.tenant.as_str()) {
+                Accepted::UnknownTenant
+            } else {
+                Accepted::New(job.id)
+            }
+        };
+        Ok(jobs.iter().map(reply).collect())
     }
 
     /// Accepts a batch inside the caller's transaction; see [`accept`](Self::accept).
@@ -161,7 +183,7 @@ impl Postgres {
             jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
         if !fresh.is_empty() {
             let places = order(connection, &fresh).await?;
-            insert(connection, &self.cipher, &fresh, &places, dispatched).await?;
+            none_strange(&insert(connection, &self.cipher, &fresh, &places, dispatched).await?)?;
         }
         Ok(jobs.iter().zip(replies).map(|(job, reply)| reply.unwrap_or(Accepted::New(job.id))).collect())
     }
@@ -173,7 +195,7 @@ impl Postgres {
         job: &NewJob,
     ) -> Result<(), StoreError> {
         let places = order(connection, &[job]).await?;
-        insert(connection, &self.cipher, &[job], &places, false).await
+        none_strange(&insert(connection, &self.cipher, &[job], &places, false).await?)
     }
 
     /// Brings jobs with `durability=fast` into the ledger when a worker is about to take them. Those of unknown tenants
@@ -195,6 +217,11 @@ impl Postgres {
             .await?;
         Ok(())
     }
+}
+
+/// Whether a job has no place in a document's order, no idempotency key and no batch.
+fn is_plain(job: &NewJob) -> bool {
+    job.document.is_none() && job.idempotency.is_none() && job.batch.is_none()
 }
 
 async fn refuse_unknown_tenants(
@@ -396,25 +423,44 @@ async fn order(
         .collect())
 }
 
+/// Where the tenants were looked up before: one of them was removed since.
+fn none_strange(strangers: &[String]) -> Result<(), StoreError> {
+    if strangers.is_empty() {
+        return Ok(());
+    }
+    let message = format!("there is no tenant {}", strangers.join(", "));
+    Err(StoreError::new(Dependency::Postgres, Class::Data, message))
+}
+
+/// Inserts rows and returns the tenants that don't exist, whose rows it leaves out. A row that is there already is an
+/// earlier try of the same call (PROTOCOL.md 20).
 async fn insert(
     connection: &mut PgConnection,
     cipher: &PayloadCipher,
     jobs: &[&NewJob],
     places: &[Option<(Uuid, i64)>],
     dispatched: bool,
-) -> Result<(), StoreError> {
+) -> Result<Vec<String>, StoreError> {
     let (payloads, keys): (Vec<Value>, Vec<Option<String>>) =
         jobs.iter().map(|job| sealing::seal_payload(cipher, job)).collect::<Result<_, _>>()?;
     let text = |f: &dyn Fn(&NewJob) -> String| jobs.iter().map(|job| f(job)).collect::<Vec<_>>();
-    sqlx::query(
-        "INSERT INTO jobs (id, kind, queue, priority, tenant, payload, run_at, max_attempts, timeout_ms, document_id,
-                           doc_order, parent, replay_of, traceparent, tracestate, batch_id, payload_key_id, dispatched_at)
-         SELECT id, kind, queue, priority, tenant, payload, coalesce(run_at, now()), max_attempts, timeout_ms, document_id,
-                doc_order, parent, replay_of, traceparent, tracestate, batch_id, key_id, CASE WHEN $18 THEN now() END
-         FROM unnest($1::uuid[], $2::text[], $3::text[], $4::smallint[], $5::text[], $6::jsonb[], $7::timestamptz[],
+    let strangers = sqlx::query_scalar(
+        "WITH j AS (
+            SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::smallint[], $5::text[], $6::jsonb[], $7::timestamptz[],
                      $8::integer[], $9::integer[], $10::uuid[], $11::bigint[], $12::uuid[], $13::uuid[], $14::text[], $15::text[], $16::uuid[], $17::text[])
               AS j (id, kind, queue, priority, tenant, payload, run_at, max_attempts, timeout_ms, document_id, doc_order,
-                    parent, replay_of, traceparent, tracestate, batch_id, key_id)",
+                    parent, replay_of, traceparent, tracestate, batch_id, key_id)
+         ), known AS (
+            SELECT id FROM tenants WHERE id = ANY($5)
+         ), new AS (
+            INSERT INTO jobs (id, kind, queue, priority, tenant, payload, run_at, max_attempts, timeout_ms, document_id,
+                              doc_order, parent, replay_of, traceparent, tracestate, batch_id, payload_key_id, dispatched_at)
+            SELECT j.id, kind, queue, priority, tenant, payload, coalesce(run_at, now()), max_attempts, timeout_ms, document_id,
+                   doc_order, parent, replay_of, traceparent, tracestate, batch_id, key_id, CASE WHEN $18 THEN now() END
+            FROM j JOIN known ON known.id = j.tenant
+            ON CONFLICT (id) DO NOTHING
+         )
+         SELECT DISTINCT tenant FROM j WHERE tenant NOT IN (SELECT id FROM known)",
     )
     .bind(jobs.iter().map(|job| job.id.0).collect::<Vec<_>>())
     .bind(text(&|job| job.kind.clone()))
@@ -434,7 +480,7 @@ async fn insert(
     .bind(jobs.iter().map(|job| job.batch.map(|id| id.0)).collect::<Vec<_>>())
     .bind(keys)
     .bind(dispatched)
-    .execute(connection)
+    .fetch_all(connection)
     .await?;
-    Ok(())
+    Ok(strangers)
 }
