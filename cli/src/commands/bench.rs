@@ -5,7 +5,9 @@
 mod embed;
 mod enqueue;
 mod ingest;
+mod program;
 mod queue;
+mod saga;
 mod sandbox;
 mod texts;
 
@@ -29,6 +31,8 @@ pub enum Command {
     Ingest(ingest::Args),
     /// The queue alone: enqueue, drain, pick-up, depth, memory, beside apalis-redis and two minimal scripts
     Queue(queue::Args),
+    /// Sagas per second: three steps through the public API beside plain writes, and documents of 1 KB
+    Saga(saga::Args),
 }
 
 /// Which embedding provider is measured.
@@ -126,6 +130,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
         Command::Enqueue(args) => Box::pin(enqueue::measure(args, context)).await?,
         Command::Ingest(args) => Box::pin(ingest::measure(args, context)).await?,
         Command::Queue(args) => Box::pin(queue::measure(args, context)).await?,
+        Command::Saga(args) => Box::pin(saga::measure(args, context)).await?,
     };
     context.out.data(&report, || {
         let mut table = output::table(&[
