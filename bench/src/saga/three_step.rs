@@ -118,7 +118,11 @@ impl ThreeStep {
                 delete: Coalescer::spawn(NoVectors(sinks.clone()), limits()),
                 errors,
             }),
-            Arc::new(Key { set: Coalescer::spawn(Keys(sinks.clone()), limits()), errors }),
+            Arc::new(Key {
+                sinks: sinks.clone(),
+                set: Coalescer::spawn(Keys(sinks.clone()), limits()),
+                errors,
+            }),
         ])
     }
 }
@@ -138,9 +142,9 @@ impl Saga for ThreeStep {
         &self.0
     }
 
-    /// The key.
+    /// None: all three can be undone.
     fn pivot(&self) -> usize {
-        2
+        3
     }
 
     fn needs(&self) -> &[Dependency] {
@@ -211,6 +215,7 @@ impl Step<Draft> for Vector {
 }
 
 struct Key {
+    sinks: Sinks,
     set: Coalescer<Keys>,
     errors: f64,
 }
@@ -232,9 +237,14 @@ impl Step<Draft> for Key {
         ctx.call(KEYS, |deadline| self.set.call(draft.number, deadline)).await
     }
 
-    async fn compensate(&self, _: &StepContext, _: &Draft) -> Result<(), StepError> {
-        // Never called: this is the pivot.
-        Ok(())
+    async fn compensate(&self, ctx: &StepContext, draft: &Draft) -> Result<(), StepError> {
+        mishap(self.errors)?;
+        ctx.call(KEYS, |_| async {
+            let mut redis = self.sinks.redis.clone();
+            let removed = redis::cmd("DEL").arg(key(draft.number).0).query_async::<()>(&mut redis).await;
+            removed.map_err(|error| StoreError::from(error).of(KEYS))
+        })
+        .await
     }
 }
 
