@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 flotilla=${FLOTILLA_BIN:-${CARGO_TARGET_DIR:-target}/release/flotilla}
 FLOTILLA_VECTORS_BIN=$(scripts/build-vectors.sh)
 export FLOTILLA_VECTORS_BIN
-for bench in queue enqueue ingest embed; do
+for bench in queue saga enqueue ingest embed; do
   echo "==> flotilla bench $bench" >&2
   "$flotilla" bench "$bench" --json
 done

@@ -3,6 +3,7 @@
 mod fleet;
 mod payload;
 mod report;
+mod saga;
 mod server;
 mod sides;
 mod worker;
@@ -17,7 +18,7 @@ use crate::{
     workloads::{Plan, Workload},
 };
 
-/// Measures the queue beside apalis-redis and beside two minimal scripts, on one private Redis
+/// Measures the queue beside apalis-redis and two minimal scripts, and sagas beside plain writes, on private services
 #[derive(Debug, Parser)]
 #[command(name = "flotilla-bench", version)]
 struct Cli {
@@ -29,9 +30,14 @@ struct Cli {
 enum Command {
     /// Run the workloads and print their figures
     Queue(Args),
+    /// Run sagas of three steps beside the same writes without them
+    Saga(saga::Args),
     /// Be a worker process of one side
     #[command(hide = true)]
     Work(worker::Args),
+    /// Be a worker process of the sagas
+    #[command(hide = true)]
+    SagaWork(saga::worker::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -54,6 +60,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Work(args) => worker::run(args),
         Command::Queue(args) => queue(args),
+        Command::Saga(args) => print("saga", saga::measure(&args)),
+        Command::SagaWork(args) => saga::worker::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -67,13 +75,20 @@ fn main() -> ExitCode {
 fn queue(args: Args) -> anyhow::Result<()> {
     let mut plan = if args.quick { Plan::QUICK } else { Plan::FULL };
     plan.rounds = args.rounds.unwrap_or(plan.rounds).max(1);
+    print("queue", workloads::run(plan, &args.only))
+}
+
+fn print(
+    bench: &'static str,
+    measure: impl Future<Output = anyhow::Result<Vec<report::Figure>>>,
+) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let results = runtime.block_on(async {
         tokio::select! {
-            results = workloads::run(plan, &args.only) => results,
+            results = measure => results,
             _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
         }
     })?;
-    println!("{}", serde_json::to_string(&Report { bench: "queue", results })?);
+    println!("{}", serde_json::to_string(&Report { bench, results })?);
     Ok(())
 }

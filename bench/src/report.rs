@@ -21,7 +21,7 @@ pub struct Figure {
     pub reference: String,
     /// That, in the same unit.
     pub reference_value: f64,
-    /// The value over the reference's.
+    /// The value over the reference's; 0 where there is no reference.
     pub ratio: f64,
     /// Median and 99th percentile of one call or pick-up, in milliseconds; 0 where the figure is no time.
     pub p50: f64,
@@ -42,7 +42,11 @@ impl Figure {
             unit,
             reference: reference.into(),
             reference_value: rounded(reference_value),
-            ratio: (value / reference_value.max(1e-9) * 1000.0).round() / 1000.0,
+            ratio: if reference_value > 0.0 {
+                (value / reference_value * 1000.0).round() / 1000.0
+            } else {
+                0.0
+            },
             p50: 0.0,
             p99: 0.0,
         }

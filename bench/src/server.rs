@@ -1,5 +1,6 @@
 //! The one Redis that all sides share.
 
+use anyhow::Context as _;
 use devstack::{RedisOptions, testing::TestServices};
 use redis::aio::MultiplexedConnection;
 
@@ -60,4 +61,38 @@ impl Server {
 fn field(info: &str, name: &str) -> f64 {
     let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0.0)
+}
+
+/// CPU time that all processes of a Postgres on this machine have used, in seconds.
+pub async fn postgres_cpu(pool: &sqlx::PgPool) -> anyhow::Result<f64> {
+    let backend: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(pool).await?;
+    let postmaster = stat(backend as u32).context("this Postgres runs on another machine")?.parent;
+    let mut ticks = stat(postmaster).map_or(0, |one| one.own + one.children);
+    for entry in std::fs::read_dir("/proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if let Some(one) = stat(pid).filter(|one| one.parent == postmaster) {
+            ticks += one.own;
+        }
+    }
+    let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock ticks")?;
+    Ok(ticks as f64 / per_second as f64)
+}
+
+/// Of `/proc/<pid>/stat`: the parent, and CPU time in ticks. None if the process has gone.
+struct Stat {
+    parent: u32,
+    own: u64,
+    children: u64,
+}
+
+fn stat(pid: u32) -> Option<Stat> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in brackets, may have blanks.
+    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+    let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
+    Some(Stat {
+        parent: u32::try_from(number(1)?).ok()?,
+        own: number(11)? + number(12)?,
+        children: number(13)? + number(14)?,
+    })
 }

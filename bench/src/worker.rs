@@ -85,10 +85,22 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     };
     tokio::try_join!(work, tell)?;
 
+    let used = used()?;
+    println!("ended {} {} {}", counter.handled(), used.cpu.as_micros(), used.peak_rss_kb);
+    Ok(())
+}
+
+/// CPU and memory of one process.
+pub struct Usage {
+    pub cpu: Duration,
+    pub peak_rss_kb: u64,
+}
+
+/// What this process has used so far.
+pub fn used() -> anyhow::Result<Usage> {
     let usage = getrusage(UsageWho::RUSAGE_SELF)?;
     let cpu_us = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
-    println!("ended {} {cpu_us} {}", counter.handled(), peak_rss_kb());
-    Ok(())
+    Ok(Usage { cpu: Duration::from_micros(cpu_us.unsigned_abs()), peak_rss_kb: peak_rss_kb() })
 }
 
 /// The most memory that this process ever had resident, in KiB; 0 where /proc doesn't say.

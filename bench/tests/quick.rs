@@ -1,4 +1,4 @@
-//! `flotilla-bench queue --quick`: everything runs, every job is counted, and the report has its shape.
+//! `flotilla-bench queue|saga --quick`: everything runs, every job is counted, and the report has its shape.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::process::{Command, Output};
@@ -9,16 +9,27 @@ fn flotilla_bench(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_flotilla-bench")).args(arguments).output().unwrap()
 }
 
-#[test]
-fn a_quick_run_counts_every_job_and_reports_every_workload() {
-    let output = flotilla_bench(&["queue", "--json", "--quick"]);
+/// Runs a benchmark, which fails when a job was done twice, or not at all, or is left behind. The names of its figures.
+fn figures(bench: &str, arguments: &[&str]) -> Vec<String> {
+    let output = flotilla_bench(&[&[bench, "--json", "--quick"], arguments].concat());
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    // It fails when a job was handled twice, or not at all, or is left behind.
     assert!(output.status.success(), "{said}");
     let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object on stdout");
-    assert_eq!(report["bench"], "queue");
+    assert_eq!(report["bench"], bench);
     let results = report["results"].as_array().unwrap();
-    let names: Vec<&str> = results.iter().map(|one| one["name"].as_str().unwrap()).collect();
+    for one in results {
+        for field in ["value", "reference_value", "ratio", "p50", "p99"] {
+            assert!(one[field].as_f64().is_some_and(f64::is_finite), "{field} of {one}");
+        }
+        assert!(one["value"].as_f64().unwrap() > 0.0, "{one}");
+        assert!(!one["unit"].as_str().unwrap().is_empty() && !one["reference"].as_str().unwrap().is_empty());
+    }
+    results.iter().map(|one| one["name"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_quick_run_counts_every_job_and_reports_every_workload() {
+    let names = figures("queue", &[]);
     for wanted in [
         "enqueue.single.fast.vs-peer",
         "enqueue.batched.fast.vs-peer",
@@ -39,14 +50,23 @@ fn a_quick_run_counts_every_job_and_reports_every_workload() {
         "drain.ledger.2-workers",
         "pickup.ledger.p50",
     ] {
-        assert!(names.contains(&wanted), "{wanted} is missing in {names:?}");
+        assert!(names.iter().any(|name| name == wanted), "{wanted} is missing in {names:?}");
     }
-    for one in results {
-        for field in ["value", "reference_value", "ratio", "p50", "p99"] {
-            assert!(one[field].as_f64().is_some_and(f64::is_finite), "{field} of {one}");
-        }
-        assert!(one["value"].as_f64().unwrap() > 0.0, "{one}");
-        assert!(!one["unit"].as_str().unwrap().is_empty() && !one["reference"].as_str().unwrap().is_empty());
+}
+
+#[test]
+fn sagas_end_right_in_a_quick_run_also_with_errors() {
+    let names = figures("saga", &["--workers", "2"]);
+    for wanted in [
+        "three-step",
+        "three-step.store",
+        "three-step.wal",
+        "three-step.postgres-cpu",
+        "three-step.latency.p99",
+        "three-step.compensation.p90",
+        "three-step.errors",
+    ] {
+        assert!(names.iter().any(|name| name == wanted), "{wanted} is missing in {names:?}");
     }
 }
 

@@ -107,6 +107,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("bench enqueue", &["--jobs"]),
     ("bench ingest", &["--documents", "--embedder", "--workers"]),
     ("bench queue", &["--quick", "--only", "--rounds"]),
+    ("bench saga", &["--quick", "--jobs", "--rounds", "--workers"]),
 ];
 
 fn flotilla(arguments: &[&str]) -> Output {

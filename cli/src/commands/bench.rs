@@ -7,7 +7,9 @@ mod chaos;
 mod embed;
 mod enqueue;
 mod ingest;
+mod program;
 mod queue;
+mod saga;
 mod sandbox;
 mod texts;
 
@@ -40,6 +42,8 @@ pub enum Command {
     /// Be a worker of `bench chaos`
     #[command(hide = true)]
     ChaosWorker(super::worker::Args),
+    /// Sagas per second: three steps through the public API beside plain writes, and documents of 1 KB
+    Saga(saga::Args),
 }
 
 /// Which embedding provider is measured.
@@ -140,6 +144,7 @@ pub async fn run(command: Command, context: &Context, telemetry: &Telemetry) -> 
         Command::Enqueue(args) => Box::pin(enqueue::measure(args, context)).await?,
         Command::Ingest(args) => Box::pin(ingest::measure(args, context)).await?,
         Command::Queue(args) => Box::pin(queue::measure(args, context)).await?,
+        Command::Saga(args) => Box::pin(saga::measure(args, context)).await?,
     };
     context.out.data(&report, || {
         let mut table = output::table(&[

@@ -42,16 +42,16 @@ const TENANT: &str = "bench";
 pub struct Args {
     /// Documents to ingest
     #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=50_000))]
-    documents: u32,
+    pub(super) documents: u32,
     /// Words of a document; up to about 150 make one chunk
     #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u16).range(1..=5000))]
-    words: u16,
+    pub(super) words: u16,
     /// Embedding provider
     #[arg(long, value_enum, default_value_t = Provider::Hash)]
-    embedder: Provider,
+    pub(super) embedder: Provider,
     /// Worker processes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
-    workers: u8,
+    pub(super) workers: u8,
 }
 
 pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
