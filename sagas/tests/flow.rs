@@ -690,7 +690,7 @@ async fn protocol_02_a_zombie_neither_waits_nor_enqueues_children_nor_keeps_data
     let resume = Arc::clone(&go_on);
     let heard: Log = Log::default();
     let answers = Arc::clone(&heard);
-    let act = move |ctx: &StepContext, _: &mut Value| -> BoxFuture<'_, Result<(), StepError>> {
+    let tell = Do::new(&log, "tell", move |ctx, _| {
         if ctx.worker != WorkerId::new("w") || ctx.job.deliveries > 1 {
             return async { Ok(()) }.boxed();
         }
@@ -712,8 +712,8 @@ async fn protocol_02_a_zombie_neither_waits_nor_enqueues_children_nor_keeps_data
             Ok(())
         }
         .boxed()
-    };
-    let tell = Do { commits: Commits::Data, ..Do::new(&log, "tell", act) };
+    });
+    let tell = Do { commits: Commits::Data, ..tell };
     let engine = stage.saga(vec![tell.boxed(), asks(&log, Duration::from_secs(600))]);
     let id = stage.enqueue().await;
     let zombie = stage.begin(&engine, id, "w").await;
