@@ -174,9 +174,15 @@ impl Stage {
         let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
         postgres.migrate_up().await.unwrap();
         postgres.create_tenant("acme").await.unwrap();
-        let config = QueueConfig { url: services.redis_queue().url().to_owned(), ..QueueConfig::default() };
+        // No heartbeat tells a worker that it lost its lease: what is refused is refused by Postgres.
+        let config = QueueConfig {
+            url: services.redis_queue().url().to_owned(),
+            lease: Duration::from_secs(3600),
+            ..QueueConfig::default()
+        };
         let queue = Queue::connect(config.clone()).await.unwrap();
-        let heartbeat = Heartbeat::spawn(config, HeartbeatConfig::default()).unwrap();
+        let heartbeat =
+            Heartbeat::spawn(config, HeartbeatConfig { interval: Duration::from_secs(1000) }).unwrap();
         Self { postgres, queue, heartbeat, services }
     }
 
@@ -226,10 +232,16 @@ impl Stage {
 
     /// A delivery whose worker dies once `at` is told.
     async fn crash(&self, engine: &Engine, id: JobId, at: &Notify) {
-        let UnderWay { ended, .. } = self.begin(engine, id, "victim").await;
+        let UnderWay { ended, lease, .. } = self.begin(engine, id, "victim").await;
         at.notified().await;
         ended.abort();
         assert!(ended.await.unwrap_err().is_cancelled());
+        self.reap(&lease).await;
+    }
+
+    /// Frees the job in Redis, as the reaper does with leases that have run out.
+    async fn reap(&self, lease: &queue::Lease) {
+        self.queue.ack(&[lease.lease_ref()]).await.unwrap();
     }
 
     async fn job(&self, id: JobId) -> JobView {
@@ -718,8 +730,10 @@ async fn protocol_02_a_zombie_neither_waits_nor_enqueues_children_nor_keeps_data
     let id = stage.enqueue().await;
     let zombie = stage.begin(&engine, id, "w").await;
     at.notified().await;
+    stage.reap(&zombie.lease).await;
     let successor = stage.begin(&engine, id, "successor").await;
     assert!(matches!(successor.ended.await.unwrap(), Ended::Release(_)));
+    stage.reap(&successor.lease).await;
     let data: Value = sqlx::query_scalar("SELECT data FROM sagas").fetch_one(stage.postgres.pool()).await.unwrap();
     go_on.notify_one();
     assert_eq!(zombie.ended.await.unwrap(), Ended::Abandoned);
