@@ -89,6 +89,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("tenants pause", &["--queue"]),
     ("tenants resume", &["--queue"]),
     ("sagas list", &["--state", "--tenant", "--kind", "--since", "--until", "--before", "--limit"]),
+    ("sagas signal", &[]),
     ("sagas show", &[]),
     ("sagas retry", &[]),
     ("sagas resolve", &["--reason"]),

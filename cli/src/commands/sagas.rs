@@ -10,13 +10,15 @@ use sagas::{
     stores::postgres::{
         Postgres,
         inspect::{JobView, SagaFilter, SagaView, StepView},
+        waits::{Signalled, WaitView},
     },
 };
 use serde::Serialize;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::{
-    context::Context,
+    context::{Context, actor},
     failure::{Ending, Outcome, Refused},
     output::{self, ago, between, short, span},
     times,
@@ -69,6 +71,16 @@ pub enum Command {
         #[arg(long)]
         reason: String,
     },
+    /// Send a job the signal that one of its steps waits for, or will
+    Signal {
+        /// The job
+        job: Uuid,
+        /// The signal
+        name: String,
+        /// What it says, as JSON
+        #[arg(default_value = "null", value_parser = |text: &str| serde_json::from_str::<Value>(text))]
+        payload: Value,
+    },
 }
 
 /// A run with its steps.
@@ -80,6 +92,7 @@ struct Run {
     /// Of a parked run: what stands of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     standing: Option<Standing>,
+    waits: Vec<WaitView>,
 }
 
 /// A job and its runs, as JSON.
@@ -97,6 +110,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             let sagas = postgres.sagas(&filter).await?;
             context.out.data(&sagas, || output::rows(&saga_table(&sagas), "no such saga runs"))?;
         }
+        Command::Signal { job, name, payload } => return signal(job, &name, &payload, context).await,
         Command::Show { id } => {
             let (job, mut runs) = find(id, &postgres).await?;
             for run in runs.iter_mut().filter(|run| run.saga.state == "parked") {
@@ -114,11 +128,31 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
 
 /// A run's timeline, and what stands of a parked one.
 fn drawn(job: &JobView, run: &Run) -> String {
-    let text = timeline::draw(job, &run.saga, &run.steps, timeline::WIDTH);
+    let text = timeline::draw(job, &run.saga, &run.steps, timeline::WIDTH) + &timeline::waits(&run.waits);
     match &run.standing {
         Some(standing) => format!("{text}\n{}", parked::described(run.saga.id, standing)),
         None => text,
     }
+}
+
+async fn signal(job: Uuid, name: &str, payload: &Value, context: &Context) -> Outcome {
+    let client = super::enqueue::client(context).await?;
+    let (word, sentence, good) = match client.signal(JobId(job), None, name, payload).await? {
+        Signalled::Sent => ("sent", "the signal is kept for it", true),
+        Signalled::Duplicate => ("duplicate", "the same signal was sent before", true),
+        Signalled::Conflict => ("conflict", "this signal was sent before with another payload", false),
+        Signalled::Ended => ("ended", "it has ended", false),
+        Signalled::TooMany => ("too_many_signals", "it has as many signals as a job may have", false),
+        Signalled::Unknown => return Err(Refused(format!("the ledger doesn't know job {job}")).into()),
+    };
+    if word == "sent" {
+        let detail = json!({ "signal": name });
+        client.postgres().record_action(&actor(), "sagas.signal", &job.to_string(), &detail).await?;
+    }
+    context
+        .out
+        .data(&json!({ "job": job, "signal": name, "state": word }), || format!("job {job}: {sentence}"))?;
+    Ok(Ending::fine_if(good))
 }
 
 /// The runs that an id means, and their job.
@@ -141,7 +175,8 @@ async fn find(id: Uuid, postgres: &Postgres) -> anyhow::Result<(JobView, Vec<Run
     let mut runs = Vec::with_capacity(sagas.len());
     for saga in sagas {
         let steps = postgres.steps(saga.id).await?;
-        runs.push(Run { saga, steps, standing: None });
+        let waits = postgres.waits(saga.id).await?;
+        runs.push(Run { saga, steps, standing: None, waits });
     }
     Ok((job, runs))
 }
