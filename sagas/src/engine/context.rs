@@ -196,6 +196,8 @@ impl StepContext {
             compensating: self.compensating,
             steps: Arc::clone(&self.steps),
             budget: Budget(Mutex::new(Times { job_until, step_until: job_until, waiting: false })),
+            #[cfg(feature = "faults")]
+            calls: Default::default(),
         }
     }
 
