@@ -278,11 +278,13 @@ impl Step<Basket> for Sell {
         let key = ctx.idempotency_key(Reserve::NAME);
         let sold = ctx
             .call(SHOP, |_| async {
-                sqlx::query("UPDATE reservations SET state = 'sold' WHERE key = $1 AND state IN ('held', 'sold')")
-                    .bind(&key)
-                    .execute(&self.0)
-                    .await
-                    .map_err(at_shop)
+                sqlx::query(
+                    "UPDATE reservations SET state = 'sold' WHERE key = $1 AND state IN ('held', 'sold')",
+                )
+                .bind(&key)
+                .execute(&self.0)
+                .await
+                .map_err(at_shop)
             })
             .await?;
         if sold.rows_affected() == 1 {
