@@ -58,6 +58,8 @@ pub enum Purpose {
     Payload,
     /// A job's result.
     Result,
+    /// A signal sent to a job.
+    Signal,
 }
 
 impl Purpose {
@@ -65,6 +67,7 @@ impl Purpose {
         match self {
             Self::Payload => "payload",
             Self::Result => "result",
+            Self::Signal => "signal",
         }
     }
 }

@@ -14,6 +14,6 @@ pub mod search;
 pub mod stores;
 
 pub use async_trait::async_trait;
-pub use engine::{Commits, JobRetry, Registry, RetryPolicy, Saga, Step, StepContext};
+pub use engine::{Branch, Child, Commits, Group, JobRetry, Registry, RetryPolicy, Saga, Step, StepContext};
 pub use error::{Class, Dependency, StepError, StoreError};
-pub use stores::postgres::{Fence, take::TakenJob};
+pub use stores::postgres::{Fence, take::TakenJob, waits::ChildEnd};

@@ -2,7 +2,10 @@
 
 use std::{
     future::Future,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,7 +18,7 @@ use super::{breaker::Breakers, reporter::Reporter};
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
     stores::postgres::{
-        Fence,
+        Fence, Postgres,
         ending::Run,
         progress::Progress,
         take::{StepRecord, TakenJob},
@@ -69,6 +72,8 @@ pub struct RunToken {
     lost: CancellationToken,
     stop: CancellationToken,
     cancel: Option<CancellationToken>,
+    /// Another branch of the group has failed.
+    group: CancellationToken,
 }
 
 impl RunToken {
@@ -76,6 +81,7 @@ impl RunToken {
     pub fn is_cancelled(&self) -> bool {
         self.lost.is_cancelled()
             || self.stop.is_cancelled()
+            || self.group.is_cancelled()
             || self.cancel.as_ref().is_some_and(CancellationToken::is_cancelled)
     }
 
@@ -90,6 +96,7 @@ impl RunToken {
         tokio::select! {
             () = self.lost.cancelled() => {}
             () = self.stop.cancelled() => {}
+            () = self.group.cancelled() => {}
             () = cancel => {}
         }
     }
@@ -108,15 +115,20 @@ pub struct StepContext {
     /// When this delivery began.
     pub started_at: chrono::DateTime<chrono::Utc>,
     pub(super) lease: Lease,
+    pub(super) postgres: Postgres,
     pub(super) breakers: Breakers,
     pub(super) limits: CallLimits,
     reporter: Reporter,
-    /// A person wants the job to end. Not heeded while compensating.
+    /// A person wants the job to end.
     pub(super) cancel: CancellationToken,
+    /// Not while compensating, and not from the pivot on.
+    heeds_cancel: AtomicBool,
     /// This process wants to end.
     pub(super) stop: CancellationToken,
+    /// Another branch of the group has failed for good.
+    pub(super) group: CancellationToken,
     pub(super) compensating: bool,
-    pub(super) steps: Mutex<Vec<StepRecord>>,
+    steps: Arc<Mutex<Vec<StepRecord>>>,
     budget: Budget,
 }
 
@@ -128,6 +140,7 @@ impl StepContext {
         resumed: bool,
         worker: WorkerId,
         lease: Lease,
+        postgres: Postgres,
         breakers: Breakers,
         limits: CallLimits,
         reporter: Reporter,
@@ -143,15 +156,58 @@ impl StepContext {
             worker,
             started_at: chrono::Utc::now(),
             lease,
+            postgres,
             breakers,
             limits,
             reporter,
             cancel,
+            heeds_cancel: AtomicBool::new(true),
             stop,
+            group: CancellationToken::new(),
             compensating: false,
-            steps: Mutex::default(),
+            steps: Arc::default(),
             budget,
         }
+    }
+
+    /// A branch's own: its clocks run apart from the other branches'. `failed` tells it of their failure.
+    pub(super) fn branch(&self, failed: CancellationToken) -> Self {
+        let job_until = self.budget.times().job_until;
+        Self {
+            job: Arc::clone(&self.job),
+            saga_id: self.saga_id,
+            resumed: self.resumed,
+            worker: self.worker.clone(),
+            started_at: self.started_at,
+            lease: self.lease.clone(),
+            postgres: self.postgres.clone(),
+            breakers: self.breakers.clone(),
+            limits: self.limits,
+            reporter: self.reporter.clone(),
+            cancel: self.cancel.clone(),
+            heeds_cancel: AtomicBool::new(self.heeds_cancel()),
+            stop: self.stop.clone(),
+            group: failed,
+            compensating: self.compensating,
+            steps: Arc::clone(&self.steps),
+            budget: Budget(Mutex::new(Times { job_until, step_until: job_until, waiting: false })),
+        }
+    }
+
+    /// What a branch waited for dependencies is not the job's time, either.
+    pub(super) fn join(&self, branch: &Self) {
+        let until = branch.budget.times().job_until;
+        let mut times = self.budget.times();
+        times.job_until = times.job_until.max(until);
+    }
+
+    /// From here on a request to cancel changes nothing.
+    pub(super) fn ignore_cancel(&self) {
+        self.heeds_cancel.store(false, Ordering::Release);
+    }
+
+    fn heeds_cancel(&self) -> bool {
+        !self.compensating && self.heeds_cancel.load(Ordering::Acquire)
     }
 
     /// The number that every write of this run carries. A store that can check it is safe from zombies.
@@ -188,8 +244,8 @@ impl StepContext {
         RunToken {
             lost: self.lease.lost(),
             stop: self.stop.clone(),
-            // A request to cancel is not heeded while its effects are being undone.
-            cancel: (!self.compensating).then(|| self.cancel.clone()),
+            cancel: self.heeds_cancel().then(|| self.cancel.clone()),
+            group: self.group.clone(),
         }
     }
 
@@ -257,11 +313,11 @@ impl StepContext {
 
     /// Sleeps, unless the run has to end.
     pub async fn pause(&self, time: Duration) -> Result<(), StepError> {
-        self.unless_ended(async {
+        let rest = self.unless_ended(async {
             tokio::time::sleep(time).await;
             Ok(())
-        })
-        .await
+        });
+        self.unless_group_failed(rest).await
     }
 
     /// Waits for the breaker to close and the lease to be long enough; neither counts against the job's time.
@@ -270,7 +326,19 @@ impl StepContext {
             self.breakers.closed(dependency).await;
             self.lease.valid(self.limits.lease_margin * 2).await.map_err(|_| StepError::LeaseLost)
         });
-        self.budget.wait(ready).await
+        self.budget.wait(self.unless_group_failed(ready)).await
+    }
+
+    /// Ends a wait when another branch has failed. Never a call: what it does can't be called back.
+    async fn unless_group_failed<T>(
+        &self,
+        wait: impl Future<Output = Result<T, StepError>>,
+    ) -> Result<T, StepError> {
+        tokio::select! {
+            biased;
+            done = wait => done,
+            () = self.group.cancelled() => Err(StepError::transient("group_failed", "another branch of the group has failed")),
+        }
     }
 
     /// Runs one try of a step within its time-out, and only as long as the run may go on: a step that is busy with something
@@ -349,7 +417,7 @@ impl StepContext {
             biased;
             () = self.lease.lost().cancelled_owned() => Err(StepError::LeaseLost),
             () = self.stop.cancelled() => Err(StepError::Stopping),
-            () = self.cancel.cancelled(), if !self.compensating => Err(StepError::Cancelled),
+            () = self.cancel.cancelled(), if self.heeds_cancel() => Err(StepError::Cancelled),
             done = work => done,
         }
     }

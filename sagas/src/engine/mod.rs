@@ -8,17 +8,23 @@ mod context;
 mod definition;
 mod reporter;
 mod run;
+mod waits;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 pub use breaker::{Breakers, Probe};
 pub use context::{CallLimits, RunToken, StepContext};
-pub use definition::{Commits, JobRetry, RetryPolicy, Saga, Step};
+pub use definition::{AnyBranch, Branch, Commits, Group, JobRetry, Keep, RetryPolicy, Saga, Step};
 use queue::{Lease, WorkerId};
 use reporter::Reporter;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
+pub use waits::Child;
 
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
@@ -102,22 +108,33 @@ pub struct Engine {
     pub(crate) breakers: Breakers,
     pub(crate) worker: WorkerId,
     reporter: Reporter,
-    sagas: Arc<HashMap<&'static str, Arc<dyn AnySaga>>>,
+    sagas: Arc<Versions>,
 }
+
+/// By kind and version.
+type Versions = HashMap<&'static str, BTreeMap<i32, Arc<dyn AnySaga>>>;
 
 /// The sagas that a worker knows, and how it asks after the stores of their own. [`Stores::registry`](crate::kinds::Stores::registry)
 /// has Flotilla's sagas; a user adds their own to it, or begins with an empty one.
 #[derive(Default)]
 pub struct Registry {
-    sagas: HashMap<&'static str, Arc<dyn AnySaga>>,
+    sagas: Versions,
     probes: Vec<(Dependency, Probe)>,
 }
 
 impl Registry {
-    /// Adds a definition. A later one of the same kind replaces an earlier one.
+    /// Adds a definition. Of one kind several versions can be there: new runs are made by the newest, and a run that was
+    /// begun is continued by the version that began it. A later definition of the same kind and version replaces an
+    /// earlier one.
+    ///
+    /// # Panics
+    /// If the definition contradicts itself: two steps or branches of one name, a group as the pivot, a step that says it
+    /// commits the saga's first row and is not the first, or one that ends the job and is not the last.
     #[must_use]
-    pub fn with(mut self, saga: impl Saga) -> Self {
-        self.sagas.insert(saga.kind(), Arc::new(run::Registered(saga)));
+    pub fn with<S: Saga>(mut self, saga: S) -> Self {
+        check(&saga);
+        let versions = self.sagas.entry(saga.kind()).or_default();
+        versions.insert(saga.version(), Arc::new(run::Registered(saga)));
         self
     }
 
@@ -137,6 +154,34 @@ impl Registry {
     /// The probes of the users' stores, for [`Breakers::new`].
     pub fn probes(&self) -> Vec<(Dependency, Probe)> {
         self.probes.clone()
+    }
+}
+
+fn check<S: Saga>(saga: &S) {
+    let (kind, steps) = (saga.kind(), saga.steps());
+    let mut names = HashSet::new();
+    for (i, step) in steps.iter().enumerate() {
+        let own = [step.name()].into_iter().chain(step.branches().iter().map(|branch| branch.name()));
+        for name in own {
+            assert!(names.insert(name), "saga {kind}: two steps are called {name:?}");
+        }
+        let (commits, group) = (step.commits(), !step.branches().is_empty());
+        assert!(
+            commits != Commits::Begin || i == 0,
+            "saga {kind}: {:?} commits the first row and is not first",
+            step.name()
+        );
+        assert!(
+            commits != Commits::End || i + 1 == steps.len(),
+            "saga {kind}: {:?} ends the job and is not last",
+            step.name()
+        );
+        assert!(!group || i != saga.pivot(), "saga {kind}: the group {:?} can't be the pivot", step.name());
+        assert!(
+            !group || matches!(commits, Commits::Nothing | Commits::Data),
+            "saga {kind}: the group {:?} can't commit by itself",
+            step.name()
+        );
     }
 }
 
@@ -170,7 +215,11 @@ impl Engine {
 
     /// What must answer for jobs of this kind to be worth claiming. Jobs of unknown kinds need the ledger alone.
     pub fn needs(&self, kind: &str) -> &[Dependency] {
-        self.sagas.get(kind).map_or(&[Dependency::Postgres], |saga| saga.needs())
+        self.newest(kind).map_or(&[Dependency::Postgres], |saga| saga.needs())
+    }
+
+    fn newest(&self, kind: &str) -> Option<&Arc<dyn AnySaga>> {
+        self.sagas.get(kind)?.values().next_back()
     }
 
     /// What must answer for a queue's jobs to be worth claiming: all that the kinds need which wait there by default.
@@ -179,7 +228,8 @@ impl Engine {
             .sagas
             .iter()
             .filter(|(kind, _)| crate::kinds::default_queue(kind) == queue)
-            .flat_map(|(_, saga)| saga.needs().iter().copied())
+            .flat_map(|(_, versions)| versions.values())
+            .flat_map(|saga| saga.needs().iter().copied())
             .chain([Dependency::Postgres])
             .collect();
         needs.sort_unstable();
@@ -189,8 +239,10 @@ impl Engine {
 
     /// The names of all fault points at the steps of all registered sagas, for the crash matrix.
     pub fn fault_points(&self) -> Vec<String> {
-        let mut points: Vec<String> = self.sagas.values().flat_map(|saga| saga.points()).collect();
+        let sagas = self.sagas.values().flat_map(BTreeMap::values);
+        let mut points: Vec<String> = sagas.flat_map(|saga| saga.points()).collect();
         points.sort();
+        points.dedup();
         points
     }
 
@@ -198,10 +250,18 @@ impl Engine {
     /// the next delivery, as after a crash.
     pub async fn run(&self, delivery: Delivery) -> Ended {
         let job = Arc::clone(&delivery.job);
-        let done = match self.sagas.get(job.kind.as_str()) {
+        let begun = job.saga.as_ref().map(|open| open.definition_version);
+        let saga = match begun {
+            Some(version) => self.sagas.get(job.kind.as_str()).and_then(|versions| versions.get(&version)),
+            None => self.newest(&job.kind),
+        };
+        let done = match (saga, begun) {
             _ if job.unreadable.is_some() => self.unreadable(delivery).await,
-            Some(saga) => saga.drive(self, delivery).await,
-            None => self.unroutable(delivery).await,
+            (Some(saga), _) => saga.drive(self, delivery).await,
+            (None, Some(version)) if self.sagas.contains_key(job.kind.as_str()) => {
+                self.other_version(delivery, version).await
+            }
+            (None, _) => self.unroutable(delivery).await,
         };
         match done {
             Ok(ended) => ended,
@@ -220,6 +280,33 @@ impl Engine {
         tracing::warn!(job = %job.id, why, "a payload can't be read here");
         self.postgres.note_error(job.id, job.fence, &why).await?;
         self.unroutable(delivery).await
+    }
+
+    /// A run begun by other steps than those known here is left to a worker that has them.
+    async fn other_version(&self, delivery: Delivery, version: i32) -> Result<Ended, StoreError> {
+        let job = &delivery.job;
+        let known: Vec<String> = self
+            .sagas
+            .get(job.kind.as_str())
+            .map(|versions| versions.keys().map(|version| format!("v{version}")).collect())
+            .unwrap_or_default();
+        let why = format!(
+            "the run was begun by v{version} of {:?}, and the worker that had it last knows {}: it waits for a worker that knows v{version}",
+            job.kind,
+            known.join(", ")
+        );
+        tracing::error!(job = %job.id, why, "released uncharged");
+        self.postgres.note_error(job.id, job.fence, &why).await?;
+        let run = Run {
+            job_id: job.id,
+            fence: job.fence,
+            saga_id: None,
+            worker: self.worker.clone(),
+            started_at: chrono::Utc::now(),
+        };
+        let delay = Duration::from_secs(10);
+        let kept = self.postgres.release(&run, delay, None, false).await?;
+        Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
     }
 
     /// A kind that this worker does not know goes back uncharged, for a newer worker; it is dead only when none has

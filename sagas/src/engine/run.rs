@@ -1,16 +1,21 @@
 //! One delivery of one job: forward from where the log says, or backward.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use chrono::Utc;
+use futures::future::join_all;
 use metrics::{counter, gauge, histogram};
+use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 use uuid::Uuid;
 
 use super::{
-    AnySaga, Commits, Delivery, Ended, Engine, LONGEST_WAIT, RetryPolicy, Saga, Step, StepContext, encode,
-    failure,
+    AnyBranch, AnySaga, Commits, Delivery, Ended, Engine, Keep, LONGEST_WAIT, RetryPolicy, Saga, Step,
+    StepContext, encode, failure,
 };
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
@@ -34,10 +39,12 @@ impl<S: Saga> AnySaga for Registered<S> {
         let (kind, pivot) = (self.0.kind(), self.0.pivot());
         let mut points = vec![];
         for (i, step) in self.0.steps().iter().enumerate() {
-            points.extend(["before", "after"].map(|at| format!("{kind}.{}.{at}", step.name())));
-            if i < pivot {
-                points
-                    .extend(["before", "after"].map(|at| format!("{kind}.{}.compensate.{at}", step.name())));
+            let branches: Vec<_> = step.branches().iter().map(|branch| branch.name()).collect();
+            for name in if branches.is_empty() { vec![step.name()] } else { branches } {
+                points.extend(["before", "after"].map(|at| format!("{kind}.{name}.{at}")));
+                if i < pivot {
+                    points.extend(["before", "after"].map(|at| format!("{kind}.{name}.compensate.{at}")));
+                }
             }
         }
         points
@@ -57,6 +64,61 @@ struct Drive<'a, S: Saga> {
     engine: &'a Engine,
     open: Option<OpenSaga>,
     ctx: StepContext,
+    /// Branches of the step that is under way, a group, that are done.
+    done: Vec<String>,
+    /// Whether the log says that the pivot may have begun.
+    pivot_begun: bool,
+}
+
+/// What is tried: a step, or a branch of one.
+enum Work<'w, D> {
+    Step(&'w dyn Step<D>, &'w mut D),
+    Branch(&'w dyn AnyBranch<D>, &'w D),
+}
+
+impl<D> Work<'_, D> {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Step(step, _) => step.name(),
+            Self::Branch(branch, _) => branch.name(),
+        }
+    }
+
+    fn timeout(&self) -> Duration {
+        match self {
+            Self::Step(step, _) => step.timeout(),
+            Self::Branch(branch, _) => branch.timeout(),
+        }
+    }
+
+    fn retry(&self) -> RetryPolicy {
+        match self {
+            Self::Step(step, _) => step.retry(),
+            Self::Branch(branch, _) => branch.retry(),
+        }
+    }
+}
+
+/// What is undone: a step, or a branch of one.
+enum Undo<'w, D> {
+    Step(&'w dyn Step<D>),
+    Branch(&'w dyn AnyBranch<D>),
+}
+
+impl<D> Undo<'_, D> {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Step(step) => step.name(),
+            Self::Branch(branch) => branch.name(),
+        }
+    }
+
+    fn timeout(&self) -> Duration {
+        match self {
+            Self::Step(step) => step.timeout(),
+            Self::Branch(branch) => branch.timeout(),
+        }
+    }
 }
 
 impl<'a, S: Saga> Drive<'a, S> {
@@ -69,25 +131,25 @@ impl<'a, S: Saga> Drive<'a, S> {
             open.is_some(),
             engine.worker.clone(),
             delivery.lease,
+            engine.postgres.clone(),
             engine.breakers.clone(),
             engine.settings.calls,
             engine.reporter.clone(),
             delivery.cancel,
             delivery.stop,
         );
-        Self { saga, engine, open, ctx }
+        Self { saga, engine, open, ctx, done: vec![], pivot_begun: false }
     }
 
     async fn run(mut self) -> Result<Ended, StoreError> {
         let Some(open) = self.open.take() else { return self.first_delivery().await };
-        if open.definition_version != self.saga.version() {
-            return self.other_version(&open).await;
-        }
         let data: S::Data = match serde_json::from_value(open.data.clone()) {
             Ok(data) => data,
             Err(error) => return self.park(None, &format!("the saga's data can't be read: {error}")).await,
         };
-        let past_pivot = usize::try_from(open.next_step).is_ok_and(|next| next > self.saga.pivot());
+        let next: usize = open.next_step.unsigned_abs().into();
+        let past_pivot = next > self.saga.pivot() || open.pivot_begun;
+        (self.done, self.pivot_begun) = (open.done, open.pivot_begun);
         if open.compensating {
             let verdict = open.verdict.clone().and_then(|v| serde_json::from_value(v).ok());
             let Some(verdict) = verdict else {
@@ -108,7 +170,10 @@ impl<'a, S: Saga> Drive<'a, S> {
         if self.ctx.job.cancel_requested && !past_pivot {
             return self.turn_back(&data, Verdict::Cancelled).await;
         }
-        self.forward(data, open.next_step.unsigned_abs().into()).await
+        if past_pivot {
+            self.ctx.ignore_cancel();
+        }
+        self.forward(data, next).await
     }
 
     async fn first_delivery(self) -> Result<Ended, StoreError> {
@@ -148,21 +213,39 @@ impl<'a, S: Saga> Drive<'a, S> {
         if begun { Ok(()) } else { Err(StepError::LeaseLost) }
     }
 
-    async fn forward(self, mut data: S::Data, from: usize) -> Result<Ended, StoreError> {
+    async fn forward(mut self, mut data: S::Data, from: usize) -> Result<Ended, StoreError> {
         let steps = self.saga.steps().to_vec();
         for (i, step) in steps.iter().enumerate().skip(from) {
-            // Now it can still be undone.
             if i == self.saga.pivot()
-                && let Err(error) = fits(&self.saga.result(&data), self.engine.settings.max_result)
+                && let Err(error) = self.before_pivot(step.as_ref(), i, &data).await
             {
                 return self.failed(&data, i, error).await;
             }
-            if let Err(error) = self.execute(step.as_ref(), &mut data).await {
+            let outcome = if step.branches().is_empty() {
+                self.tries(&self.ctx, Work::Step(step.as_ref(), &mut data)).await.map(drop)
+            } else {
+                let mut done = std::mem::take(&mut self.done);
+                let outcome = self.group(step.branches(), &mut data, &mut done).await;
+                if outcome.is_err() {
+                    self.done = done;
+                }
+                outcome
+            };
+            if let Err(error) = outcome {
                 return self.failed(&data, i, error).await;
             }
             if step.commits() == Commits::End {
                 self.count("succeeded");
                 return Ok(Ended::Ack);
+            }
+            if i == self.saga.pivot() {
+                self.ctx.ignore_cancel();
+            }
+            if step.commits() == Commits::Data
+                && let Err(error) = self.keep(i + 1, &data).await
+            {
+                // The step is done; only the log doesn't know it.
+                return self.failed(&data, i + 1, error).await;
             }
         }
         let result = self.saga.result(&data);
@@ -184,57 +267,167 @@ impl<'a, S: Saga> Drive<'a, S> {
         }
     }
 
-    /// One step, tried as its policy says.
-    async fn execute(&self, step: &dyn Step<S::Data>, data: &mut S::Data) -> Result<(), StepError> {
-        let span = tracing::info_span!("step", step = step.name(), saga = self.saga.kind());
+    /// The last moment at which everything can still be undone. A pivot that doesn't commit itself is announced in the log,
+    /// because afterwards only the log can say that it may have taken effect.
+    async fn before_pivot(
+        &mut self,
+        pivot: &dyn Step<S::Data>,
+        i: usize,
+        data: &S::Data,
+    ) -> Result<(), StepError> {
+        if self.pivot_begun {
+            return Ok(());
+        }
+        fits(&self.saga.result(data), self.engine.settings.max_result)?;
+        if matches!(pivot.commits(), Commits::Begin | Commits::End) {
+            return Ok(());
+        }
+        let (run, next, data) = (self.ctx.run(), i16::try_from(i).unwrap_or(i16::MAX), encode(data)?);
+        let postgres = &self.engine.postgres;
+        match self.ctx.call(Dependency::Postgres, |_| postgres.begin_pivot(&run, next, &data)).await? {
+            Some(true) => {
+                self.pivot_begun = true;
+                self.ctx.ignore_cancel();
+                Ok(())
+            }
+            Some(false) => Err(StepError::Cancelled),
+            None => Err(StepError::LeaseLost),
+        }
+    }
+
+    /// Commits the data and that the steps before `next` are done.
+    async fn keep(&self, next: usize, data: &S::Data) -> Result<(), StepError> {
+        let (run, next, data) = (self.ctx.run(), i16::try_from(next).unwrap_or(i16::MAX), encode(data)?);
+        let postgres = &self.engine.postgres;
+        let kept = self.ctx.call(Dependency::Postgres, |_| postgres.keep(&run, next, &data)).await?;
+        if kept { Ok(()) } else { Err(StepError::LeaseLost) }
+    }
+
+    /// Runs the branches that are not done at once. The outputs of those that succeed go into the data, whatever becomes of
+    /// the others.
+    async fn group(
+        &self,
+        branches: &[std::sync::Arc<dyn AnyBranch<S::Data>>],
+        data: &mut S::Data,
+        done: &mut Vec<String>,
+    ) -> Result<(), StepError> {
+        let failed = CancellationToken::new();
+        let first: Mutex<Option<StepError>> = Mutex::default();
+        let before = &*data;
+        let left = branches.iter().filter(|branch| done.iter().all(|name| name != branch.name()));
+        let ended = join_all(left.map(|branch| {
+            let (ctx, first, failed) = (self.ctx.branch(failed.clone()), &first, &failed);
+            async move {
+                let outcome = self.tries(&ctx, Work::Branch(branch.as_ref(), before)).await;
+                self.ctx.join(&ctx);
+                // A branch that is put off has not failed: the others go on.
+                if let Err(error) = &outcome
+                    && !matches!(error, StepError::Snooze(_))
+                {
+                    first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| error.clone());
+                    failed.cancel();
+                }
+                (branch.name(), outcome)
+            }
+        }))
+        .await;
+        let mut put_off: Option<Duration> = None;
+        let (mut lost, mut stopping) = (false, false);
+        for (name, outcome) in ended {
+            match outcome {
+                Ok(keep) => {
+                    if let Some(keep) = keep {
+                        keep(data);
+                    }
+                    done.push(name.to_owned());
+                }
+                Err(StepError::LeaseLost) => lost = true,
+                Err(StepError::Stopping) => stopping = true,
+                Err(StepError::Snooze(wait)) => put_off = Some(put_off.map_or(wait, |w| w.min(wait))),
+                Err(_) => {}
+            }
+        }
+        match (lost, first.into_inner().unwrap_or_else(PoisonError::into_inner), put_off) {
+            (true, ..) => Err(StepError::LeaseLost),
+            (_, Some(error), _) => Err(if stopping { StepError::Stopping } else { error }),
+            (_, None, Some(wait)) => Err(StepError::Snooze(wait)),
+            (_, None, None) => Ok(()),
+        }
+    }
+
+    /// One step or branch, tried as its policy says.
+    async fn tries(
+        &self,
+        ctx: &StepContext,
+        mut work: Work<'_, S::Data>,
+    ) -> Result<Option<Keep<S::Data>>, StepError> {
+        let (name, timeout, retry) = (work.name(), work.timeout(), work.retry());
+        let span = tracing::info_span!("step", step = name, saga = self.saga.kind());
         let (started_at, clock) = (Utc::now(), Instant::now());
-        let mut waits = step.retry().waits();
+        let mut waits = retry.waits();
         let mut attempts = 0;
         let outcome = loop {
             attempts += 1;
-            let tried = self.ctx.within(step.timeout(), self.once(step, data)).instrument(span.clone()).await;
+            let tried = ctx.within(timeout, self.once(ctx, &mut work)).instrument(span.clone()).await;
             let error = match tried {
-                Ok(()) => break Ok(()),
+                Ok(keep) => break Ok(keep),
                 Err(error) => error,
             };
+            if ctx.group.is_cancelled() {
+                break Err(error);
+            }
             let Some(wait) = error.class().filter(|class| class.is_retryable()).and_then(|_| waits.next())
             else {
                 break Err(error);
             };
             // A step waits for no longer than its own policy says; the job can.
             let wish = error.retry_after().unwrap_or_default();
-            if wish > step.retry().cap {
+            if wish > retry.cap {
                 break Err(error);
             }
             let wait = wait.max(wish);
-            tracing::debug!(step = step.name(), attempts, %error, "step failed; trying again");
-            if let Err(ended) = self.ctx.pause(wait).await {
-                break Err(ended);
+            tracing::debug!(step = name, attempts, %error, "step failed; trying again");
+            if let Err(ended) = ctx.pause(wait).await {
+                // What the branch itself failed of says more than that another one failed, too.
+                break Err(if ctx.group.is_cancelled() { error } else { ended });
             }
         };
-        histogram!("saga_step_duration_seconds", "saga" => self.saga.kind(), "step_name" => step.name())
+        histogram!("saga_step_duration_seconds", "saga" => self.saga.kind(), "step_name" => name)
             .record(clock.elapsed().as_secs_f64());
-        self.ctx.record(StepRecord {
-            step: step.name().to_owned(),
-            compensation: false,
-            attempts,
-            started_at,
-            ended_at: Utc::now(),
-            error: outcome.as_ref().err().map(ToString::to_string),
-        });
+        // A step that waits has neither succeeded nor failed; the log has the wait.
+        if !matches!(outcome, Err(StepError::Snooze(_))) {
+            ctx.record(StepRecord {
+                step: name.to_owned(),
+                compensation: false,
+                attempts,
+                started_at,
+                ended_at: Utc::now(),
+                error: outcome.as_ref().err().map(ToString::to_string),
+            });
+        }
         outcome
     }
 
-    async fn once(&self, step: &dyn Step<S::Data>, data: &mut S::Data) -> Result<(), StepError> {
-        crate::fault_point!(&format!("{}.{}.before", self.saga.kind(), step.name()), &self.ctx.job.payload);
-        step.execute(&self.ctx, data).await?;
-        crate::fault_point!(&format!("{}.{}.after", self.saga.kind(), step.name()), &self.ctx.job.payload);
-        Ok(())
+    async fn once(
+        &self,
+        ctx: &StepContext,
+        work: &mut Work<'_, S::Data>,
+    ) -> Result<Option<Keep<S::Data>>, StepError> {
+        crate::fault_point!(&format!("{}.{}.before", self.saga.kind(), work.name()), &self.ctx.job.payload);
+        let keep = match work {
+            Work::Step(step, data) => step.execute(ctx, data).await.map(|()| None)?,
+            Work::Branch(branch, data) => Some(branch.execute(ctx, data).await?),
+        };
+        crate::fault_point!(&format!("{}.{}.after", self.saga.kind(), work.name()), &self.ctx.job.payload);
+        Ok(keep)
     }
 
     /// What follows a step that did not succeed.
     async fn failed(self, data: &S::Data, step: usize, error: StepError) -> Result<Ended, StoreError> {
-        let past_pivot = step > self.saga.pivot();
+        // Of a pivot that was announced, an error that may pass doesn't say whether it took effect; one that can't pass does.
+        let unsure =
+            self.pivot_begun && step == self.saga.pivot() && error.class().is_some_and(Class::is_retryable);
+        let past_pivot = step > self.saga.pivot() || unsure;
         match error {
             StepError::LeaseLost => self.refused().await,
             StepError::Stopping => {
@@ -283,10 +476,12 @@ impl<'a, S: Saga> Drive<'a, S> {
             Verdict::Cancelled => "cancelled on request".to_owned(),
             Verdict::Superseded => "superseded by a later job".to_owned(),
         };
-        let run = self.ctx.run();
+        let (run, postgres, kept) = (self.ctx.run(), &self.engine.postgres, encode(data)?);
         let begun = self
             .ctx
-            .call(Dependency::Postgres, |_| self.engine.postgres.begin_compensation(&run, &verdict, &reason))
+            .call(Dependency::Postgres, |_| {
+                postgres.begin_compensation_with(&run, &verdict, &reason, Some(&kept))
+            })
             .await;
         match begun {
             Ok(true) => self.backward(data, verdict).await,
@@ -301,7 +496,12 @@ impl<'a, S: Saga> Drive<'a, S> {
         self.ctx.compensating = true;
         let steps = self.saga.steps().to_vec();
         for step in steps[..self.saga.pivot().min(steps.len())].iter().rev() {
-            match self.compensate(step.as_ref(), data).await {
+            let undone = if step.branches().is_empty() {
+                self.compensate(&self.ctx, &Undo::Step(step.as_ref()), data).await
+            } else {
+                self.undo_group(step.branches(), data).await
+            };
+            match undone {
                 Ok(()) => {}
                 Err(StepError::LeaseLost) => return self.refused().await,
                 Err(StepError::Stopping) => return self.give_back(Duration::ZERO, None).await,
@@ -315,29 +515,58 @@ impl<'a, S: Saga> Drive<'a, S> {
         self.finish(&self.ctx.run(), &verdict).await
     }
 
-    async fn compensate(&self, step: &dyn Step<S::Data>, data: &S::Data) -> Result<(), StepError> {
-        let span = tracing::info_span!("compensate", step = step.name(), saga = self.saga.kind());
+    /// Undoes all branches of a group at once, and waits for all of them.
+    async fn undo_group(
+        &self,
+        branches: &[std::sync::Arc<dyn AnyBranch<S::Data>>],
+        data: &S::Data,
+    ) -> Result<(), StepError> {
+        let undone = join_all(branches.iter().map(|branch| {
+            let ctx = self.ctx.branch(CancellationToken::new());
+            async move { self.compensate(&ctx, &Undo::Branch(branch.as_ref()), data).await }
+        }))
+        .await;
+        // What can't be undone needs a person, but only once nothing else stands in the way of telling it.
+        let rank = |error: &StepError| match error {
+            StepError::LeaseLost => 0,
+            StepError::Stopping => 1,
+            StepError::Snooze(_) => 2,
+            _ => 3,
+        };
+        undone.into_iter().filter_map(Result::err).min_by_key(rank).map_or(Ok(()), Err)
+    }
+
+    async fn compensate(
+        &self,
+        ctx: &StepContext,
+        undo: &Undo<'_, S::Data>,
+        data: &S::Data,
+    ) -> Result<(), StepError> {
+        let span = tracing::info_span!("compensate", step = undo.name(), saga = self.saga.kind());
         let started_at = Utc::now();
         let mut waits = RetryPolicy::PATIENT.waits();
         let mut attempts = 0;
         let outcome = loop {
             attempts += 1;
             let tried =
-                self.ctx.within(step.timeout(), self.undo_once(step, data)).instrument(span.clone()).await;
+                ctx.within(undo.timeout(), self.undo_once(ctx, undo, data)).instrument(span.clone()).await;
             let Err(error) = tried else { break Ok(()) };
             let Some(wait) = error.class().filter(|class| class.is_retryable()).and_then(|_| waits.next())
             else {
                 break Err(error);
             };
-            tracing::warn!(step = step.name(), attempts, %error, "compensation failed; trying again");
-            if let Err(ended) = self.ctx.pause(wait).await {
+            tracing::warn!(step = undo.name(), attempts, %error, "compensation failed; trying again");
+            if let Err(ended) = ctx.pause(wait).await {
                 break Err(ended);
             }
         };
+        if matches!(outcome, Err(StepError::Snooze(_))) {
+            return outcome;
+        }
         let status = if outcome.is_ok() { "succeeded" } else { "failed" };
-        counter!("saga_compensation_total", "step_name" => step.name(), "status" => status).increment(1);
-        self.ctx.record(StepRecord {
-            step: step.name().to_owned(),
+        counter!("saga_compensation_total", "step_name" => undo.name(), "status" => status).increment(1);
+        ctx.record(StepRecord {
+            step: undo.name().to_owned(),
             compensation: true,
             attempts,
             started_at,
@@ -347,14 +576,22 @@ impl<'a, S: Saga> Drive<'a, S> {
         outcome
     }
 
-    async fn undo_once(&self, step: &dyn Step<S::Data>, data: &S::Data) -> Result<(), StepError> {
+    async fn undo_once(
+        &self,
+        ctx: &StepContext,
+        undo: &Undo<'_, S::Data>,
+        data: &S::Data,
+    ) -> Result<(), StepError> {
         crate::fault_point!(
-            &format!("{}.{}.compensate.before", self.saga.kind(), step.name()),
+            &format!("{}.{}.compensate.before", self.saga.kind(), undo.name()),
             &self.ctx.job.payload
         );
-        step.compensate(&self.ctx, data).await?;
+        match undo {
+            Undo::Step(step) => step.compensate(ctx, data).await?,
+            Undo::Branch(branch) => branch.compensate(ctx, data).await?,
+        }
         crate::fault_point!(
-            &format!("{}.{}.compensate.after", self.saga.kind(), step.name()),
+            &format!("{}.{}.compensate.after", self.saga.kind(), undo.name()),
             &self.ctx.job.payload
         );
         Ok(())
@@ -391,9 +628,12 @@ impl<'a, S: Saga> Drive<'a, S> {
             Some((next, data)) => Some((next, encode(data)?)),
             None => None,
         };
-        let progress = progress.as_ref().map(|(next, data)| (*next, data));
-        let kept = self.engine.postgres.release(&self.ctx.run(), wait, progress, false).await?;
-        if kept { Ok(Ended::Release(wait)) } else { self.refused().await }
+        let progress = progress.as_ref().map(|(next, data)| (*next, data, self.done.as_slice()));
+        let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
+        match self.engine.postgres.suspend(&run, wait, progress, &records).await? {
+            Some(wait) => Ok(Ended::Release(wait)),
+            None => self.refused().await,
+        }
     }
 
     /// Needs a person: effects stand that could neither be finished nor undone.
@@ -422,15 +662,6 @@ impl<'a, S: Saga> Drive<'a, S> {
             }
             _ => Ended::Abandoned,
         })
-    }
-
-    /// A run begun by other steps than these is left to a worker that has them.
-    async fn other_version(&self, open: &OpenSaga) -> Result<Ended, StoreError> {
-        tracing::error!(
-            saga = %open.id, kind = self.saga.kind(), begun_by = open.definition_version, here = self.saga.version(),
-            "this worker's definition is another version than the one that began the run; released for one that has it"
-        );
-        self.give_back(Duration::from_secs(10), None).await
     }
 
     fn is_poison(&self) -> bool {

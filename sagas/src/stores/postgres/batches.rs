@@ -237,11 +237,7 @@ impl Postgres {
         let mut tx = self.pool.begin().await?;
         let changed = lock(&mut tx, id, tenant).await?;
         if changed == Changed::Done {
-            sqlx::query("UPDATE batches SET cancelled_at = coalesce(cancelled_at, now()), sealed_at = coalesce(sealed_at, now()) WHERE id = $1")
-                .bind(id.0)
-                .execute(&mut *tx)
-                .await?;
-            look_again(&mut tx, id).await?;
+            cancel_locked(&mut tx, id).await?;
         }
         tx.commit().await?;
         Ok(changed)
@@ -275,8 +271,24 @@ impl Postgres {
     }
 }
 
+/// Cancels a batch in the caller's transaction, whose first lock this is; see [`cancel_batch`](Postgres::cancel_batch).
+pub(super) async fn cancel_in(connection: &mut PgConnection, id: BatchId) -> Result<(), sqlx::Error> {
+    if lock(connection, id, None).await? == Changed::Done {
+        cancel_locked(connection, id).await?;
+    }
+    Ok(())
+}
+
+async fn cancel_locked(connection: &mut PgConnection, id: BatchId) -> Result<(), sqlx::Error> {
+    sqlx::query("UPDATE batches SET cancelled_at = coalesce(cancelled_at, now()), sealed_at = coalesce(sealed_at, now()) WHERE id = $1")
+        .bind(id.0)
+        .execute(&mut *connection)
+        .await?;
+    look_again(connection, id).await
+}
+
 /// Inserts the batch, unless it is there. `Some`: why not.
-async fn insert(
+pub(super) async fn insert(
     connection: &mut PgConnection,
     batch: &NewBatch,
     callback: Option<&NewJob>,
@@ -352,7 +364,7 @@ async fn lock(
     })
 }
 
-async fn seal(connection: &mut PgConnection, id: BatchId) -> Result<(), sqlx::Error> {
+pub(super) async fn seal(connection: &mut PgConnection, id: BatchId) -> Result<(), sqlx::Error> {
     let sealed = sqlx::query("UPDATE batches SET sealed_at = now() WHERE id = $1 AND sealed_at IS NULL")
         .bind(id.0)
         .execute(&mut *connection)

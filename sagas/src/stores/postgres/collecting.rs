@@ -10,6 +10,7 @@ use super::{
     Postgres,
     accept::NewJob,
     batches::{BatchId, CallbackOn},
+    waits,
 };
 use crate::error::{Class, Dependency, StoreError};
 
@@ -93,6 +94,7 @@ impl Postgres {
         if counts.sealed && !folded.more && counts.ended() == counts.total {
             if !counts.finished {
                 finish(&mut tx, id, &counts).await?;
+                waits::wake_parents(&mut tx, id).await?;
                 folded.finished = true;
             }
             if let Some(template) = counts.callback(&row)? {

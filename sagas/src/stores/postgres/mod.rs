@@ -31,6 +31,7 @@ pub mod sealing;
 pub mod stage;
 pub mod take;
 pub mod tenants;
+pub mod waits;
 
 use std::{collections::HashMap, str::FromStr, time::Duration};
 

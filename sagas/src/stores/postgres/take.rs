@@ -76,6 +76,10 @@ pub struct OpenSaga {
     pub next_step: i16,
     /// The saga's typed data.
     pub data: Value,
+    /// Branches of the next step, a group, that are done.
+    pub done: Vec<String>,
+    /// Whether a pivot that doesn't commit itself may have begun; then the run only goes forward.
+    pub pivot_begun: bool,
     /// How the job ends after compensation.
     pub verdict: Option<Value>,
     /// Deliveries lost since compensation began.
@@ -172,8 +176,8 @@ impl Postgres {
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
                     t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent, t.was_lost,
                     extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s,
-                    s.id AS saga_id, s.definition_version, s.state AS saga_state, s.next_step, s.data, s.verdict,
-                    s.lost_compensating
+                    s.id AS saga_id, s.definition_version, s.state AS saga_state, s.next_step, s.data, s.done, s.verdict,
+                    s.pivot_at IS NOT NULL AS pivot_begun, s.lost_compensating
              FROM taken t LEFT JOIN sagas s ON s.job_id = t.id AND s.state IN ('running', 'compensating')",
         )
         .bind(&ids)
@@ -250,6 +254,8 @@ fn taken_job(row: &PgRow, cipher: &PayloadCipher) -> Result<TakenJob, sqlx::Erro
             compensating: row.try_get::<&str, _>("saga_state")? == "compensating",
             next_step: row.try_get("next_step")?,
             data: row.try_get("data")?,
+            done: row.try_get("done")?,
+            pivot_begun: row.try_get("pivot_begun")?,
             verdict: row.try_get("verdict")?,
             lost_compensating: row.try_get("lost_compensating")?,
         }),

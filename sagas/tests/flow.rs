@@ -1,0 +1,960 @@
+//! What a saga of a user's own can do beyond one step after another: keep what it learns, do things at once, wait without a
+//! slot for a time, a signal or child jobs, and go on with the definition that began it. Deliveries are real: a queue's lease and a
+//! ledger's fence.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use devstack::testing::TestServices;
+use futures::{FutureExt, future::BoxFuture};
+use queue::{Heartbeat, HeartbeatConfig, JobId, Queue, QueueConfig, QueueName, TenantId, WorkerId};
+use sagas::{
+    Branch, Child, Commits, Dependency, Group, Registry, RetryPolicy, Saga, Step, StepContext, StepError,
+    TakenJob,
+    coalescing::Batch,
+    encryption::{Keyring, new_key},
+    engine::{Breakers, Delivery, Ended, Engine, EngineSettings},
+    stores::postgres::{
+        Postgres, PostgresConfig,
+        accept::NewJob,
+        inspect::JobView,
+        ledger::Cancel,
+        take::{Take, TakeBatch, TakeItem},
+        waits::Signalled,
+    },
+};
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+const KIND: &str = "flow";
+
+/// What happened, in order.
+type Log = Arc<Mutex<Vec<String>>>;
+type Act =
+    Arc<dyn for<'a> Fn(&'a StepContext, &'a mut Value) -> BoxFuture<'a, Result<(), StepError>> + Send + Sync>;
+
+struct Flow {
+    version: i32,
+    steps: Vec<Arc<dyn Step<Value>>>,
+    pivot: usize,
+}
+
+impl Saga for Flow {
+    type Data = Value;
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+    fn version(&self) -> i32 {
+        self.version
+    }
+    fn steps(&self) -> &[Arc<dyn Step<Value>>] {
+        &self.steps
+    }
+    fn pivot(&self) -> usize {
+        self.pivot
+    }
+    fn needs(&self) -> &[Dependency] {
+        &[Dependency::Postgres]
+    }
+    fn prepare(&self, _: &TakenJob) -> Result<Value, StepError> {
+        Ok(json!({}))
+    }
+    fn result(&self, data: &Value) -> Value {
+        data.clone()
+    }
+}
+
+struct Do {
+    name: &'static str,
+    commits: Commits,
+    log: Log,
+    act: Act,
+    undo: Act,
+}
+
+fn nothing() -> Act {
+    Arc::new(|_, _| async { Ok(()) }.boxed())
+}
+
+impl Do {
+    fn new<F>(log: &Log, name: &'static str, act: F) -> Self
+    where
+        F: for<'a> Fn(&'a StepContext, &'a mut Value) -> BoxFuture<'a, Result<(), StepError>>
+            + Send
+            + Sync
+            + 'static,
+    {
+        Self { name, commits: Commits::Nothing, log: Arc::clone(log), act: Arc::new(act), undo: nothing() }
+    }
+
+    fn fine(log: &Log, name: &'static str) -> Self {
+        Self { act: nothing(), ..Self::new(log, name, |_, _| async { Ok(()) }.boxed()) }
+    }
+
+    fn boxed(self) -> Arc<dyn Step<Value>> {
+        Arc::new(self)
+    }
+}
+
+#[async_trait]
+impl Step<Value> for Do {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn retry(&self) -> RetryPolicy {
+        RetryPolicy { tries: 1, ..RetryPolicy::FORWARD }
+    }
+    fn commits(&self) -> Commits {
+        self.commits
+    }
+    async fn execute(&self, ctx: &StepContext, data: &mut Value) -> Result<(), StepError> {
+        self.log.lock().unwrap().push(self.name.to_owned());
+        (self.act)(ctx, data).await
+    }
+    async fn compensate(&self, ctx: &StepContext, data: &Value) -> Result<(), StepError> {
+        self.log.lock().unwrap().push(format!("undo {} {data}", self.name));
+        (self.undo)(ctx, &mut data.clone()).await
+    }
+}
+
+/// A branch whose output is its name.
+struct Arm {
+    name: &'static str,
+    tries: usize,
+    log: Log,
+    act: Act,
+}
+
+#[async_trait]
+impl Branch<Value> for Arm {
+    type Output = String;
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn retry(&self) -> RetryPolicy {
+        RetryPolicy { tries: self.tries, ..RetryPolicy::FORWARD }
+    }
+    async fn execute(&self, ctx: &StepContext, data: &Value) -> Result<String, StepError> {
+        self.log.lock().unwrap().push(self.name.to_owned());
+        (self.act)(ctx, &mut data.clone()).await?;
+        self.log.lock().unwrap().push(format!("{} done", self.name));
+        Ok(self.name.to_owned())
+    }
+    fn keep(&self, output: String, data: &mut Value) {
+        data[self.name] = json!(output);
+    }
+    async fn compensate(&self, _: &StepContext, data: &Value) -> Result<(), StepError> {
+        self.log.lock().unwrap().push(format!("undo {} {data}", self.name));
+        Ok(())
+    }
+}
+
+struct Stage {
+    postgres: Postgres,
+    queue: Queue,
+    heartbeat: Heartbeat,
+    services: TestServices,
+}
+
+fn queue_name() -> QueueName {
+    QueueName::new(KIND).unwrap()
+}
+
+/// One delivery under way.
+struct UnderWay {
+    ended: tokio::task::JoinHandle<Ended>,
+    lease: queue::Lease,
+    cancel: CancellationToken,
+}
+
+impl Stage {
+    async fn new() -> Self {
+        let services = TestServices::builder().postgres().redis_queue().start().await.unwrap();
+        let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
+        postgres.migrate_up().await.unwrap();
+        postgres.create_tenant("acme").await.unwrap();
+        // No heartbeat tells a worker that it lost its lease: what is refused is refused by Postgres.
+        let config = QueueConfig {
+            url: services.redis_queue().url().to_owned(),
+            lease: Duration::from_secs(3600),
+            ..QueueConfig::default()
+        };
+        let queue = Queue::connect(config.clone()).await.unwrap();
+        let heartbeat =
+            Heartbeat::spawn(config, HeartbeatConfig { interval: Duration::from_secs(1000) }).unwrap();
+        Self { postgres, queue, heartbeat, services }
+    }
+
+    fn engine(&self, sagas: impl IntoIterator<Item = Flow>) -> Engine {
+        let registry = sagas.into_iter().fold(Registry::default(), Registry::with);
+        let breakers = Breakers::new([], CancellationToken::new());
+        Engine::new(self.postgres.clone(), breakers, WorkerId::new("w"), EngineSettings::default(), registry)
+    }
+
+    fn saga(&self, steps: Vec<Arc<dyn Step<Value>>>) -> Engine {
+        let pivot = steps.len();
+        self.engine([Flow { version: 1, steps, pivot }])
+    }
+
+    async fn enqueue(&self) -> JobId {
+        let job = NewJob::new(KIND, queue_name(), TenantId::new("acme").unwrap(), json!({}));
+        self.postgres.accept(std::slice::from_ref(&job), true).await.unwrap();
+        job.id
+    }
+
+    /// Takes a job that is due, as a worker of this name, and begins to run it.
+    async fn begin(&self, engine: &Engine, id: JobId, worker: &str) -> UnderWay {
+        let envelope = self.postgres.envelope(id).await.unwrap().expect("an unfinished job");
+        let worker = WorkerId::new(worker);
+        self.queue.forget(&[(queue_name(), id)]).await.unwrap();
+        self.queue.push(&[queue::Envelope { run_at_ms: None, ..envelope }]).await.unwrap();
+        let claim = self.queue.claim(&queue_name(), &worker, 1).await.unwrap().remove(0);
+        let lease = self.heartbeat.register(&claim);
+        let batch = TakeBatch { postgres: self.postgres.clone(), worker };
+        let job = match batch.flush(&[TakeItem { id, fast: None }]).await.unwrap().remove(0) {
+            Take::Taken(job) => Arc::new(*job),
+            other => panic!("not taken: {other:?}"),
+        };
+        let (cancel, stop) = (CancellationToken::new(), CancellationToken::new());
+        let delivery = Delivery { job, lease: lease.clone(), cancel: cancel.clone(), stop };
+        let engine = engine.clone();
+        UnderWay { ended: tokio::spawn(async move { engine.run(delivery).await }), lease, cancel }
+    }
+
+    /// One whole delivery of a job that is due.
+    async fn deliver(&self, engine: &Engine, id: JobId) -> Ended {
+        let UnderWay { ended, lease, .. } = self.begin(engine, id, "w").await;
+        let ended = ended.await.unwrap();
+        self.queue.ack(&[lease.lease_ref()]).await.unwrap();
+        ended
+    }
+
+    /// A delivery whose worker dies once `at` is told.
+    async fn crash(&self, engine: &Engine, id: JobId, at: &Notify) {
+        let UnderWay { ended, lease, .. } = self.begin(engine, id, "victim").await;
+        at.notified().await;
+        ended.abort();
+        assert!(ended.await.unwrap_err().is_cancelled());
+        self.reap(&lease).await;
+    }
+
+    /// Frees the job in Redis, as the reaper does with leases that have run out.
+    async fn reap(&self, lease: &queue::Lease) {
+        self.queue.ack(&[lease.lease_ref()]).await.unwrap();
+    }
+
+    async fn job(&self, id: JobId) -> JobView {
+        self.postgres.job(id, None).await.unwrap().unwrap()
+    }
+
+    /// Milliseconds until the ledger lets the job be taken, and whether the relay is to tell Redis.
+    async fn due(&self, id: JobId) -> (i64, bool) {
+        sqlx::query_as(
+            "SELECT (extract(epoch FROM run_at - now()) * 1000)::bigint, dispatched_at IS NULL FROM jobs WHERE id = $1",
+        )
+        .bind(id.0)
+        .fetch_one(self.postgres.pool())
+        .await
+        .unwrap()
+    }
+
+    async fn wait_until_due(&self, id: JobId) {
+        let begun = Instant::now();
+        while self.due(id).await.0 > 0 {
+            assert!(begun.elapsed() < Duration::from_secs(30), "not due in time");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn steps(&self, id: JobId) -> Vec<(String, String, String)> {
+        let mut steps = vec![];
+        for saga in self.postgres.sagas_of(id).await.unwrap() {
+            for step in self.postgres.steps(saga.id).await.unwrap() {
+                steps.push((step.step_name, step.direction, step.state));
+            }
+        }
+        steps
+    }
+
+    /// Ends a child as its worker would.
+    async fn end_child(&self, id: JobId, state: &str, result: Option<Value>) {
+        let changed = sqlx::query(
+            "UPDATE jobs SET state = $2, finished_at = now(), result = $3, last_error = CASE WHEN $2 = 'dead' THEN 'no way' END
+             WHERE id = $1 AND state IN ('waiting', 'running')",
+        )
+        .bind(id.0)
+        .bind(state)
+        .bind(result)
+        .execute(self.postgres.pool())
+        .await
+        .unwrap();
+        assert_eq!(changed.rows_affected(), 1);
+    }
+
+    async fn collect(&self) {
+        loop {
+            let batches = self.postgres.batches_to_fold(100).await.unwrap();
+            if batches.is_empty() {
+                return;
+            }
+            for batch in batches {
+                self.postgres.fold_batch(batch).await.unwrap();
+            }
+        }
+    }
+
+    async fn children_of(&self, id: JobId) -> Vec<JobId> {
+        let ids: Vec<uuid::Uuid> = sqlx::query_scalar("SELECT id FROM jobs WHERE parent = $1 ORDER BY id")
+            .bind(id.0)
+            .fetch_all(self.postgres.pool())
+            .await
+            .unwrap();
+        ids.into_iter().map(JobId).collect()
+    }
+}
+
+fn take(log: &Log) -> Vec<String> {
+    std::mem::take(&mut *log.lock().unwrap())
+}
+
+fn never() -> BoxFuture<'static, Result<(), StepError>> {
+    std::future::pending().boxed()
+}
+
+#[tokio::test]
+async fn what_a_step_learnt_is_there_after_a_crash_for_later_steps_and_for_its_compensation() {
+    let (stage, log, at) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    let reached = Arc::clone(&at);
+    let learn = Do {
+        commits: Commits::Data,
+        ..Do::new(&log, "learn", |_, data| {
+            data["number"] = json!(42);
+            async { Ok(()) }.boxed()
+        })
+    };
+    let hang = Do::new(&log, "hang", move |_, _| {
+        reached.notify_one();
+        never()
+    });
+    let engine = stage.saga(vec![learn.boxed(), hang.boxed()]);
+    let id = stage.enqueue().await;
+    stage.crash(&engine, id, &at).await;
+    assert_eq!(take(&log), ["learn", "hang"]);
+    assert_eq!(stage.postgres.cancel(id, None).await.unwrap(), Cancel::Requested);
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(take(&log), [r#"undo hang {"number":42}"#, r#"undo learn {"number":42}"#]);
+    assert_eq!(stage.job(id).await.state, "cancelled");
+
+    // And it is not executed again.
+    let id = stage.enqueue().await;
+    stage.crash(&engine, id, &at).await;
+    stage.crash(&engine, id, &at).await;
+    assert_eq!(take(&log), ["learn", "hang", "hang"]);
+}
+
+#[tokio::test]
+async fn a_compensation_that_is_delivered_again_has_the_data_that_the_first_one_had() {
+    let (stage, log, at) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    let reached = Arc::clone(&at);
+    let learn = Do::new(&log, "learn", |_, data| {
+        data["number"] = json!(42);
+        async { Ok(()) }.boxed()
+    });
+    let undo: Act = Arc::new(move |ctx, _| {
+        if ctx.job.deliveries > 1 {
+            return async { Ok(()) }.boxed();
+        }
+        reached.notify_one();
+        never()
+    });
+    let fails = Do::new(&log, "fails", |_, _| async { Err(StepError::permanent("no", "no")) }.boxed());
+    let engine = stage.saga(vec![Do { undo, ..learn }.boxed(), fails.boxed()]);
+    let id = stage.enqueue().await;
+    stage.crash(&engine, id, &at).await;
+    let undone = r#"undo learn {"number":42}"#;
+    assert_eq!(take(&log), ["learn", "fails", r#"undo fails {"number":42}"#, undone]);
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(take(&log), [r#"undo fails {"number":42}"#, undone]);
+    assert_eq!(stage.job(id).await.state, "dead");
+}
+
+#[tokio::test]
+async fn branches_run_at_once_and_bring_their_outputs() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    // Each waits for the other: one after the other would never end.
+    let both = Arc::new(tokio::sync::Barrier::new(2));
+    let arm = |name| {
+        let both = Arc::clone(&both);
+        let act: Act = Arc::new(move |_, _| {
+            let both = Arc::clone(&both);
+            async move {
+                both.wait().await;
+                Ok(())
+            }
+            .boxed()
+        });
+        Arm { name, tries: 1, log: Arc::clone(&log), act }
+    };
+    let group = Arc::new(Group::new("both").with(arm("left")).with(arm("right")));
+    let engine = stage.saga(vec![group, Do::fine(&log, "after").boxed()]);
+    assert!(engine.fault_points().contains(&"flow.left.compensate.before".to_owned()));
+    let id = stage.enqueue().await;
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.result, Some(json!({ "left": "left", "right": "right" })));
+    let names: Vec<_> = stage.steps(id).await.into_iter().map(|(name, ..)| name).collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+    assert!(names[..2].contains(&"left".to_owned()) && names[2] == "after", "{names:?}");
+}
+
+#[tokio::test]
+async fn when_a_branch_fails_the_others_end_their_try_and_all_are_undone() {
+    let (stage, log, slow) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    let arm = |name, tries, act: Act| Arm { name, tries, log: Arc::clone(&log), act };
+    let fails: Act = Arc::new(|_, _| async { Err(StepError::permanent("no", "no")) }.boxed());
+    // Under way when the other fails: its try is not cut off.
+    let (let_go, seen) = (Arc::clone(&slow), Arc::clone(&log));
+    let slowly: Act = Arc::new(move |ctx, _| {
+        let (let_go, seen) = (Arc::clone(&let_go), Arc::clone(&seen));
+        async move {
+            ctx.cancelled().await;
+            seen.lock().unwrap().push("told".to_owned());
+            let_go.notified().await;
+            Ok(())
+        }
+        .boxed()
+    });
+    // Between two tries when the other fails: it begins no further one.
+    let busy: Act = Arc::new(|_, _| async { Err(StepError::transient("busy", "busy")) }.boxed());
+    let group = Group::new("three")
+        .with(arm("slow", 1, slowly))
+        .with(arm("busy", 1000, busy))
+        .with(arm("fails", 1, fails));
+    let engine = stage.saga(vec![Do::fine(&log, "before").boxed(), Arc::new(group)]);
+    let id = stage.enqueue().await;
+    let run = stage.begin(&engine, id, "w").await;
+    let begun = Instant::now();
+    while !log.lock().unwrap().contains(&"told".to_owned()) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{log:?}");
+        tokio::task::yield_now().await;
+    }
+    assert!(!log.lock().unwrap().iter().any(|line| line.starts_with("undo")), "undone before all had ended");
+    slow.notify_one();
+    assert_eq!(run.ended.await.unwrap(), Ended::Ack);
+    let lines = take(&log);
+    let undone: Vec<_> = lines.iter().filter(|line| line.starts_with("undo")).map(String::as_str).collect();
+    // What the slow one brought is known to its compensation.
+    let data = r#"{"slow":"slow"}"#;
+    let expected = ["slow", "busy", "fails", "before"].map(|name| format!("undo {name} {data}"));
+    assert_eq!(undone, expected, "{lines:?}");
+    assert!(lines.contains(&"slow done".to_owned()));
+    assert_eq!(lines.iter().filter(|line| *line == "busy").count(), 1, "{lines:?}");
+    let letter = stage.postgres.dead_letter(id.0).await.unwrap().unwrap();
+    assert_eq!(letter.class, "no", "the branch that failed first is the reason: {letter:?}");
+    let steps = stage.steps(id).await;
+    assert_eq!(steps.iter().filter(|(_, direction, _)| direction == "compensate").count(), 4, "{steps:?}");
+}
+
+#[tokio::test]
+async fn a_group_that_is_put_off_or_crashes_goes_on_with_the_branches_that_are_not_done() {
+    let (stage, log, at) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    let reached = Arc::clone(&at);
+    let quick = Arm { name: "quick", tries: 1, log: Arc::clone(&log), act: nothing() };
+    let waits: Act = Arc::new(move |ctx, _| {
+        let reached = Arc::clone(&reached);
+        async move {
+            if ctx.signal::<Value>("crash", Duration::from_secs(600)).await?.is_some() {
+                reached.notify_one();
+                return std::future::pending().await;
+            }
+            Ok(())
+        }
+        .boxed()
+    });
+    let waits = Arm { name: "waits", tries: 1, log: Arc::clone(&log), act: waits };
+    let engine = stage.saga(vec![Arc::new(Group::new("two").with(quick).with(waits))]);
+    let id = stage.enqueue().await;
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    let mut lines = take(&log);
+    lines.sort_unstable();
+    assert_eq!(lines, ["quick", "quick done", "waits"]);
+    let timeline = stage.steps(id).await;
+    assert_eq!(timeline.len(), 1, "what the delivery did is in the log though it was put off: {timeline:?}");
+    assert_eq!(stage.postgres.signal(id, None, "crash", &json!(1)).await.unwrap(), Signalled::Sent);
+    stage.crash(&engine, id, &at).await;
+    assert_eq!(take(&log), ["waits"], "the branch that is done is not done again");
+    // Its output is still there.
+    assert_eq!(stage.postgres.cancel(id, None).await.unwrap(), Cancel::Requested);
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(take(&log), [r#"undo quick {"quick":"quick"}"#, r#"undo waits {"quick":"quick"}"#]);
+}
+
+#[tokio::test]
+async fn a_timer_is_due_once_and_no_redelivery_prolongs_it() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let nap = Do::new(&log, "nap", |ctx, _| ctx.sleep("nap", Duration::from_millis(1500)).boxed());
+    let engine = stage.saga(vec![nap.boxed(), Do::fine(&log, "after").boxed()]);
+    let (id, begun) = (stage.enqueue().await, Instant::now());
+    let Ended::Release(wait) = stage.deliver(&engine, id).await else { panic!("not put off") };
+    assert!(wait > Duration::from_secs(1) && wait <= Duration::from_millis(1501), "{wait:?}");
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("waiting", 0));
+    // Delivered again too early, several times, and by a worker that dies: the time stays what it was.
+    for _ in 0..3 {
+        sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1")
+            .bind(id.0)
+            .execute(stage.postgres.pool())
+            .await
+            .unwrap();
+        let Ended::Release(left) = stage.deliver(&engine, id).await else { panic!("not put off") };
+        assert!(
+            left < wait && left + begun.elapsed() < wait + Duration::from_secs(1),
+            "{left:?} of {wait:?}"
+        );
+    }
+    stage.wait_until_due(id).await;
+    assert!(begun.elapsed() >= Duration::from_millis(1490), "{:?}", begun.elapsed());
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(take(&log), ["nap", "nap", "nap", "nap", "nap", "after"]);
+    let saga = stage.postgres.sagas_of(id).await.unwrap().remove(0);
+    let waits = stage.postgres.waits(saga.id).await.unwrap();
+    assert_eq!((waits.len(), waits[0].outcome.as_deref()), (1, Some("due")));
+    let steps = stage.steps(id).await;
+    assert_eq!(steps.len(), 2, "a wait is no failed step: {steps:?}");
+}
+
+fn asks(log: &Log, within: Duration) -> Arc<dyn Step<Value>> {
+    Do::new(log, "ask", move |ctx, data| {
+        async move {
+            let answer = ctx.signal::<Value>("approve", within).await?;
+            data["answer"] = answer.unwrap_or(json!("nobody"));
+            Ok(())
+        }
+        .boxed()
+    })
+    .boxed()
+}
+
+#[tokio::test]
+async fn a_signal_wakes_the_job_that_waits_for_it_and_is_kept_for_one_that_does_not_yet() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let engine = stage.saga(vec![asks(&log, Duration::from_secs(600))]);
+    let id = stage.enqueue().await;
+    assert!(
+        matches!(stage.deliver(&engine, id).await, Ended::Release(wait) if wait > Duration::from_secs(500))
+    );
+    assert!(stage.due(id).await.0 > 500_000);
+    let (postgres, yes) = (&stage.postgres, json!({ "by": "ann" }));
+    assert_eq!(postgres.signal(id, Some("other"), "approve", &yes).await.unwrap(), Signalled::Unknown);
+    // A signal that nobody waits for wakes nobody.
+    assert_eq!(postgres.signal(id, Some("acme"), "refuse", &yes).await.unwrap(), Signalled::Sent);
+    assert!(stage.due(id).await.0 > 500_000);
+    assert_eq!(postgres.signal(id, Some("acme"), "approve", &yes).await.unwrap(), Signalled::Sent);
+    let (left, undispatched) = stage.due(id).await;
+    assert!(left <= 0 && undispatched, "the relay is not told: {left} ms, {undispatched}");
+    // Twice is once.
+    assert_eq!(postgres.signal(id, None, "approve", &yes).await.unwrap(), Signalled::Duplicate);
+    assert_eq!(postgres.signal(id, None, "approve", &json!(0)).await.unwrap(), Signalled::Conflict);
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.result, Some(json!({ "answer": { "by": "ann" } })));
+    assert_eq!(postgres.signal(id, None, "late", &yes).await.unwrap(), Signalled::Ended);
+
+    let id = stage.enqueue().await;
+    assert_eq!(postgres.signal(id, None, "approve", &yes).await.unwrap(), Signalled::Sent);
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.result, Some(json!({ "answer": { "by": "ann" } })));
+}
+
+#[tokio::test]
+async fn a_signal_that_comes_while_the_job_falls_asleep_is_not_slept_through() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let postgres = stage.postgres.clone();
+    let ask = Do::new(&log, "ask", move |ctx, data| {
+        let postgres = postgres.clone();
+        async move {
+            let answer = ctx.signal::<Value>("approve", Duration::from_secs(600)).await;
+            if answer.is_err() {
+                // Between the look and the sleep.
+                postgres.signal(ctx.job.id, None, "approve", &json!("now")).await?;
+            }
+            data["answer"] = json!(answer?);
+            Ok(())
+        }
+        .boxed()
+    });
+    let engine = stage.saga(vec![ask.boxed()]);
+    let id = stage.enqueue().await;
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Release(Duration::ZERO));
+    assert!(stage.due(id).await.0 <= 0);
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.result, Some(json!({ "answer": "now" })));
+}
+
+#[tokio::test]
+async fn a_wait_for_a_signal_that_was_given_up_stays_given_up() {
+    let (stage, log, at) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    let reached = Arc::clone(&at);
+    let hang = Do::new(&log, "hang", move |ctx, _| {
+        reached.notify_one();
+        if ctx.job.deliveries < 3 { never() } else { async { Ok(()) }.boxed() }
+    });
+    let engine = stage.saga(vec![asks(&log, Duration::from_millis(200)), hang.boxed()]);
+    let id = stage.enqueue().await;
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    stage.wait_until_due(id).await;
+    stage.crash(&engine, id, &at).await;
+    // The step is executed again, and now the signal is there.
+    assert_eq!(stage.postgres.signal(id, None, "approve", &json!("late")).await.unwrap(), Signalled::Sent);
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.result, Some(json!({ "answer": "nobody" })));
+    let saga = stage.postgres.sagas_of(id).await.unwrap().remove(0);
+    assert_eq!(stage.postgres.waits(saga.id).await.unwrap()[0].outcome.as_deref(), Some("timed_out"));
+}
+
+#[tokio::test]
+async fn a_signal_is_sealed_like_a_payload() {
+    let stage = Stage::new().await;
+    let keys = Keyring::parse(&format!("k1:{}", new_key())).unwrap();
+    let sealing = stage.postgres.clone().with_cipher(keys.into());
+    let id = stage.enqueue().await;
+    let secret = json!({ "iban": "DE02" });
+    assert_eq!(sealing.signal(id, None, "approve", &secret).await.unwrap(), Signalled::Sent);
+    let stored: Value =
+        sqlx::query_scalar("SELECT payload FROM job_signals").fetch_one(stage.postgres.pool()).await.unwrap();
+    assert!(!stored.to_string().contains("DE02"), "{stored}");
+    assert_eq!(sealing.signal(id, None, "approve", &secret).await.unwrap(), Signalled::Duplicate);
+}
+
+fn parent(log: &Log) -> Arc<dyn Step<Value>> {
+    let step = Do::new(log, "spread", |ctx, data| {
+        async move {
+            let children: Vec<Child> = (0..3).map(|n| Child::new("part", json!({ "n": n }))).collect();
+            let ends = ctx.children("parts", &children).await?;
+            data["states"] = json!(ends.iter().map(|end| &end.state).collect::<Vec<_>>());
+            data["results"] = json!(ends.iter().map(|end| &end.result).collect::<Vec<_>>());
+            data["errors"] = json!(ends.iter().map(|end| &end.error).collect::<Vec<_>>());
+            Ok(())
+        }
+        .boxed()
+    });
+    Do { undo: Arc::new(|ctx, _| ctx.cancel_children("parts").boxed()), ..step }.boxed()
+}
+
+#[tokio::test]
+async fn children_are_enqueued_once_and_wake_their_parent_when_the_last_has_ended() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let engine = stage.saga(vec![parent(&log)]);
+    let id = stage.enqueue().await;
+    // However often the step is executed.
+    for _ in 0..3 {
+        assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+        assert_eq!(stage.children_of(id).await.len(), 3);
+        sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1")
+            .bind(id.0)
+            .execute(stage.postgres.pool())
+            .await
+            .unwrap();
+    }
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    let children = stage.children_of(id).await;
+    let payloads: Vec<Value> =
+        sqlx::query_scalar("SELECT payload FROM jobs WHERE parent = $1 AND queue = 'part' ORDER BY id")
+            .bind(id.0)
+            .fetch_all(stage.postgres.pool())
+            .await
+            .unwrap();
+    assert_eq!(payloads, [json!({ "n": 0 }), json!({ "n": 1 }), json!({ "n": 2 })]);
+    stage.end_child(children[2], "succeeded", Some(json!("two"))).await;
+    stage.end_child(children[0], "dead", None).await;
+    stage.collect().await;
+    assert!(stage.due(id).await.0 > 3_600_000, "woken before the last had ended");
+    stage.end_child(children[1], "succeeded", None).await;
+    stage.collect().await;
+    let (left, undispatched) = stage.due(id).await;
+    assert!(left <= 0 && undispatched, "{left} ms, {undispatched}");
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    let result = stage.job(id).await.result.unwrap();
+    assert_eq!(result["states"], json!(["dead", "succeeded", "succeeded"]));
+    assert_eq!(result["results"], json!([null, null, "two"]));
+    assert_eq!(result["errors"], json!(["no way", null, null]));
+}
+
+#[tokio::test]
+async fn children_that_end_while_the_parent_falls_asleep_are_not_slept_through() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let (postgres, pool) = (stage.postgres.clone(), stage.postgres.pool().clone());
+    let spread = Do::new(&log, "spread", move |ctx, _| {
+        let (postgres, pool) = (postgres.clone(), pool.clone());
+        async move {
+            let ends = ctx.children("parts", &[Child::new("part", json!({}))]).await;
+            if ends.is_err() {
+                sqlx::query("UPDATE jobs SET state = 'succeeded', finished_at = now() WHERE parent = $1")
+                    .bind(ctx.job.id.0)
+                    .execute(&pool)
+                    .await
+                    .unwrap();
+                for batch in postgres.batches_to_fold(10).await? {
+                    postgres.fold_batch(batch).await?;
+                }
+            }
+            ends.map(drop)
+        }
+        .boxed()
+    });
+    let engine = stage.saga(vec![spread.boxed()]);
+    let id = stage.enqueue().await;
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Release(Duration::ZERO));
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+}
+
+#[tokio::test]
+async fn a_parent_that_turns_back_ends_its_children_first() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let engine = stage.saga(vec![parent(&log)]);
+    let id = stage.enqueue().await;
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    let children = stage.children_of(id).await;
+    stage.end_child(children[0], "succeeded", None).await;
+    assert_eq!(stage.postgres.cancel(id, None).await.unwrap(), Cancel::Requested);
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)), "its children have not ended");
+    for batch in stage.postgres.batches_to_cancel(10).await.unwrap() {
+        stage.postgres.cancel_members(batch, uuid::Uuid::nil(), 100).await.unwrap();
+    }
+    stage.collect().await;
+    assert!(stage.due(id).await.0 <= 0, "not woken by their end");
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.state, "cancelled");
+    let mut states = HashMap::new();
+    for child in children {
+        *states.entry(stage.job(child).await.state).or_insert(0) += 1;
+    }
+    assert_eq!(states, HashMap::from([("succeeded".to_owned(), 1), ("cancelled".to_owned(), 2)]));
+}
+
+#[tokio::test]
+async fn protocol_02_a_zombie_neither_waits_nor_enqueues_children_nor_keeps_data() {
+    let (stage, log, at) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    // The first delivery stops in `tell`, and goes on when its successor has the job.
+    let (reached, go_on) = (Arc::clone(&at), Arc::new(Notify::new()));
+    let resume = Arc::clone(&go_on);
+    let heard: Log = Log::default();
+    let answers = Arc::clone(&heard);
+    let tell = Do::new(&log, "tell", move |ctx, _| {
+        if ctx.worker != WorkerId::new("w") || ctx.job.deliveries > 1 {
+            return async { Ok(()) }.boxed();
+        }
+        let (reached, resume, answers) = (Arc::clone(&reached), Arc::clone(&resume), Arc::clone(&answers));
+        let run = ctx.run();
+        let (id, saga) = (ctx.job.id, ctx.saga_id);
+        async move {
+            reached.notify_one();
+            resume.notified().await;
+            let lost = [
+                ctx.sleep("t", Duration::ZERO).await.unwrap_err().to_string(),
+                ctx.signal::<Value>("s", Duration::ZERO).await.unwrap_err().to_string(),
+                ctx.children("c", &[Child::new("part", json!({}))]).await.unwrap_err().to_string(),
+                ctx.cancel_children("c").await.unwrap_err().to_string(),
+            ];
+            let mut lines = answers.lock().unwrap();
+            lines.extend(lost);
+            lines.push(format!("{id} {saga} {}", run.fence.0));
+            Ok(())
+        }
+        .boxed()
+    });
+    let tell = Do { commits: Commits::Data, ..tell };
+    let engine = stage.saga(vec![tell.boxed(), asks(&log, Duration::from_secs(600))]);
+    let id = stage.enqueue().await;
+    let zombie = stage.begin(&engine, id, "w").await;
+    at.notified().await;
+    stage.reap(&zombie.lease).await;
+    let successor = stage.begin(&engine, id, "successor").await;
+    assert!(matches!(successor.ended.await.unwrap(), Ended::Release(_)));
+    stage.reap(&successor.lease).await;
+    let data: Value =
+        sqlx::query_scalar("SELECT data FROM sagas").fetch_one(stage.postgres.pool()).await.unwrap();
+    go_on.notify_one();
+    assert_eq!(zombie.ended.await.unwrap(), Ended::Abandoned);
+    drop(zombie.cancel);
+    let lines = take(&heard);
+    assert_eq!(lines.len(), 5);
+    assert!(lines[..4].iter().all(|line| line.contains("lease was lost")), "{lines:?}");
+    let waits: Vec<String> =
+        sqlx::query_scalar("SELECT kind FROM saga_waits").fetch_all(stage.postgres.pool()).await.unwrap();
+    assert_eq!(waits, ["signal"], "only the successor's");
+    assert!(stage.children_of(id).await.is_empty());
+    // `keep`, `begin_pivot` and `suspend` refuse it, too.
+    let saga = stage.postgres.sagas_of(id).await.unwrap().remove(0);
+    let run = sagas::stores::postgres::ending::Run {
+        job_id: id,
+        fence: sagas::Fence(1),
+        saga_id: Some(saga.id),
+        worker: WorkerId::new("w"),
+        started_at: chrono::Utc::now(),
+    };
+    let other = json!("the zombie's");
+    // Its job runs again, under a higher fence.
+    sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1")
+        .bind(id.0)
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+    let third = stage.begin(&engine, id, "third").await;
+    assert!(!stage.postgres.keep(&run, 7, &other).await.unwrap());
+    assert_eq!(stage.postgres.begin_pivot(&run, 7, &other).await.unwrap(), None);
+    let none: &[String] = &[];
+    assert_eq!(
+        stage.postgres.suspend(&run, Duration::ZERO, Some((7, &other, none)), &[]).await.unwrap(),
+        None
+    );
+    assert!(matches!(third.ended.await.unwrap(), Ended::Release(_)));
+    let (now, next): (Value, i16) =
+        sqlx::query_as("SELECT data, next_step FROM sagas").fetch_one(stage.postgres.pool()).await.unwrap();
+    assert_eq!((now, next), (data, 1));
+    drop(stage.services);
+}
+
+#[tokio::test]
+async fn a_run_whose_pivot_may_have_taken_effect_only_goes_forward() {
+    let (stage, log, at) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    let reached = Arc::clone(&at);
+    // The first worker dies right after the effect; then the store has a bad moment; then it works.
+    let pivot = Do::new(&log, "pivot", move |ctx, _| match ctx.job.deliveries {
+        1 => {
+            reached.notify_one();
+            never()
+        }
+        2 => async { Err(StepError::transient("busy", "busy")) }.boxed(),
+        _ => async { Ok(()) }.boxed(),
+    });
+    let steps = vec![Do::fine(&log, "first").boxed(), pivot.boxed()];
+    let engine = stage.engine([Flow { version: 1, steps, pivot: 1 }]);
+    let id = stage.enqueue().await;
+    stage.crash(&engine, id, &at).await;
+    assert_eq!(stage.postgres.cancel(id, None).await.unwrap(), Cancel::PastPivot);
+    // As if it had been asked for just before the pivot began.
+    sqlx::query("UPDATE jobs SET cancel_requested_at = now() WHERE id = $1")
+        .bind(id.0)
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    stage.wait_until_due(id).await;
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("succeeded", 0));
+    assert_eq!(take(&log), ["first", "pivot", "pivot", "pivot"]);
+}
+
+#[tokio::test]
+async fn a_pivot_does_not_begin_when_a_person_wants_the_end_and_one_that_refuses_is_undone() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let refuses = Do::new(&log, "pivot", |_, _| async { Err(StepError::permanent("no", "no")) }.boxed());
+    let pool = stage.postgres.pool().clone();
+    // Asked for while the step before runs, and this worker has not heard of it.
+    let first = Do::new(&log, "first", move |ctx, _| {
+        let (pool, id) = (pool.clone(), ctx.job.id.0);
+        async move {
+            sqlx::query("UPDATE jobs SET cancel_requested_at = now() WHERE id = $1 AND max_attempts = 1")
+                .bind(id)
+                .execute(&pool)
+                .await
+                .unwrap();
+            Ok(())
+        }
+        .boxed()
+    });
+    let engine = stage.engine([Flow { version: 1, steps: vec![first.boxed(), refuses.boxed()], pivot: 1 }]);
+    let id = stage.enqueue().await;
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(take(&log), ["first", "pivot", "undo first {}"]);
+    assert_eq!(stage.job(id).await.state, "dead");
+
+    let id = stage.enqueue().await;
+    sqlx::query("UPDATE jobs SET max_attempts = 1 WHERE id = $1")
+        .bind(id.0)
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(take(&log), ["first", "undo first {}"]);
+    assert_eq!(stage.job(id).await.state, "cancelled");
+}
+
+#[tokio::test]
+async fn a_run_is_continued_by_the_definition_that_began_it_or_waits_for_it() {
+    let (stage, log, at) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    let old = |hang: bool| {
+        let reached = Arc::clone(&at);
+        let last = Do::new(&log, "last", move |_, _| {
+            if hang {
+                reached.notify_one();
+                return never();
+            }
+            async { Ok(()) }.boxed()
+        });
+        let first = Do { commits: Commits::Data, ..Do::fine(&log, "first") };
+        Flow { version: 1, steps: vec![first.boxed(), last.boxed()], pivot: 2 }
+    };
+    let new = || Flow {
+        version: 2,
+        steps: ["first", "inserted", "last"].map(|name| Do::fine(&log, name).boxed()).into(),
+        pivot: 3,
+    };
+    let id = stage.enqueue().await;
+    stage.crash(&stage.engine([old(true)]), id, &at).await;
+    assert_eq!(take(&log), ["first", "last"]);
+
+    // A worker that has the new definition alone puts it back, and says why.
+    let Ended::Release(wait) = stage.deliver(&stage.engine([new()]), id).await else {
+        panic!("not put back")
+    };
+    assert_eq!(wait, Duration::from_secs(10));
+    assert_eq!(take(&log), <[String; 0]>::default());
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("waiting", 0));
+    let why = job.last_error.unwrap();
+    assert!(why.contains("begun by v1") && why.contains("knows v2"), "{why}");
+
+    // One that has both finishes it by the old one, and begins others by the new one.
+    sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1")
+        .bind(id.0)
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+    let both = stage.engine([new(), old(false)]);
+    assert_eq!(stage.deliver(&both, id).await, Ended::Ack);
+    assert_eq!(take(&log), ["last"]);
+    assert_eq!(stage.job(id).await.state, "succeeded");
+    let id = stage.enqueue().await;
+    assert_eq!(stage.deliver(&both, id).await, Ended::Ack);
+    assert_eq!(take(&log), ["first", "inserted", "last"]);
+    assert_eq!(stage.postgres.sagas_of(id).await.unwrap()[0].definition_version, 2);
+}
+
+#[test]
+fn a_definition_that_contradicts_itself_is_refused_at_the_start() {
+    let log = Log::default();
+    let refused = |steps: Vec<Arc<dyn Step<Value>>>, pivot| {
+        let saga = std::panic::AssertUnwindSafe(Flow { version: 1, steps, pivot });
+        let refused = std::panic::catch_unwind(move || {
+            let saga = saga;
+            drop(Registry::default().with(saga.0));
+        });
+        *refused.unwrap_err().downcast::<String>().unwrap()
+    };
+    let fine = |name| Do::fine(&log, name).boxed();
+    let commits = |name, commits| Do { commits, ..Do::fine(&log, name) }.boxed();
+    let arm = |name| Arm { name, tries: 1, log: Arc::clone(&log), act: nothing() };
+    assert!(refused(vec![fine("a"), fine("a")], 1).contains("two steps are called \"a\""));
+    let group = || Arc::new(Group::new("g").with(arm("a"))) as Arc<dyn Step<Value>>;
+    assert!(refused(vec![fine("a"), group()], 2).contains("two steps are called \"a\""));
+    assert!(refused(vec![fine("b"), group()], 1).contains("can't be the pivot"));
+    assert!(refused(vec![fine("a"), commits("b", Commits::Begin)], 1).contains("is not first"));
+    assert!(refused(vec![commits("a", Commits::End), fine("b")], 1).contains("is not last"));
+}
