@@ -78,6 +78,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("tenants pause", &["--queue"]),
     ("tenants resume", &["--queue"]),
     ("sagas list", &["--state", "--limit"]),
+    ("sagas signal", &[]),
     ("sagas show", &[]),
     ("search", &["-k", "--tenant", "--model", "--collection"]),
     ("documents get", &["--tenant"]),

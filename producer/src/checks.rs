@@ -3,7 +3,7 @@
 use std::{io, time::Duration};
 
 use chrono::{DateTime, Datelike, Utc};
-use sagas::{kinds, stores::postgres::accept::NewJob};
+use sagas::{kinds, results::MAX_RESULT, stores::postgres::accept::NewJob};
 use serde_json::Value;
 
 use crate::{error::EnqueueError, settings::ClientSettings};
@@ -71,6 +71,16 @@ pub(crate) fn check_payload(
     }
     kinds::check_payload(kind, payload).or_else(bad)?;
     Ok(size)
+}
+
+/// Checks a signal's payload.
+pub(crate) fn check_signal(payload: &Value) -> Result<(), EnqueueError> {
+    check_values(payload)?;
+    let size = json_size(payload);
+    if size > MAX_RESULT {
+        return Err(EnqueueError::TooLarge { size, limit: MAX_RESULT });
+    }
+    Ok(())
 }
 
 fn bad<T>(message: String) -> Result<T, EnqueueError> {

@@ -14,6 +14,7 @@ use sagas::{
         control::{Change, Changed},
         inspect::JobView,
         ledger::Cancel,
+        waits::Signalled,
     },
 };
 use serde_json::Value;
@@ -23,7 +24,7 @@ use uuid::Uuid;
 use crate::{
     acceptance::{AcceptBatch, Acceptor, may_have_committed},
     admission::Admission,
-    checks::{check, check_payload, check_run_at},
+    checks::{check, check_payload, check_run_at, check_signal, check_word},
     dispatch::{Dispatch, envelope, place},
     error::{EnqueueError, WaitError, refused},
     pacing::{Growing, within},
@@ -318,6 +319,23 @@ impl Client {
             }
             receipt.job = Some(Box::new(view));
         }
+    }
+
+    /// Sends a job a signal, of `tenant` if given: it is kept until a step waits for it, and wakes a job that does. Committed
+    /// in the ledger; the relay tells Redis. The same one is sent once.
+    pub async fn signal(
+        &self,
+        job: JobId,
+        tenant: Option<&str>,
+        name: &str,
+        payload: &Value,
+    ) -> Result<Signalled, EnqueueError> {
+        check_word("the signal's name", name, 128)?;
+        check_signal(payload)?;
+        let (postgres, retry_after) = (self.postgres(), self.settings().retry_after);
+        let limit = postgres.call_timeout() * 2;
+        let sent = within(limit, postgres.signal(job, tenant, name, payload)).await;
+        sent.map_err(|error| refused(&error, retry_after))
     }
 
     /// Changes jobs that wait, of `tenant` if given: their priority, or when they run. Committed in the ledger first; Redis is

@@ -1,6 +1,7 @@
 //! Putting accepted jobs into Redis at once, while Redis is there.
 
 use std::{
+    collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -85,17 +86,22 @@ impl Dispatch {
 
 /// Brings Redis' copies of jobs in line with the ledger's, which `envelopes` are: what is unknown there is stored. A job that
 /// was known gets its priority where it stands, and keeps its age; one whose time has changed is stored anew. A leased job is
-/// left to its worker, but for the priority that it has if it comes back.
-pub(crate) async fn place(queue: &Queue, envelopes: &[Envelope]) -> Result<Vec<Pushed>, QueueError> {
+/// left to its worker, but for the priority that it has if it comes back: `None`. If the ledger says that it waits, its worker is
+/// about to put it back, at a time that the ledger may have changed since.
+pub(crate) async fn place(queue: &Queue, envelopes: &[Envelope]) -> Result<Vec<Option<Pushed>>, QueueError> {
     let pushed = queue.push_accepted(envelopes).await?;
     let known: Vec<&Envelope> =
         envelopes.iter().zip(&pushed).filter(|(_, p)| **p == Pushed::Present).map(|(e, _)| e).collect();
     if known.is_empty() {
-        return Ok(pushed);
+        return Ok(pushed.into_iter().map(Some).collect());
     }
     let named: Vec<(QueueName, JobId)> = known.iter().map(|e| (e.queue.clone(), e.id)).collect();
     let (mut moved, mut stays): (Vec<Envelope>, Vec<(QueueName, JobId, Priority)>) = (vec![], vec![]);
+    let mut leased: HashSet<JobId> = HashSet::new();
     for (envelope, place) in known.into_iter().zip(queue.places(&named).await?) {
+        if matches!(place, Some(Place::Leased { .. })) {
+            leased.insert(envelope.id);
+        }
         match (place, envelope.run_at_ms) {
             (Some(Place::Waiting), None) | (Some(Place::Leased { .. }), _) => {
                 stays.push((envelope.queue.clone(), envelope.id, envelope.priority));
@@ -107,7 +113,7 @@ pub(crate) async fn place(queue: &Queue, envelopes: &[Envelope]) -> Result<Vec<P
     let named: Vec<(QueueName, JobId)> = moved.iter().map(|e| (e.queue.clone(), e.id)).collect();
     queue.forget(&named).await?;
     queue.push_accepted(&moved).await?;
-    Ok(pushed)
+    Ok(envelopes.iter().zip(pushed).map(|(e, pushed)| (!leased.contains(&e.id)).then_some(pushed)).collect())
 }
 
 /// What Redis holds of an accepted job.

@@ -83,9 +83,11 @@ impl Relay {
         let mut there: Vec<JobId> = Vec::with_capacity(pushed.len());
         for (envelope, pushed) in batch.envelopes.iter().zip(pushed) {
             match pushed {
-                Pushed::Queued | Pushed::Present => there.push(envelope.id),
+                Some(Pushed::Queued | Pushed::Present) => there.push(envelope.id),
+                // Its worker is about to put it back where it was. Until it has, the job counts as not dispatched.
+                None => {}
                 // Accepted jobs are not subject to policies; only the window refuses them.
-                Pushed::Full | Pushed::QueueFull | Pushed::TenantFull | Pushed::Draining => {
+                Some(Pushed::Full | Pushed::QueueFull | Pushed::TenantFull | Pushed::Draining) => {
                     self.full.insert(envelope.queue.to_string(), now + FULL_PAUSE);
                 }
             }

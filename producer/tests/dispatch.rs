@@ -239,3 +239,37 @@ async fn a_prefix_of_another_ledger_is_refused_before_anything_is_dispatched() {
     .await;
     maintenance.stop().await;
 }
+
+#[tokio::test]
+async fn a_job_that_is_woken_while_its_worker_puts_it_back_is_due_when_the_ledger_says() {
+    let stage = Stage::new().await;
+    let job = report(1);
+    stage.client.enqueue(job.clone(), producer::Durability::Durable).await.unwrap();
+    let claim = stage.claim("report", 1).await.remove(0);
+    // Its worker has committed that it sleeps for an hour, and has not told Redis yet; meanwhile something wakes it.
+    sqlx::query("UPDATE jobs SET run_at = now(), dispatched_at = NULL WHERE id = $1")
+        .bind(job.id.0)
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+    let maintenance = stage.maintain(quick());
+    // Another job goes through the relay, so it has been round.
+    let other = report(2);
+    stage.postgres.accept(std::slice::from_ref(&other), false).await.unwrap();
+    eventually(|| async {
+        let depth = stage.depth("report").await;
+        if depth == 1 { Ok(()) } else { Err(format!("depth {depth}")) }
+    })
+    .await;
+    stage.queue.release(&[(claim.lease_ref(), Duration::from_secs(3600))]).await.unwrap();
+    eventually(|| async {
+        let (depth, scheduled) = (stage.depth("report").await, stage.scheduled("report").await);
+        if (depth, scheduled) == (2, 0) {
+            Ok(())
+        } else {
+            Err(format!("depth {depth}, scheduled {scheduled}"))
+        }
+    })
+    .await;
+    maintenance.stop().await;
+}

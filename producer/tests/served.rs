@@ -98,8 +98,7 @@ impl Deployment {
             engine: EngineSettings::default(),
             janitor: JanitorSettings::default(),
         };
-        let worker =
-            tokio::spawn(worker::run(
+        let worker = tokio::spawn(worker::run(
             settings,
             stores.clone(),
             stores.registry(),

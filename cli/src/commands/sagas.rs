@@ -6,12 +6,14 @@ use queue::JobId;
 use sagas::stores::postgres::{
     Postgres,
     inspect::{JobView, SagaView, StepView},
+    waits::{Signalled, WaitView},
 };
 use serde::Serialize;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::{
-    context::Context,
+    context::{Context, actor},
     failure::{Ending, Outcome, Refused},
     output::{self, ago, between, short, span},
 };
@@ -35,6 +37,16 @@ pub enum Command {
         /// The run, or its job: then all its runs are drawn
         id: Uuid,
     },
+    /// Send a job the signal that one of its steps waits for, or will
+    Signal {
+        /// The job
+        job: Uuid,
+        /// The signal
+        name: String,
+        /// What it says, as JSON
+        #[arg(default_value = "null", value_parser = |text: &str| serde_json::from_str::<Value>(text))]
+        payload: Value,
+    },
 }
 
 /// A run with its steps.
@@ -43,6 +55,7 @@ struct Run {
     #[serde(flatten)]
     saga: SagaView,
     steps: Vec<StepView>,
+    waits: Vec<WaitView>,
 }
 
 /// A job and its runs, as JSON.
@@ -59,17 +72,41 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             let sagas = postgres.sagas(state.as_deref(), limit).await?;
             context.out.data(&sagas, || output::rows(&saga_table(&sagas), "no such saga runs"))?;
         }
+        Command::Signal { job, name, payload } => return signal(job, &name, &payload, context).await,
         Command::Show { id } => {
             let (job, runs) = find(id, &postgres).await?;
             context.out.data(&Detail { job: &job, sagas: &runs }, || {
                 runs.iter()
-                    .map(|run| timeline::draw(&job, &run.saga, &run.steps, timeline::WIDTH))
+                    .map(|run| {
+                        timeline::draw(&job, &run.saga, &run.steps, timeline::WIDTH)
+                            + &timeline::waits(&run.waits)
+                    })
                     .collect::<Vec<_>>()
                     .join("\n")
             })?;
         }
     }
     Ok(Ending::Fine)
+}
+
+async fn signal(job: Uuid, name: &str, payload: &Value, context: &Context) -> Outcome {
+    let client = super::enqueue::client(context).await?;
+    let (word, sentence, good) = match client.signal(JobId(job), None, name, payload).await? {
+        Signalled::Sent => ("sent", "the signal is kept for it", true),
+        Signalled::Duplicate => ("duplicate", "the same signal was sent before", true),
+        Signalled::Conflict => ("conflict", "this signal was sent before with another payload", false),
+        Signalled::Ended => ("ended", "it has ended", false),
+        Signalled::TooMany => ("too_many_signals", "it has as many signals as a job may have", false),
+        Signalled::Unknown => return Err(Refused(format!("the ledger doesn't know job {job}")).into()),
+    };
+    if word == "sent" {
+        let detail = json!({ "signal": name });
+        client.postgres().record_action(&actor(), "sagas.signal", &job.to_string(), &detail).await?;
+    }
+    context
+        .out
+        .data(&json!({ "job": job, "signal": name, "state": word }), || format!("job {job}: {sentence}"))?;
+    Ok(Ending::fine_if(good))
 }
 
 /// The runs that an id means, and their job.
@@ -92,7 +129,8 @@ async fn find(id: Uuid, postgres: &Postgres) -> anyhow::Result<(JobView, Vec<Run
     let mut runs = Vec::with_capacity(sagas.len());
     for saga in sagas {
         let steps = postgres.steps(saga.id).await?;
-        runs.push(Run { saga, steps });
+        let waits = postgres.waits(saga.id).await?;
+        runs.push(Run { saga, steps, waits });
     }
     Ok((job, runs))
 }

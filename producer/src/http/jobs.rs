@@ -200,11 +200,11 @@ fn idempotency_key(headers: &HeaderMap, field: Option<String>) -> Result<Option<
     }
 }
 
-fn job_id(text: &str) -> Result<JobId, ApiError> {
+pub(super) fn job_id(text: &str) -> Result<JobId, ApiError> {
     text.parse().map_err(|_| unknown())
 }
 
-fn unknown() -> ApiError {
+pub(super) fn unknown() -> ApiError {
     ApiError::not_found("no such job")
 }
 

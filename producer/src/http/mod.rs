@@ -12,6 +12,7 @@ mod jobs;
 mod observe;
 mod openapi;
 mod schedules;
+mod signals;
 
 use std::{any::Any, sync::Arc, time::Duration};
 
@@ -81,6 +82,7 @@ pub fn router(
         .route("/v1/jobs", post(jobs::enqueue).get(jobs::list))
         .route("/v1/jobs:batch", post(jobs::enqueue_many).layer(DefaultBodyLimit::max(many)))
         .route("/v1/jobs/{id}", get(jobs::show).patch(jobs::change).delete(jobs::cancel))
+        .route("/v1/jobs/{id}/signals/{name}", post(signals::send))
         .route("/v1/schedules", post(schedules::create).get(schedules::list))
         .route(
             "/v1/schedules/{name}",

@@ -9,7 +9,7 @@ use utoipa::{
     },
 };
 
-use super::{batches, dead_letters, documents, health, jobs, schedules};
+use super::{batches, dead_letters, documents, health, jobs, schedules, signals};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -18,7 +18,7 @@ use super::{batches, dead_letters, documents, health, jobs, schedules};
         description = "Enqueue jobs that move documents into Postgres, Qdrant and Redis; follow them; read and search documents."
     ),
     paths(
-        jobs::enqueue, jobs::enqueue_many, jobs::list, jobs::show, jobs::change, jobs::cancel,
+        jobs::enqueue, jobs::enqueue_many, jobs::list, jobs::show, jobs::change, jobs::cancel, signals::send,
         schedules::create, schedules::list, schedules::show, schedules::update, schedules::delete, schedules::control,
         batches::make, batches::add, batches::seal, batches::list, batches::show, batches::cancel,
         documents::show, documents::search,

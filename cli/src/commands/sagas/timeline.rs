@@ -3,7 +3,10 @@
 use std::fmt::Write as _;
 
 use chrono::{DateTime, Utc};
-use sagas::stores::postgres::inspect::{JobView, SagaView, StepView};
+use sagas::stores::postgres::{
+    inspect::{JobView, SagaView, StepView},
+    waits::WaitView,
+};
 
 use crate::output::{between, span, time};
 
@@ -61,6 +64,28 @@ pub fn draw(job: &JobView, saga: &SagaView, steps: &[StepView], width: usize) ->
         writeln!(text, "  no step has ended yet").ok();
     } else if let Some(whole) = between(from, to) {
         writeln!(text, "  {:name_width$}  {:width$}  {} in all", "", "", span(whole)).ok();
+    }
+    text
+}
+
+/// What the run waited for without holding a slot, a line each.
+pub fn waits(waits: &[WaitView]) -> String {
+    let mut text = String::new();
+    for wait in waits {
+        let what = match wait.kind.as_str() {
+            "timer" => format!("timer {}", wait.name),
+            "signal" => format!("signal {}", wait.name),
+            _ => format!("children {} (batch {})", wait.name, wait.batch_id.unwrap_or_default()),
+        };
+        let how = match (wait.ended_at, wait.outcome.as_deref()) {
+            (Some(at), Some("timed_out")) => format!("given up at {}", time(at)),
+            (Some(at), _) => format!("over at {}", time(at)),
+            (None, _) => match wait.due_at {
+                Some(due) => format!("waiting, until {} at the latest", time(due)),
+                None => "waiting".to_owned(),
+            },
+        };
+        writeln!(text, "  waits for {what} since {}: {how}", time(wait.created_at)).ok();
     }
     text
 }
