@@ -131,6 +131,16 @@ impl Settings {
         self.number(name, default.as_millis() as u64).map(std::time::Duration::from_millis)
     }
 
+    /// A setting that is on or off.
+    pub fn flag(&self, name: &str, default: bool) -> anyhow::Result<bool> {
+        match self.get(name).as_deref().map(str::trim) {
+            None => Ok(default),
+            Some("true" | "1") => Ok(true),
+            Some("false" | "0") => Ok(false),
+            Some(other) => anyhow::bail!("{name} is {other:?}: true and false are allowed"),
+        }
+    }
+
     /// Says in the log which settings come from the stack's file.
     pub fn log_sources(&self) {
         let from_file: Vec<&str> =

@@ -151,6 +151,7 @@ impl Context {
             grace: self.settings.millis("FLOTILLA_GRACE_MS", defaults.grace)?,
             sweep_bound: self.settings.millis("FLOTILLA_SWEEP_BOUND_MS", defaults.sweep_bound)?,
             collection: self.settings.get("FLOTILLA_COLLECTION"),
+            hand_embedding_over: self.settings.flag("FLOTILLA_HAND_EMBEDDING_OVER", false)?,
             ..defaults
         })
     }

@@ -204,6 +204,11 @@ fn decode(encoded: &str) -> Result<String, StepError> {
         .map_err(|e| StepError::permanent("not_utf8", format!("the text is not UTF-8: {}", e.utf8_error())))
 }
 
+/// The vectors that a request brings along.
+pub(super) fn vectors_in(payload: &Value) -> Result<Option<Vec<Vec<f32>>>, StepError> {
+    Request::read(payload)?.chunks.as_deref().map_or(Ok(None), given_vectors)
+}
+
 fn given_vectors(given: &[GivenChunk]) -> Result<Option<Vec<Vec<f32>>>, StepError> {
     let vectors: Vec<Vec<f32>> = given.iter().filter_map(|chunk| chunk.vector.clone()).collect();
     if vectors.is_empty() {

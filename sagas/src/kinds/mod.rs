@@ -2,6 +2,7 @@
 
 pub mod delete;
 pub mod embed;
+pub mod embed_version;
 pub mod ingest;
 #[cfg(feature = "faults")]
 pub mod probe;
@@ -38,6 +39,9 @@ pub struct DocumentSettings {
     pub sweep_bound: Duration,
     /// Collection of documents that name none; `None`: `flotilla-` and the model's name.
     pub collection: Option<String>,
+    /// Whether `ingest` jobs leave their embedding to workers that serve the queue `embed`. All workers of a fleet say the
+    /// same; those of `embed` first.
+    pub hand_embedding_over: bool,
 }
 
 impl Default for DocumentSettings {
@@ -47,6 +51,7 @@ impl Default for DocumentSettings {
             grace: Duration::from_secs(60),
             sweep_bound: Duration::from_secs(600),
             collection: None,
+            hand_embedding_over: false,
         }
     }
 }
@@ -170,6 +175,11 @@ impl Stores {
             .with(embed::EmbedDocument::new(steps))
             .with(embed::Embed::new(self.clone()))
             .with(delete::Delete::new(self.clone()));
+        let registry = if self.settings.hand_embedding_over {
+            registry.with(embed_version::EmbedVersion::new(self.clone()))
+        } else {
+            registry
+        };
         #[cfg(feature = "faults")]
         let registry = registry.with(probe::Probe::new(&self.postgres));
         registry
@@ -185,7 +195,7 @@ pub fn document_of(kind: &str, payload: &Value) -> Option<String> {
 
 /// The queue that a kind waits in unless the request names another.
 pub fn default_queue(kind: &str) -> &str {
-    if kind == embed::DOCUMENT_KIND { embed::KIND } else { kind }
+    if matches!(kind, embed::DOCUMENT_KIND | embed_version::KIND) { embed::KIND } else { kind }
 }
 
 /// What can be seen of a request before it is accepted; the rest is seen when the job runs.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::Stores;
+use super::{Stores, embed_version, ingest};
 use crate::{
     coalescing::Coalescer,
     engine::{Commits, Step, StepContext},
@@ -58,6 +58,15 @@ pub(super) struct Draft {
 }
 
 impl Draft {
+    fn place(&self) -> PointPlace {
+        PointPlace {
+            version: self.version,
+            document_id: self.document_id,
+            collection: self.collection.clone(),
+            dimensions: self.dimensions,
+        }
+    }
+
     fn condition(&self) -> Condition {
         self.source.map_or(Condition::Order(self.doc_order), Condition::Replaces)
     }
@@ -148,6 +157,11 @@ impl Step<Draft> for StoreVectors {
     }
 
     async fn execute(&self, ctx: &StepContext, draft: &mut Draft) -> Result<(), StepError> {
+        let given = self.given(ctx, draft)?;
+        if given.is_none() && self.0.settings.hand_embedding_over && ctx.job.kind == ingest::KIND {
+            draft.vectors_hash = Some(self.hand_over(ctx, draft).await?);
+            return Ok(());
+        }
         // Points of an earlier try stay as they are, and a provider need not give the same vectors twice: then what is
         // stored counts, not what was computed.
         let earlier = ctx.resumed || std::mem::replace(&mut draft.tried, true);
@@ -155,23 +169,12 @@ impl Step<Draft> for StoreVectors {
             draft.vectors_hash = Some(hash);
             return Ok(());
         }
-        let vectors = self.vectors(ctx, draft).await?;
+        let vectors = match given {
+            Some(given) => given,
+            None => Arc::new(self.embed(ctx, draft).await?),
+        };
         crate::fault_point!("ingest.vectors.inside");
-        let points: Vec<Point> = vectors
-            .iter()
-            .enumerate()
-            .map(|(no, vector)| Point {
-                version: draft.version,
-                chunk: no as i32,
-                document_id: draft.document_id,
-                tenant: ctx.job.tenant.clone(),
-                vector: vector.clone(),
-            })
-            .collect();
-        ctx.call(Dependency::Vectors, |deadline| {
-            self.0.vectors.insert(&draft.collection, draft.dimensions, points.clone(), deadline)
-        })
-        .await?;
+        store_points(ctx, &self.0, &draft.place(), &vectors).await?;
         draft.vectors_hash = if earlier {
             self.stored_hash(ctx, draft).await?
         } else {
@@ -187,6 +190,10 @@ impl Step<Draft> for StoreVectors {
     }
 
     async fn compensate(&self, ctx: &StepContext, draft: &Draft) -> Result<(), StepError> {
+        if ctx.job.kind == ingest::KIND {
+            // Whatever the setting says here: another worker may have handed it over.
+            ctx.cancel_children(embed_version::WAIT).await?;
+        }
         let versions = [(draft.version, draft.chunk_count as i32)];
         ctx.call(Dependency::Vectors, |_| self.0.vectors.remove(&draft.collection, &versions)).await
     }
@@ -204,26 +211,98 @@ impl StoreVectors {
         Ok((vectors.len() == draft.chunk_count).then(|| hex(&vectors_hash(vectors.into_iter()))))
     }
 
-    async fn vectors(&self, ctx: &StepContext, draft: &Draft) -> Result<Arc<Vec<Vec<f32>>>, StepError> {
-        if let Some(given) = &draft.given {
-            return Ok(Arc::clone(given));
+    /// The caller's own vectors. A later delivery reads them from the request again.
+    fn given(&self, ctx: &StepContext, draft: &Draft) -> Result<Option<Arc<Vec<Vec<f32>>>>, StepError> {
+        if draft.given.is_some() || !ctx.resumed || ctx.job.kind != ingest::KIND {
+            return Ok(draft.given.clone());
         }
+        let given = ingest::vectors_in(&ctx.job.payload)?;
+        if let Some(vectors) = &given {
+            check_dimensions(vectors, draft.dimensions)?;
+        }
+        Ok(given.map(Arc::new))
+    }
+
+    async fn embed(&self, ctx: &StepContext, draft: &Draft) -> Result<Vec<Vec<f32>>, StepError> {
         let chunks = match &draft.chunks {
             Some(chunks) => Arc::clone(chunks),
             None => {
                 Arc::new(ctx.call(Dependency::Postgres, |_| self.0.postgres.chunks(draft.version)).await?)
             }
         };
-        let embedder = self.0.embedder(Some(&draft.model))?;
-        let vectors = ctx
-            .call(Dependency::Embedder, |_| {
-                let (embedder, chunks) = (Arc::clone(&embedder), chunks.to_vec());
-                async move { embedder.embed(chunks).await.map_err(Into::into) }
-            })
-            .await?;
-        check_dimensions(&vectors, draft.dimensions)?;
-        Ok(Arc::new(vectors))
+        embed_chunks(ctx, &self.0, &draft.model, draft.dimensions, chunks).await
     }
+
+    /// Leaves it to a worker that serves the queue `embed`, and waits for that without holding a slot.
+    async fn hand_over(&self, ctx: &StepContext, draft: &Draft) -> Result<String, StepError> {
+        let child = embed_version::child(&ctx.job, draft.version);
+        let ends = ctx.children(embed_version::WAIT, &[child]).await?;
+        let end = ends.first();
+        if let Some(hash) = end.and_then(|end| embed_version::hash(end.result.as_ref())) {
+            return Ok(hash);
+        }
+        let (state, why) =
+            end.map_or(("gone", ""), |end| (&end.state, end.error.as_deref().unwrap_or_default()));
+        match state {
+            // It has used up attempts of its own.
+            "dead" | "parked" => {
+                Err(StepError::permanent("embedding_failed", format!("the embedding is {state}: {why}")))
+            }
+            _ => Err(StepError::transient("embedding_ended", format!("the embedding was {state}"))),
+        }
+    }
+}
+
+/// Where a version's points belong.
+#[derive(Debug, Clone)]
+pub(super) struct PointPlace {
+    pub version: Uuid,
+    pub document_id: Uuid,
+    pub collection: String,
+    pub dimensions: usize,
+}
+
+/// A vector of the model for each chunk.
+pub(super) async fn embed_chunks(
+    ctx: &StepContext,
+    stores: &Stores,
+    model: &str,
+    dimensions: usize,
+    chunks: Arc<Vec<String>>,
+) -> Result<Vec<Vec<f32>>, StepError> {
+    let embedder = stores.embedder(Some(model))?;
+    let vectors = ctx
+        .call(Dependency::Embedder, |_| {
+            let (embedder, chunks) = (Arc::clone(&embedder), chunks.to_vec());
+            async move { embedder.embed(chunks).await.map_err(Into::into) }
+        })
+        .await?;
+    check_dimensions(&vectors, dimensions)?;
+    Ok(vectors)
+}
+
+/// Stores a point for each vector, insert-only.
+pub(super) async fn store_points(
+    ctx: &StepContext,
+    stores: &Stores,
+    place: &PointPlace,
+    vectors: &[Vec<f32>],
+) -> Result<(), StepError> {
+    let points: Vec<Point> = vectors
+        .iter()
+        .enumerate()
+        .map(|(no, vector)| Point {
+            version: place.version,
+            chunk: no as i32,
+            document_id: place.document_id,
+            tenant: ctx.job.tenant.clone(),
+            vector: vector.clone(),
+        })
+        .collect();
+    ctx.call(Dependency::Vectors, |deadline| {
+        stores.vectors.insert(&place.collection, place.dimensions, points.clone(), deadline)
+    })
+    .await
 }
 
 /// Every vector must have the collection's length.

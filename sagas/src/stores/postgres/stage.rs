@@ -60,6 +60,19 @@ pub struct NewVersion {
     pub chunks: Vec<String>,
 }
 
+/// What is to become of a staged version.
+#[derive(Debug, Clone)]
+pub struct StagedVersion {
+    /// Its document.
+    pub document_id: Uuid,
+    /// Embedding model.
+    pub model: String,
+    /// Vector length.
+    pub dimensions: usize,
+    /// Qdrant collection.
+    pub collection: String,
+}
+
 /// One saga's stage.
 #[derive(Debug, Clone)]
 pub struct Stage {
@@ -197,6 +210,28 @@ impl Postgres {
             .bind(version)
             .fetch_all(&self.pool)
             .await?)
+    }
+
+    /// What a tenant's staged version is to be embedded as.
+    pub async fn staged_version(
+        &self,
+        tenant: &str,
+        version: Uuid,
+    ) -> Result<Option<StagedVersion>, StoreError> {
+        let row: Option<(Uuid, String, i32, String)> = sqlx::query_as(
+            "SELECT document_id, model, dimensions, collection FROM document_versions
+             WHERE id = $1 AND tenant = $2 AND state = 'staged'",
+        )
+        .bind(version)
+        .bind(tenant)
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(row.map(|(document_id, model, dimensions, collection)| StagedVersion {
+            document_id,
+            model,
+            dimensions: dimensions.unsigned_abs() as usize,
+            collection,
+        }))
     }
 
     /// Withdraws a staged version: readers never saw it and never will; the janitor removes what a late writer may still
