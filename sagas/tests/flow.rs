@@ -359,6 +359,32 @@ async fn what_a_step_learnt_is_there_after_a_crash_for_later_steps_and_for_its_c
 }
 
 #[tokio::test]
+async fn a_compensation_that_is_delivered_again_has_the_data_that_the_first_one_had() {
+    let (stage, log, at) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    let reached = Arc::clone(&at);
+    let learn = Do::new(&log, "learn", |_, data| {
+        data["number"] = json!(42);
+        async { Ok(()) }.boxed()
+    });
+    let undo: Act = Arc::new(move |ctx, _| {
+        if ctx.job.deliveries > 1 {
+            return async { Ok(()) }.boxed();
+        }
+        reached.notify_one();
+        never()
+    });
+    let fails = Do::new(&log, "fails", |_, _| async { Err(StepError::permanent("no", "no")) }.boxed());
+    let engine = stage.saga(vec![Do { undo, ..learn }.boxed(), fails.boxed()]);
+    let id = stage.enqueue().await;
+    stage.crash(&engine, id, &at).await;
+    let undone = r#"undo learn {"number":42}"#;
+    assert_eq!(take(&log), ["learn", "fails", r#"undo fails {"number":42}"#, undone]);
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(take(&log), [r#"undo fails {"number":42}"#, undone]);
+    assert_eq!(stage.job(id).await.state, "dead");
+}
+
+#[tokio::test]
 async fn branches_run_at_once_and_bring_their_outputs() {
     let (stage, log) = (Stage::new().await, Log::default());
     // Each waits for the other: one after the other would never end.

@@ -498,10 +498,12 @@ impl<'a, S: Saga> Drive<'a, S> {
             Verdict::Cancelled => "cancelled on request".to_owned(),
             Verdict::Superseded => "superseded by a later job".to_owned(),
         };
-        let run = self.ctx.run();
+        let (run, postgres, kept) = (self.ctx.run(), &self.engine.postgres, encode(data)?);
         let begun = self
             .ctx
-            .call(Dependency::Postgres, |_| self.engine.postgres.begin_compensation(&run, &verdict, &reason))
+            .call(Dependency::Postgres, |_| {
+                postgres.begin_compensation_with(&run, &verdict, &reason, Some(&kept))
+            })
             .await;
         match begun {
             Ok(true) => self.backward(data, verdict).await,
