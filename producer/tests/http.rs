@@ -601,7 +601,7 @@ async fn a_tenants_open_letters_are_replayed_or_discarded_together() {
     let dry = replay(json!({ "class": "odd", "dry_run": true })).await;
     assert_eq!((dry.status, &dry.body["letters"]), (StatusCode::OK, &json!(3)), "{}", dry.body);
     assert_eq!(replay(json!({ "limit": 0 })).await.status, StatusCode::BAD_REQUEST);
-    assert_eq!(replay(json!({ "clas": "odd" })).await.status, StatusCode::BAD_REQUEST);
+    assert_eq!(replay(json!({ "clas": "odd" })).await.status, StatusCode::UNPROCESSABLE_ENTITY);
     let theirs = api.call(OTHER_KEY, Method::POST, "/v1/dead-letters:replay", "{}").await;
     assert_eq!((theirs.status, &theirs.body["replayed"]), (StatusCode::ACCEPTED, &json!([])));
 
