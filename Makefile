@@ -6,7 +6,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Fault points exist in the binaries that tests run, and in no others.
 TEST_FEATURES := --workspace --features cli/faults
 
-.PHONY: help setup model vectors build demo test lint bench fmt clean advisories
+.PHONY: help setup model vectors build demo test test-chaos lint bench fmt clean advisories
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,20 @@ test: ## all tests, over real private services
 	FLOTILLA_BIN=$(abspath $(TARGET))/debug/flotilla FLOTILLA_MODEL_DIR=$(abspath $(MODEL_DIR)) \
 	FLOTILLA_VECTORS_BIN=$$(scripts/build-vectors.sh) \
 	cargo nextest run --locked $(TEST_FEATURES)
+
+# Seeds and length of the random runs.
+SEEDS ?= 1 2 3
+MINUTES ?= 10
+
+test-chaos: ## the whole fault matrix (about 20 minutes), then random faults: SEEDS="1 2 3" MINUTES=10
+	@scripts/setup.sh --for test
+	@$(MAKE) --no-print-directory model vectors
+	cargo build --locked $(TEST_FEATURES)
+	FLOTILLA_MATRIX=all FLOTILLA_BIN=$(abspath $(TARGET))/debug/flotilla FLOTILLA_MODEL_DIR=$(abspath $(MODEL_DIR)) \
+	FLOTILLA_VECTORS_BIN=$$(scripts/build-vectors.sh) \
+	cargo nextest run --locked $(TEST_FEATURES) --profile chaos --no-capture --test matrix
+	@for seed in $(SEEDS); do echo "==> chaos, seed $$seed"; \
+	FLOTILLA_VECTORS_BIN=$$(scripts/build-vectors.sh) $(TARGET)/debug/flotilla bench chaos --minutes $(MINUTES) --seed $$seed || exit 1; done
 
 lint: ## format, clippy with warnings as errors, deployment files, licences and bans
 	@scripts/setup.sh --for lint

@@ -260,7 +260,7 @@ impl State {
 
 impl Sagas {
     /// Whether a write of this hold may have an effect.
-    fn fenced(&self, state: &mut State, hold: Hold, write: Write) -> bool {
+    fn fenced(self, state: &mut State, hold: Hold, write: Write) -> bool {
         let job = state.jobs[usize::from(hold.job)];
         if job.fence == hold.fence && job.state == JobState::Running {
             return true;
@@ -281,7 +281,7 @@ impl Sagas {
         state.workers[worker] = None;
     }
 
-    fn take(&self, state: &mut State, worker: usize, job: u8) -> Option<()> {
+    fn take(self, state: &mut State, worker: usize, job: u8) -> Option<()> {
         let row = &mut state.jobs[usize::from(job)];
         if row.fence == self.takes || !matches!(row.state, JobState::Waiting | JobState::Running) {
             return None;
@@ -319,7 +319,7 @@ impl Sagas {
     }
 
     /// Does what is next for a worker.
-    fn advance(&self, state: &mut State, worker: usize) -> Option<()> {
+    fn advance(self, state: &mut State, worker: usize) -> Option<()> {
         let hold = state.workers[worker]?;
         let run = usize::from(hold.run);
         let order = hold.job + 1;
@@ -443,7 +443,7 @@ impl Sagas {
     }
 
     /// A step before the pivot fails.
-    fn fail(&self, state: &mut State, worker: usize, verdict: Verdict) -> Option<()> {
+    fn fail(self, state: &mut State, worker: usize, verdict: Verdict) -> Option<()> {
         let hold = state.workers[worker]?;
         let before_pivot = matches!(hold.next, Step::Insert | Step::Cache | Step::Write(Write::Publish));
         if !before_pivot || state.failures == self.failures {

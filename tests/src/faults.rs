@@ -76,7 +76,7 @@ impl Fleet {
             let (mut at_pivot, mut past_pivot) = (false, false);
             for point in points {
                 at_pivot |= point == format!("{pivot}.before");
-                past_pivot |= at_pivot && point.ends_with(".after");
+                past_pivot |= at_pivot && point.rsplit('.').next() == Some("after");
                 if !places.iter().any(|place| place.kind == kind && place.point == point) {
                     let fails_at = fails_at.clone();
                     places.push(Place {

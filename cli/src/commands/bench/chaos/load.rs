@@ -13,7 +13,10 @@ use anyhow::{Context as _, anyhow, bail};
 use chrono::Utc;
 use producer::{Client, Durability, EnqueueError, NewJob};
 use queue::{JobId, QueueName, TenantId};
-use sagas::{kinds, stores::postgres::accept::Idempotency};
+use sagas::{
+    kinds,
+    stores::postgres::accept::{Idempotency, Until},
+};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -145,7 +148,7 @@ impl Lane {
             key: format!("chaos-{}-{}-{}", self.seed, self.no, self.count),
             scope: "chaos".to_owned(),
             ttl: Duration::from_secs(24 * 3600),
-            until: Default::default(),
+            until: Until::default(),
         });
         if self.dice.below(100) < 10 {
             let wait = i64::try_from(self.dice.between(300, 6000))?;

@@ -35,7 +35,9 @@ pub fn told(text: &str) -> Vec<(&str, u64)> {
 
 /// As the ledger records it.
 pub fn hash(text: &str) -> String {
-    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+    let digits =
+        |byte: &u8| [byte >> 4, byte & 15].map(|digit| char::from_digit(digit.into(), 16).unwrap_or('?'));
+    Sha256::digest(text.as_bytes()).iter().flat_map(digits).collect()
 }
 
 #[cfg(test)]
