@@ -31,8 +31,9 @@ mod tests {
     fn past_times_are_absolute_or_so_long_ago() {
         assert_eq!(past("2026-01-31T10:00:00+01:00").unwrap().to_rfc3339(), "2026-01-31T09:00:00+00:00");
         for (text, seconds) in [("90s", 90), ("15m", 900), ("2h", 7200), ("3d", 259_200)] {
-            let ago = (Utc::now() - past(text).unwrap()).num_seconds();
-            assert!((seconds..=seconds + 5).contains(&ago), "{text}: {ago}");
+            let time = past(text).unwrap();
+            let ago = (Utc::now() - time).num_seconds();
+            assert!((seconds..=seconds + 60).contains(&ago), "{text}: {ago}");
         }
         for wrong in ["", "h", "2", "2w", "-1h", "yesterday", "ä"] {
             assert!(past(wrong).unwrap_err().contains("15m"), "{wrong}");

@@ -141,7 +141,9 @@ async fn chaos(args: &Args, context: &Context) -> anyhow::Result<Report> {
         output::say(fault.to_string());
     }
     let servers = Servers::start().await.context("the servers can't be started")?;
-    let (direct, proxied) = (settings(context, servers.direct()), settings(context, servers.proxied()));
+    let (mut direct, proxied) = (settings(context, servers.direct()), settings(context, servers.proxied()));
+    // Whoever checks has patience with a busy machine.
+    direct.settings = direct.settings.with([("FLOTILLA_CALL_TIMEOUT_MS", "30000".to_owned())]);
     let stores = prepare(&direct).await?;
     let pool = stores.postgres.pool().clone();
     let own_queue = direct.queue().await?;
