@@ -10,6 +10,8 @@ CREATE TABLE saga_waits (
     due_at     timestamptz,
     -- The batch of the children, which has no foreign key: a batch may be forgotten before the saga is.
     batch_id   uuid,
+    -- The delivery that asked last: what an earlier one asked for and this one doesn't wakes nobody.
+    fence      bigint NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
     ended_at   timestamptz,
     -- Decided once: a later delivery gets the same answer.

@@ -617,6 +617,24 @@ async fn a_wait_for_a_signal_that_was_given_up_stays_given_up() {
 }
 
 #[tokio::test]
+async fn what_is_waited_for_no_more_wakes_nobody() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let nap: Act = Arc::new(|ctx, _| ctx.sleep("cool off", Duration::from_secs(600)).boxed());
+    let ask = Do::new(&log, "ask", |ctx, _| {
+        async move { ctx.signal::<Value>("approve", Duration::from_secs(600)).await.map(drop) }.boxed()
+    });
+    let engine = stage.saga(vec![Do { undo: nap, ..ask }.boxed()]);
+    let id = stage.enqueue().await;
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    // The run turns back, and its compensation sleeps: nobody waits for the signal any longer, whenever it comes.
+    assert_eq!(stage.postgres.cancel(id, None).await.unwrap(), Cancel::Requested);
+    assert_eq!(stage.postgres.signal(id, None, "approve", &json!(1)).await.unwrap(), Signalled::Sent);
+    let Ended::Release(wait) = stage.deliver(&engine, id).await else { panic!("not put off") };
+    assert!(wait > Duration::from_secs(500), "delivered again and again: {wait:?}");
+    assert!(stage.due(id).await.0 > 500_000);
+}
+
+#[tokio::test]
 async fn a_signal_is_sealed_like_a_payload() {
     let stage = Stage::new().await;
     let keys = Keyring::parse(&format!("k1:{}", new_key())).unwrap();

@@ -158,7 +158,7 @@ impl Step<Draft> for StoreVectors {
     }
 
     async fn execute(&self, ctx: &StepContext, draft: &mut Draft) -> Result<(), StepError> {
-        let given = self.given(ctx, draft)?;
+        let given = given(ctx, draft)?;
         if given.is_none() && self.0.settings.hand_embedding_over && ctx.job.kind == ingest::KIND {
             draft.vectors_hash = Some(self.hand_over(ctx, draft).await?);
             return Ok(());
@@ -212,18 +212,6 @@ impl StoreVectors {
         Ok((vectors.len() == draft.chunk_count).then(|| hex(&vectors_hash(vectors.into_iter()))))
     }
 
-    /// The caller's own vectors. A later delivery reads them from the request again.
-    fn given(&self, ctx: &StepContext, draft: &Draft) -> Result<Option<Arc<Vec<Vec<f32>>>>, StepError> {
-        if draft.given.is_some() || !ctx.resumed || ctx.job.kind != ingest::KIND {
-            return Ok(draft.given.clone());
-        }
-        let given = ingest::vectors_in(&ctx.job.payload)?;
-        if let Some(vectors) = &given {
-            check_dimensions(vectors, draft.dimensions)?;
-        }
-        Ok(given.map(Arc::new))
-    }
-
     async fn embed(&self, ctx: &StepContext, draft: &Draft) -> Result<Vec<Vec<f32>>, StepError> {
         let chunks = match &draft.chunks {
             Some(chunks) => Arc::clone(chunks),
@@ -252,6 +240,18 @@ impl StoreVectors {
             _ => Err(StepError::transient("embedding_ended", format!("the embedding was {state}"))),
         }
     }
+}
+
+/// The caller's own vectors. A later delivery reads them from the request again.
+fn given(ctx: &StepContext, draft: &Draft) -> Result<Option<Arc<Vec<Vec<f32>>>>, StepError> {
+    if draft.given.is_some() || !ctx.resumed || ctx.job.kind != ingest::KIND {
+        return Ok(draft.given.clone());
+    }
+    let given = ingest::vectors_in(&ctx.job.payload)?;
+    if let Some(vectors) = &given {
+        check_dimensions(vectors, draft.dimensions)?;
+    }
+    Ok(given.map(Arc::new))
 }
 
 /// Where a version's points belong.

@@ -240,10 +240,11 @@ impl Postgres {
         if under_way {
             // Open again, if it was over before: so the end of the last one is heard of.
             sqlx::query(
-                "UPDATE saga_waits SET ended_at = NULL, outcome = NULL WHERE saga_id = $1 AND batch_id = $2",
+                "UPDATE saga_waits SET ended_at = NULL, outcome = NULL, fence = $3 WHERE saga_id = $1 AND batch_id = $2",
             )
             .bind(run.saga_id)
             .bind(batch.0)
+            .bind(run.fence.0)
             .execute(&mut *tx)
             .await?;
         }
@@ -390,12 +391,13 @@ impl Postgres {
             // This statement began after the lock, so it sees whatever came before.
             let begun: Option<bool> = sqlx::query_scalar(
                 "SELECT EXISTS (
-                     SELECT FROM saga_waits w WHERE w.saga_id = s.id AND w.ended_at IS NULL
+                     SELECT FROM saga_waits w WHERE w.saga_id = s.id AND w.ended_at IS NULL AND w.fence = $2
                        AND (EXISTS (SELECT FROM job_signals g WHERE w.kind = 'signal' AND g.job_id = s.job_id AND g.name = w.name)
                          OR EXISTS (SELECT FROM batches b WHERE b.id = w.batch_id AND b.finished_at IS NOT NULL)))
                  FROM sagas s WHERE s.id = $1",
             )
             .bind(saga)
+            .bind(run.fence.0)
             .fetch_optional(&mut *tx)
             .await?;
             if let Some((next_step, data, done)) = progress {
@@ -510,7 +512,8 @@ async fn wake(
         "UPDATE jobs SET run_at = now(), dispatched_at = NULL
          WHERE id = $1 AND state = 'waiting' AND EXISTS (
              SELECT FROM saga_waits w JOIN sagas s ON s.id = w.saga_id
-             WHERE s.job_id = $1 AND s.state IN ('running', 'compensating') AND w.ended_at IS NULL AND {what})"
+             WHERE s.job_id = $1 AND s.state IN ('running', 'compensating') AND w.ended_at IS NULL
+               AND w.fence = jobs.fence AND {what})"
     )))
     .bind(job.0)
     .bind(which)
@@ -534,9 +537,9 @@ async fn wait_row(
         None => (None, None),
     };
     sqlx::query(
-        "INSERT INTO saga_waits (saga_id, kind, name, due_at, batch_id)
-         SELECT id, $2, $3, coalesce($5, now() + make_interval(secs => $4)), $6 FROM sagas WHERE id = $1
-         ON CONFLICT (saga_id, kind, name) DO NOTHING",
+        "INSERT INTO saga_waits (saga_id, kind, name, due_at, batch_id, fence)
+         SELECT id, $2, $3, coalesce($5, now() + make_interval(secs => $4)), $6, $7 FROM sagas WHERE id = $1
+         ON CONFLICT (saga_id, kind, name) DO UPDATE SET fence = excluded.fence",
     )
     .bind(run.saga_id)
     .bind(kind)
@@ -544,6 +547,7 @@ async fn wait_row(
     .bind(after)
     .bind(at)
     .bind(batch.map(|batch| batch.0))
+    .bind(run.fence.0)
     .execute(&mut *connection)
     .await?;
     let row = sqlx::query(
