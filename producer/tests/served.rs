@@ -97,6 +97,7 @@ impl Deployment {
             addr: "127.0.0.1:0".parse().unwrap(),
             engine: EngineSettings::default(),
             janitor: JanitorSettings::default(),
+            auditor: worker::AuditorSettings::default(),
         };
         let worker =
             tokio::spawn(worker::run(settings, stores, queue.clone(), Arc::new(String::new), stop.clone()));

@@ -78,6 +78,7 @@ impl Fleet {
                 ..EngineSettings::default()
             },
             janitor: JanitorSettings { every: Duration::from_millis(100), ..JanitorSettings::default() },
+            auditor: worker::AuditorSettings::default(),
         };
         let worker = tokio::spawn(worker::run(
             settings,
