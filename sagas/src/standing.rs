@@ -120,7 +120,11 @@ fn steps(log: &[StepView]) -> Vec<StepStanding> {
                 known.error = entry.error.clone().or(known.error.take());
             }
             None => {
-                steps.push(StepStanding { step: entry.step_name.clone(), effect, error: entry.error.clone() })
+                steps.push(StepStanding {
+                    step: entry.step_name.clone(),
+                    effect,
+                    error: entry.error.clone(),
+                });
             }
         }
     }

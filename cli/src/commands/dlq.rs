@@ -188,14 +188,12 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
                 kind: as_kind,
                 as_latest,
             };
-            match id {
-                Some(id) => replay(id, &how, &postgres, context).await,
-                None => {
-                    let filter = filter.with("open", many::PAGE);
-                    let pace = many::Pace { limit, rate };
-                    many::replay(filter, &how, pace, dry_run, &postgres, context).await
-                }
+            if let Some(id) = id {
+                return replay(id, &how, &postgres, context).await;
             }
+            let filter = filter.with("open", many::PAGE);
+            let pace = many::Pace { limit, rate };
+            many::replay(filter, &how, pace, dry_run, &postgres, context).await
         }
         Command::Discard { id, all: _, filter, dry_run, reason } => {
             if reason.trim().is_empty() {
