@@ -469,6 +469,7 @@ async fn events_are_read_by_cursor_and_a_cursor_before_what_is_kept_is_410() {
         publish(pool, "acme", key, "text").await;
     }
     sqlx::query("UPDATE documents SET current_version = NULL WHERE key = 'b'").execute(pool).await.unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
     let (mut after, mut seen) = (begin.body["next"].as_str().unwrap().to_owned(), vec![]);
     loop {
         let page = api.get(&format!("/v1/events?after={after}&limit=3")).await;
@@ -477,7 +478,12 @@ async fn events_are_read_by_cursor_and_a_cursor_before_what_is_kept_is_410() {
         assert!(events.len() <= 3);
         if events.is_empty() {
             assert_eq!(page.body["next"], json!(after), "with nothing new the cursor stays");
-            break;
+            if seen.len() == 4 {
+                break;
+            }
+            // The server's own transactions hold events back, too.
+            assert!(std::time::Instant::now() < deadline, "{seen:?}");
+            continue;
         }
         after = page.body["next"].as_str().unwrap().to_owned();
         seen.extend(

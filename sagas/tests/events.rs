@@ -65,6 +65,23 @@ impl Stage {
         }
     }
 
+    /// Waits until no transaction is under way, not even one of the server's own.
+    async fn quiet(&self) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        loop {
+            let quiet: bool = sqlx::query_scalar(
+                "SELECT pg_snapshot_xmin(s) = pg_snapshot_xmax(s) FROM pg_current_snapshot() AS s",
+            )
+            .fetch_one(self.postgres.pool())
+            .await
+            .unwrap();
+            if quiet {
+                return;
+            }
+            assert!(std::time::Instant::now() < deadline, "a transaction stays open");
+        }
+    }
+
     /// The versions told of, in the order in which a reader with small pages hears of them.
     async fn heard(&self) -> Vec<Uuid> {
         let (mut after, mut versions) = (FIRST.to_owned(), vec![]);
@@ -105,6 +122,7 @@ async fn what_could_still_be_overtaken_is_not_shown() {
     let now = stage.postgres.events_now().await.unwrap();
     show(&mut early, a, Some(of_a[0])).await;
     early.commit().await.unwrap();
+    stage.quiet().await;
     assert_eq!(stage.heard().await, [of_a[0], of_b[0]]);
     // What was committed after a cursor of now was taken comes after it.
     assert!(stage.page(&now, 10).await.iter().any(|event| event.version == of_a[0]), "{now}");
@@ -112,6 +130,7 @@ async fn what_could_still_be_overtaken_is_not_shown() {
     let mut lost = stage.postgres.pool().begin().await.unwrap();
     show(&mut lost, a, None).await;
     lost.rollback().await.unwrap();
+    stage.quiet().await;
     assert_eq!(stage.heard().await.len(), 2, "a change that was rolled back was told");
 }
 
@@ -131,6 +150,7 @@ async fn the_events_of_a_document_come_in_the_order_of_its_changes() {
     // Were it known by its own number, the second change would be shown before the first, which is held back.
     assert!(stage.heard().await.is_empty());
     between.commit().await.unwrap();
+    stage.quiet().await;
     assert_eq!(stage.heard().await, versions);
 }
 
@@ -143,6 +163,7 @@ async fn retention_leaves_no_gap_unnoticed() {
         show(&mut connection, document, Some(*version)).await;
     }
     show(&mut connection, document, None).await;
+    stage.quiet().await;
     let all = stage.page(FIRST, 100).await;
     assert_eq!(all.len(), 4);
     assert_eq!((all[3].event.as_str(), all[3].version), ("document.deleted", versions[2]));

@@ -8,9 +8,10 @@ use std::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    time::Instant,
 };
 
-use e2e::{Fleet, LONG, TENANT, text, wait_until};
+use e2e::{Fleet, LONG, SHORT, TENANT, text, wait_until};
 use futures::StreamExt;
 use sagas::stores::postgres::events::{Event, Events, FIRST};
 use serde_json::{Value, json};
@@ -83,8 +84,14 @@ async fn change(fleet: &Fleet, no: usize, progress: &Progress) {
 /// Follows the outbox as another service would, with a cursor and small pages.
 async fn follow(fleet: &Fleet, stop: &CancellationToken) -> Vec<Event> {
     let (mut after, mut events) = (FIRST.to_owned(), vec![]);
+    let mut stopped = None;
     loop {
-        let last_look = stop.is_cancelled();
+        if stop.is_cancelled() {
+            stopped.get_or_insert_with(Instant::now);
+        }
+        // Whatever transaction is open somewhere holds the last ones back for a while.
+        let all = events.len() >= DOCUMENTS * CHANGES;
+        let last_look = stopped.is_some_and(|at| all || at.elapsed() > SHORT);
         match fleet.postgres.events_after(&after, Some(TENANT), 7).await.unwrap() {
             Events::Page(page) if page.is_empty() && last_look => return events,
             Events::Page(page) => {
