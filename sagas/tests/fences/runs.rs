@@ -28,9 +28,23 @@ async fn protocol_06_the_decision_to_compensate_outlives_the_worker_that_made_it
     assert_eq!(open.id, stage.saga.id);
     let verdict: Verdict = serde_json::from_value(open.verdict.expect("the verdict")).unwrap();
     assert_eq!(verdict, Verdict::Cancelled);
-    // The losses that follow are counted by themselves (rule 13).
-    assert_eq!(open.lost_compensating, 1);
-    assert_eq!(ledger.take("third", job.id).await.saga.unwrap().lost_compensating, 2);
+    // The losses that follow are counted by themselves, and only those while it ran alone (rule 13).
+    assert_eq!(open.lost_compensating, 0);
+    assert!(ledger.postgres.mark_alone(job.id, next.fence).await.unwrap());
+    assert_eq!(ledger.take("third", job.id).await.saga.unwrap().lost_compensating, 1);
+    assert_eq!(ledger.take("fourth", job.id).await.saga.unwrap().lost_compensating, 1, "not alone");
+}
+
+#[tokio::test]
+async fn protocol_20_a_job_given_back_after_a_stage_without_an_answer_goes_on_from_the_stage() {
+    let ledger = Ledger::start().await;
+    let job = ledger.take("w", ledger.ingest("a").await).await;
+    let stage = ledger.staged(&job).await;
+    // The worker took the stage for failed, and gives the job back before its first step.
+    let (run, data) = (run_of(&job, Some(stage.saga.id)), serde_json::json!({ "older": true }));
+    assert!(ledger.postgres.release(&run, Duration::ZERO, Some((0, &data)), false).await.unwrap());
+    let open = ledger.take("another", job.id).await.saga.expect("the open run");
+    assert_eq!((open.next_step, open.data), (stage.saga.next_step, stage.saga.data));
 }
 
 #[tokio::test]

@@ -52,7 +52,7 @@ fn writes() -> BTreeMap<String, String> {
                 continue;
             }
             if let Some((_, rest)) = code.split_once("fn ") {
-                function = rest.split(['(', '<']).next().unwrap().to_owned();
+                rest.split(['(', '<']).next().unwrap().clone_into(&mut function);
             }
             // The statement's own predicate stands in the text once more, as what can be taken out.
             predicates +=

@@ -395,7 +395,8 @@ impl Postgres {
         }
         if let (Some(saga), Some((next_step, data))) = (run.saga_id, progress) {
             sqlx::query(
-                "UPDATE sagas SET next_step = $2, data = $3, updated_at = now(), fence = $4 WHERE id = $1",
+                // The log never goes back: a step whose commit was not answered may stand in it although it seemed to fail.
+                "UPDATE sagas SET next_step = $2, data = $3, updated_at = now(), fence = $4 WHERE id = $1 AND next_step <= $2",
             )
             .bind(saga)
             .bind(next_step)

@@ -170,11 +170,11 @@ impl Postgres {
                     runs_alone = false, state = 'running', worker = $2, taken_at = now(),
                     dispatched_at = coalesce(dispatched_at, now())
                 FROM due WHERE j.id = due.id
-                RETURNING j.*, due.was_lost
+                RETURNING j.*, due.was_lost, due.runs_alone AS was_alone
              )
              SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.payload_key_id, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
-                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent, t.was_lost,
+                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent, t.was_lost, t.was_alone,
                     extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s,
                     s.id AS saga_id, s.definition_version, s.state AS saga_state, s.next_step, s.data, s.done, s.verdict,
                     s.pivot_at IS NOT NULL AS pivot_begun, s.lost_compensating
@@ -191,6 +191,8 @@ impl Postgres {
             if let Some(saga) = job.saga.as_mut()
                 && saga.compensating
                 && row.try_get("was_lost")?
+                // As towards the poison limit: whoever was beside it may have killed the worker, or nobody.
+                && row.try_get("was_alone")?
             {
                 saga.lost_compensating += 1;
                 lost_compensating.push(saga.id);

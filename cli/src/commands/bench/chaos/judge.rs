@@ -106,6 +106,17 @@ const ENDED: [&str; 4] = ["succeeded", "cancelled", "dead", "parked"];
 /// workers are killed at random, an innocent job can meet that.
 const POISON_LOSSES: i32 = 5;
 
+/// Whether a job was given up because its workers died: dead, or parked when that happened while it was undone. What then stands is
+/// said by its record.
+pub fn is_poison(job: &JobRow) -> bool {
+    let said = match job.state.as_str() {
+        "dead" => job.class.as_deref() == Some("poison"),
+        "parked" => job.last_error.as_deref().is_some_and(|error| error.contains("kills its workers")),
+        _ => false,
+    };
+    said && job.lost_deliveries >= POISON_LOSSES
+}
+
 /// Judges a history.
 pub fn judge(history: &History) -> Verdict {
     let mut verdict = Verdict {
@@ -147,12 +158,11 @@ fn ends(history: &History, jobs: &HashMap<Uuid, &JobRow>, verdict: &mut Verdict)
                 continue;
             }
         };
-        let poisoned = job.class.as_deref() == Some("poison") && job.lost_deliveries >= POISON_LOSSES;
         let right = match job.state.as_str() {
             "succeeded" => fate == Fate::Succeeds,
-            "dead" => fate == Fate::Dies || poisoned,
+            "dead" => fate == Fate::Dies || is_poison(job),
             "cancelled" => cancelled,
-            _ => false,
+            _ => is_poison(job),
         };
         if !right {
             verdict.other.push(format!(
@@ -187,7 +197,8 @@ fn effects(history: &History, jobs: &HashMap<Uuid, &JobRow>, verdict: &mut Verdi
         }
         *newest = mark.fence.max(*newest);
     }
-    for job in jobs.values().filter(|job| job.kind == marks::KIND && ENDED.contains(&job.state.as_str())) {
+    let ended = |job: &&&JobRow| job.kind == marks::KIND && ENDED.contains(&job.state.as_str());
+    for job in jobs.values().filter(ended).filter(|job| job.state != "parked" || !is_poison(job)) {
         let wanted = i32::from(job.state == "succeeded");
         for step in marks::STEPS {
             let stands = net.get(&(job.id, step)).copied().unwrap_or_default();
@@ -407,6 +418,13 @@ mod tests {
         };
         assert_eq!(spoiled(|h| poisoned(h, POISON_LOSSES)), (0, 0, 0));
         assert_eq!(spoiled(|h| poisoned(h, POISON_LOSSES - 1)), (0, 0, 1));
+        let parked = |h: &mut History, losses| {
+            h.jobs[5].state = "parked".to_owned();
+            h.jobs[5].last_error = Some("its compensation kills its workers".to_owned());
+            h.jobs[5].lost_deliveries = losses;
+        };
+        assert_eq!(spoiled(|h| parked(h, POISON_LOSSES)), (0, 0, 0));
+        assert_eq!(spoiled(|h| parked(h, POISON_LOSSES - 1)), (0, 0, 1));
     }
 
     #[test]

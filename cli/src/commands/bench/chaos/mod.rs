@@ -240,11 +240,7 @@ fn report(
         count("succeeded", ended("succeeded"), "jobs"),
         count("cancelled", ended("cancelled"), "jobs"),
         count("dead", ended("dead"), "jobs"),
-        count(
-            "poison",
-            history.jobs.iter().filter(|job| job.class.as_deref() == Some("poison")).count(),
-            "jobs",
-        ),
+        count("poison", history.jobs.iter().filter(|job| judge::is_poison(job)).count(), "jobs"),
         count("redelivered", history.jobs.iter().filter(|job| job.lost_deliveries > 0).count(), "jobs"),
         count("published", history.shown.iter().filter(|row| row.version.is_some()).count(), "versions"),
         Count { name: "looks", value: looks, unit: "looks" },
