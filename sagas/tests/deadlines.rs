@@ -45,6 +45,7 @@ struct Seen {
 }
 
 struct Hanging {
+    name: &'static str,
     seen: Arc<Seen>,
 }
 
@@ -59,7 +60,7 @@ impl Drop for Dropped {
 #[async_trait]
 impl Step<Value> for Hanging {
     fn name(&self) -> &'static str {
-        "hang"
+        self.name
     }
     async fn execute(&self, ctx: &StepContext, _: &mut Value) -> Result<(), StepError> {
         *self.seen.token.lock().unwrap() = Some(ctx.token());
@@ -136,7 +137,7 @@ impl Stage {
         let interval = Duration::from_millis(200);
         let heartbeat = Heartbeat::spawn(config, HeartbeatConfig { interval }).unwrap();
         let seen = Arc::new(Seen::default());
-        let step = || Arc::new(Hanging { seen: Arc::clone(&seen) }) as Arc<dyn Step<Value>>;
+        let step = |name| Arc::new(Hanging { name, seen: Arc::clone(&seen) }) as Arc<dyn Step<Value>>;
         let settings = EngineSettings {
             calls: CallLimits { call_timeout, lease_margin: MARGIN },
             ..EngineSettings::default()
@@ -146,7 +147,7 @@ impl Stage {
             Breakers::new([], CancellationToken::new()),
             WorkerId::new("w"),
             settings,
-            Registry::default().with(Hangs(vec![step(), step()])),
+            Registry::default().with(Hangs(vec![step("hang"), step("hang again")])),
         );
         Self { postgres, queue, heartbeat, engine, seen, _services: services }
     }

@@ -402,7 +402,9 @@ impl Postgres {
             .await?;
             if let Some((next_step, data, done)) = progress {
                 sqlx::query(
-                    "UPDATE sagas SET next_step = $2, data = $3, done = $4, updated_at = now(), fence = $5 WHERE id = $1",
+                    // The log never goes back: a step whose commit was not answered may stand in it although it seemed to fail.
+                    "UPDATE sagas SET next_step = $2, data = $3, done = $4, updated_at = now(), fence = $5
+                     WHERE id = $1 AND next_step <= $2",
                 )
                 .bind(saga)
                 .bind(next_step)
