@@ -87,8 +87,8 @@ struct Shop {
     services: TestServices,
     postgres: Postgres,
     queue: Queue,
-    shop: PgPool,
-    shop_url: String,
+    database: PgPool,
+    url: String,
     bank: Arc<Bank>,
     bank_url: String,
 }
@@ -139,17 +139,17 @@ impl Shop {
             .route("/refunds", post(refund))
             .with_state(Arc::clone(&bank));
         tokio::spawn(async move { axum::serve(listener, routes).await });
-        Self { services, postgres, queue, shop, shop_url, bank, bank_url }
+        Self { services, postgres, queue, database: shop, url: shop_url, bank, bank_url }
     }
 
     fn worker(&self) -> Worker {
         // …/deps/own_saga-… and …/examples/orders
         let here = std::env::current_exe().unwrap();
         let program: PathBuf = here.parent().unwrap().parent().unwrap().join("examples/orders");
-        assert!(program.exists(), "{program:?} is missing: cargo build -p worker --example orders");
+        assert!(program.exists(), "{} is missing: cargo build -p worker --example orders", program.display());
         let child = Command::new(program)
             .envs(self.services.env())
-            .env("SHOP_DATABASE_URL", &self.shop_url)
+            .env("SHOP_DATABASE_URL", &self.url)
             .env("PAYMENTS_URL", &self.bank_url)
             .env("FLOTILLA_LEASE_MS", "3000")
             .env("FLOTILLA_WORKER_ADDR", "127.0.0.1:0")
@@ -185,13 +185,13 @@ impl Shop {
     }
 
     async fn free(&self) -> i64 {
-        sqlx::query_scalar("SELECT free FROM stock").fetch_one(&self.shop).await.unwrap()
+        sqlx::query_scalar("SELECT free FROM stock").fetch_one(&self.database).await.unwrap()
     }
 
     /// How many reservations are in each state.
     async fn reservations(&self) -> Vec<(String, i64)> {
         sqlx::query_as("SELECT state, count(*) FROM reservations GROUP BY state ORDER BY state")
-            .fetch_all(&self.shop)
+            .fetch_all(&self.database)
             .await
             .unwrap()
     }
