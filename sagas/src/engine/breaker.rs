@@ -50,7 +50,7 @@ struct Breaker {
 /// The process's breakers; clones share them.
 #[derive(Clone)]
 pub struct Breakers {
-    breakers: Arc<HashMap<Dependency, Breaker>>,
+    by_dependency: Arc<HashMap<Dependency, Breaker>>,
     board: Option<Arc<Board>>,
     shutdown: CancellationToken,
 }
@@ -115,7 +115,7 @@ impl Breakers {
                 )
             })
             .collect();
-        Self { breakers: Arc::new(breakers), board: None, shutdown }
+        Self { by_dependency: Arc::new(breakers), board: None, shutdown }
     }
 
     /// Shares what these breakers see with those of other processes over the same queue: they open together, and one
@@ -125,7 +125,7 @@ impl Breakers {
     pub fn share(mut self, queue: Queue, worker: WorkerId) -> Self {
         let news = queue.breaker_news(worker.clone(), self.shutdown.clone());
         self.board = Some(Arc::new(Board { queue, worker, rests_until: Mutex::default() }));
-        for dependency in self.breakers.keys().copied() {
+        for dependency in self.by_dependency.keys().copied() {
             let this = self.clone();
             tokio::spawn(async move {
                 tokio::select! {
@@ -140,7 +140,7 @@ impl Breakers {
     }
 
     async fn hear(&self, mut news: tokio::sync::mpsc::Receiver<BreakerNews>) {
-        let named = |name: &str| self.breakers.iter().find(|(dependency, _)| dependency.name() == name);
+        let named = |name: &str| self.by_dependency.iter().find(|(dependency, _)| dependency.name() == name);
         while let Some(one) = news.recv().await {
             match one {
                 BreakerNews::Opened(name) => {
@@ -156,7 +156,7 @@ impl Breakers {
                     }
                 }
                 BreakerNews::Listening => {
-                    self.breakers.values().for_each(|breaker| breaker.elsewhere_open.notify_one());
+                    self.by_dependency.values().for_each(|breaker| breaker.elsewhere_open.notify_one());
                 }
             }
         }
@@ -164,7 +164,7 @@ impl Breakers {
 
     /// While others report a dependency down, makes sure by a probe whether it is down here, too.
     async fn look_out(&self, dependency: Dependency) {
-        let Some(breaker) = self.breakers.get(&dependency) else { return };
+        let Some(breaker) = self.by_dependency.get(&dependency) else { return };
         let Some(board) = &self.board else { return };
         loop {
             tokio::select! {
@@ -185,7 +185,7 @@ impl Breakers {
 
     /// Waits until the dependency's breaker is closed. Cancel-safe.
     pub async fn closed(&self, dependency: Dependency) {
-        let Some(breaker) = self.breakers.get(&dependency) else { return };
+        let Some(breaker) = self.by_dependency.get(&dependency) else { return };
         let mut state = breaker.state.subscribe();
         // The sender lives in `self`, so waiting can't fail.
         if state.wait_for(|s| *s == State::Closed).await.is_err() {
@@ -195,12 +195,12 @@ impl Breakers {
 
     /// The breaker's state now.
     pub fn state(&self, dependency: Dependency) -> State {
-        self.breakers.get(&dependency).map_or(State::Closed, |b| *b.state.borrow())
+        self.by_dependency.get(&dependency).map_or(State::Closed, |b| *b.state.borrow())
     }
 
     /// Follows a breaker's state.
     pub fn watch(&self, dependency: Dependency) -> Option<watch::Receiver<State>> {
-        self.breakers.get(&dependency).map(|b| b.state.subscribe())
+        self.by_dependency.get(&dependency).map(|b| b.state.subscribe())
     }
 
     /// After a call that failed as an outage does or had no answer: asks the dependency itself. Opens the breaker and
@@ -210,7 +210,7 @@ impl Breakers {
     }
 
     async fn confirm(&self, dependency: Dependency, why: &(dyn std::fmt::Display + Sync)) -> bool {
-        let Some(breaker) = self.breakers.get(&dependency) else { return false };
+        let Some(breaker) = self.by_dependency.get(&dependency) else { return false };
         let _asking = breaker.asking.lock().await;
         if *breaker.state.borrow() != State::Closed {
             return true;
@@ -235,7 +235,7 @@ impl Breakers {
     }
 
     async fn probe_until_closed(&self, dependency: Dependency) {
-        let Some(breaker) = self.breakers.get(&dependency) else { return };
+        let Some(breaker) = self.by_dependency.get(&dependency) else { return };
         let set = |state| {
             breaker.state.send_replace(state);
             report(dependency, state);
