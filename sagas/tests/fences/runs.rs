@@ -44,7 +44,7 @@ async fn protocol_20_a_job_given_back_after_a_stage_without_an_answer_goes_on_fr
     let (run, data) = (run_of(&job, Some(stage.saga.id)), serde_json::json!({ "older": true }));
     assert!(ledger.postgres.release(&run, Duration::ZERO, Some((0, &data)), false).await.unwrap());
     let open = ledger.take("another", job.id).await.saga.expect("the open run");
-    assert_eq!((open.next_step, open.data), (stage.saga.next_step, stage.saga.data));
+    assert_eq!((open.next_step, open.data), (stage.saga.next_step, stage.saga.data.clone()));
 }
 
 #[tokio::test]
