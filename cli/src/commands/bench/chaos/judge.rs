@@ -430,7 +430,7 @@ mod tests {
     #[test]
     fn an_effect_twice_or_not_at_all_is_found() {
         let again = |h: &mut History, no: usize, change, fence| {
-            let mark = MarkRow { change, fence, ..h.marks[no].clone() };
+            let mark = MarkRow { fence, change, ..h.marks[no].clone() };
             h.marks.push(mark);
         };
         assert_eq!(spoiled(|h| again(h, 0, 1, 2)), (0, 2, 0), "when it happens, and in the end");
