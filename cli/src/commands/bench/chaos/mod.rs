@@ -407,8 +407,8 @@ async fn spoil(plant: Plant, stores: &Stores, pool: &PgPool) -> anyhow::Result<(
         }
         Plant::Duplicate => {
             "INSERT INTO public.marks (job, step, key, fence, change)
-             SELECT job, step, key, fence, 1 FROM public.marks JOIN flotilla.jobs ON id = job
-             WHERE state = 'succeeded' ORDER BY seq DESC LIMIT 1"
+             SELECT m.job, m.step, m.key, m.fence, 1 FROM public.marks m JOIN flotilla.jobs j ON j.id = m.job
+             WHERE j.state = 'succeeded' ORDER BY m.seq DESC LIMIT 1"
         }
         Plant::Half => {
             let document = stores.postgres.published_among(TENANT, &[shown]).await?;
