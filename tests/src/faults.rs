@@ -73,10 +73,11 @@ impl Fleet {
         let mut places: Vec<Place> = vec![];
         for ((kind, fails_at), points) in ways.into_iter().zip(traced) {
             let pivot = pivot(kind, &named);
-            let (mut at_pivot, mut past_pivot) = (false, false);
+            let (mut at_pivot, mut past_pivot, mut announced) = (false, false, false);
             for point in points {
                 at_pivot |= point == format!("{pivot}.before");
-                past_pivot |= at_pivot && point.rsplit('.').next() == Some("after");
+                past_pivot |= announced || at_pivot && point.rsplit('.').next() == Some("after");
+                announced |= point == ANNOUNCED_AFTER;
                 if !places.iter().any(|place| place.kind == kind && place.point == point) {
                     let fails_at = fails_at.clone();
                     places.push(Place {
@@ -120,6 +121,9 @@ impl Fleet {
         points
     }
 }
+
+/// The pivot of `probe` does not commit to the log itself, so it is announced there, right after the step before it.
+const ANNOUNCED_AFTER: &str = "probe.second.after";
 
 /// Whether jobs of this kind pass a point that was traced while one of them ran: an `embed` job enqueues others.
 fn passes(kind: &str, point: &str) -> bool {

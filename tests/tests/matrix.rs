@@ -18,6 +18,8 @@ use futures::{FutureExt, future::join_all};
 
 /// Cases that run side by side, each on a queue of its own.
 const LANES: usize = 6;
+/// The action of a step that fails for good, whenever it is reached.
+const FOR_GOOD: &str = "permanent*9";
 /// Of the cases, so many run in `make test`.
 const SOME: usize = 48;
 
@@ -107,13 +109,22 @@ impl Case {
         format!("{}={action}{fails}", self.place.point)
     }
 
+    /// A failure that may pass, of a step that can still be undone, for one run's tries.
+    fn passing_failure(&self) -> String {
+        match self.place.kind.as_str() {
+            // Its pivot is announced: an error there that may pass doesn't turn the run back.
+            "probe" => "probe.second.after=error*3".to_owned(),
+            kind => format!("{kind}.publish.before=error*3"),
+        }
+    }
+
     fn outcome(&self) -> Outcome {
         if self.place.fails_at.is_some() { Outcome::Dead } else { Outcome::Done }
     }
 
     /// One worker dies there; another, started only then, brings the job to its end.
     async fn killed(&self, fleet: &Fleet, no: usize) {
-        let faults = fleet.faults(&format!("case-{no}"), self.spec("kill", "permanent"));
+        let faults = fleet.faults(&format!("case-{no}"), self.spec("kill", FOR_GOOD));
         let queue = self.subject.queue.as_str();
         let first = fleet.worker().queues(&[queue]).armed(&faults).start();
         let job = fleet.begin(&self.subject).await;
@@ -130,7 +141,7 @@ impl Case {
     /// The point fails or hangs once; the job comes to the end that it would have come to.
     async fn failed(&self, fleet: &Fleet, no: usize) {
         let action = if self.trouble == Trouble::Hang { "hang" } else { "error" };
-        let faults = fleet.faults(&format!("case-{no}"), self.spec(action, "permanent"));
+        let faults = fleet.faults(&format!("case-{no}"), self.spec(action, FOR_GOOD));
         let queue = self.subject.queue.as_str();
         let worker = fleet.worker().queues(&[queue]).armed(&faults).start();
         let job = fleet.begin(&self.subject).await;
@@ -143,8 +154,10 @@ impl Case {
     /// One worker stops there; when its successors have published and nothing is left to sweep, it goes on.
     async fn zombie(&self, fleet: &Fleet, no: usize) {
         let queue = self.subject.queue.as_str();
-        // A failure that may pass, so that what is undone is tried again, and published by another run.
-        let stops = fleet.faults(&format!("case-{no}"), self.spec("stop", "error*3"));
+        // What is undone is tried again, and published by another run.
+        let fails = self.place.fails_at.as_ref().map(|_| format!(";{}", self.passing_failure()));
+        let stops = format!("{}=stop{}", self.place.point, fails.unwrap_or_default());
+        let stops = fleet.faults(&format!("case-{no}"), stops);
         let zombie = fleet.worker().queues(&[queue]).concurrency(1).armed(&stops).start();
         let job = fleet.begin(&self.subject).await;
         wait_until("the fault point acts", SHORT, async || match stops.fired(&self.place.point) {
@@ -153,10 +166,9 @@ impl Case {
         })
         .await;
         zombie.stopped().await;
-        let fails = match (self.trouble, self.place.kind.as_str()) {
-            (Trouble::ZombieAfterPublish, _) => String::new(),
-            (_, "probe") => "probe.third.before=error*3".to_owned(),
-            (_, kind) => format!("{kind}.publish.before=error*3"),
+        let fails = match self.trouble {
+            Trouble::ZombieAfterThird => self.passing_failure(),
+            _ => String::new(),
         };
         let fails = fleet.faults(&format!("case-{no}-successor"), fails);
         let successor = fleet.worker().queues(&[queue]).armed(&fails).start();
