@@ -4,17 +4,20 @@
 use std::time::Duration;
 
 use queue::{
-    WorkerId,
+    QueueName, TenantId, WorkerId,
     ledger::{End, Grant, Ledger as _},
 };
 use sagas::{
     coalescing::Batch,
     stores::postgres::{
+        accept::NewJob,
+        batches::{BatchId, NewBatch},
         ending::Verdict,
         plain::PlainLedger,
         publish::Published,
         stage::{Stage, StageBatch},
         take::TakenJob,
+        waits::{Awaited, Due},
     },
 };
 use serde_json::json;
@@ -282,6 +285,98 @@ async fn protocol_02_a_job_without_a_saga_ends_only_under_the_newest_fence() {
         let before = r.ledger.snapshot().await;
         plain.end(r.job.id, &grant, &End::Succeeded(json!({ "sum": 1 }))).await.unwrap();
         r.ledger.snapshot().await != before
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_await_timer_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        let (run, due) = (run_of(&r.job, Some(r.stage.saga.id)), Due::In(HOUR));
+        !matches!(r.ledger.postgres.await_timer(&run, "nap", due).await.unwrap(), Awaited::LeaseLost)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_await_signal_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        let run = run_of(&r.job, Some(r.stage.saga.id));
+        !matches!(r.ledger.postgres.await_signal(&run, "go", HOUR).await.unwrap(), Awaited::LeaseLost)
+    })
+    .await;
+}
+
+/// A batch of one child.
+fn children(r: &Running<'_>) -> (NewBatch, NewJob) {
+    let tenant = TenantId::new(&r.job.tenant).unwrap();
+    let id = BatchId::new();
+    let batch = NewBatch {
+        id,
+        tenant: tenant.clone(),
+        name: "children".to_owned(),
+        parent: Some(r.job.id),
+        callback: None,
+    };
+    let child = NewJob::new("child", QueueName::new("child").unwrap(), tenant, json!({}));
+    (batch, NewJob { batch: Some(id), ..child })
+}
+
+#[tokio::test]
+async fn protocol_02_await_children_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        let run = run_of(&r.job, Some(r.stage.saga.id));
+        let (batch, child) = children(r);
+        let answer = r.ledger.postgres.await_children(&run, "them", &batch, &[child]).await.unwrap();
+        !matches!(answer, Awaited::LeaseLost)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_await_cancelled_children_with_a_stale_fence_writes_nothing() {
+    let ledger = Ledger::start().await;
+    let r = begin(&ledger, "ingest", true).await;
+    let stale = run_of(&r.job, Some(r.stage.saga.id));
+    let (batch, child) = children(&r);
+    let waits = ledger.postgres.await_children(&stale, "them", &batch, &[child]).await.unwrap();
+    assert!(matches!(waits, Awaited::NotYet(_)), "{waits:?}");
+    let heir = ledger.take("another", r.job.id).await;
+    let before = ledger.snapshot().await;
+    let refused = ledger.postgres.await_cancelled_children(&stale, batch.id).await.unwrap();
+    assert!(matches!(refused, Awaited::LeaseLost), "{refused:?}");
+    assert_eq!(ledger.snapshot().await, before, "refused, and yet something was written");
+    let run = run_of(&heir, Some(r.stage.saga.id));
+    let done = ledger.postgres.await_cancelled_children(&run, batch.id).await.unwrap();
+    assert!(!matches!(done, Awaited::LeaseLost), "{done:?}");
+    assert_ne!(ledger.snapshot().await, before, "wrote nothing under the newest fence");
+}
+
+#[tokio::test]
+async fn protocol_02_suspend_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        let run = run_of(&r.job, Some(r.stage.saga.id));
+        let data = json!({ "put": "off" });
+        let progress = Some((2, &data, [].as_slice()));
+        r.ledger.postgres.suspend(&run, HOUR, progress, &[]).await.unwrap().is_some()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_keep_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        let run = run_of(&r.job, Some(r.stage.saga.id));
+        r.ledger.postgres.keep(&run, 2, &json!({ "kept": true })).await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn protocol_02_begin_pivot_with_a_stale_fence_writes_nothing() {
+    check("ingest", true, async |r| {
+        let run = run_of(&r.job, Some(r.stage.saga.id));
+        r.ledger.postgres.begin_pivot(&run, 2, &json!({})).await.unwrap().is_some()
     })
     .await;
 }

@@ -10,14 +10,14 @@ use tokio::process::Command;
 /// File and function of each fenced write, and the test that fails without its fence.
 const TESTS: &[(&str, &str)] = &[
     (
-        "compensation.rs begin_compensation",
+        "compensation.rs begin_compensation_with",
         "stale_writes::protocol_02_begin_compensation_with_a_stale_fence_writes_nothing",
     ),
     ("deletion.rs bury", "stale_writes::protocol_02_bury_with_a_stale_fence_writes_nothing"),
     ("deletion.rs erase_text", "stale_writes::protocol_02_erase_text_with_a_stale_fence_writes_nothing"),
     ("ending.rs complete_all", "stale_writes::protocol_02_complete_with_a_stale_fence_writes_nothing"),
     ("ending.rs finish", "stale_writes::protocol_02_finish_with_a_stale_fence_writes_nothing"),
-    ("ending.rs park", "stale_writes::protocol_02_park_with_a_stale_fence_writes_nothing"),
+    ("ending.rs park_at", "stale_writes::protocol_02_park_with_a_stale_fence_writes_nothing"),
     ("ending.rs release", "stale_writes::protocol_02_release_with_a_stale_fence_writes_nothing"),
     (
         "fenced.rs fenced",
@@ -33,6 +33,16 @@ const TESTS: &[(&str, &str)] = &[
     ("stage.rs begin_sagas", "stale_writes::protocol_02_begin_saga_with_a_stale_fence_writes_nothing"),
     ("stage.rs flush", "stale_writes::protocol_02_stage_with_a_stale_fence_writes_nothing"),
     ("take.rs mark_alone", "stale_writes::protocol_02_mark_alone_with_a_stale_fence_writes_nothing"),
+    (
+        "waits.rs await_cancelled_children",
+        "stale_writes::protocol_02_await_cancelled_children_with_a_stale_fence_writes_nothing",
+    ),
+    ("waits.rs await_children", "stale_writes::protocol_02_await_children_with_a_stale_fence_writes_nothing"),
+    ("waits.rs await_signal", "stale_writes::protocol_02_await_signal_with_a_stale_fence_writes_nothing"),
+    ("waits.rs await_timer", "stale_writes::protocol_02_await_timer_with_a_stale_fence_writes_nothing"),
+    ("waits.rs begin_pivot", "stale_writes::protocol_02_begin_pivot_with_a_stale_fence_writes_nothing"),
+    ("waits.rs keep", "stale_writes::protocol_02_keep_with_a_stale_fence_writes_nothing"),
+    ("waits.rs suspend", "stale_writes::protocol_02_suspend_with_a_stale_fence_writes_nothing"),
 ];
 /// Tests that run side by side, each with a Postgres of its own.
 const AT_ONCE: usize = 3;

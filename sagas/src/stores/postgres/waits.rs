@@ -434,11 +434,12 @@ impl Postgres {
 
     /// Keeps what a run has done so far, without giving it back. `false`: the fence refused.
     pub async fn keep(&self, run: &Run, next_step: i16, data: &Value) -> Result<bool, StoreError> {
-        let kept = sqlx::query(
+        let kept = sqlx::query(crate::fenced_sql!(
             "WITH alive AS (SELECT id FROM jobs WHERE id = $1 AND fence = $2 AND state = 'running' FOR NO KEY UPDATE)
              UPDATE sagas s SET next_step = $4, data = $5, done = '{}', updated_at = now(), fence = $2
              FROM alive WHERE s.id = $3 AND s.job_id = alive.id AND s.state = 'running'",
-        )
+            "fence = $2 AND state = 'running'"
+        ))
         .bind(run.job_id.0)
         .bind(run.fence.0)
         .bind(run.saga_id)
