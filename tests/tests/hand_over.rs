@@ -88,9 +88,11 @@ async fn a_cancelled_ingest_ends_its_embedding_before_it_removes_the_points() {
     })
     .await;
     fleet.client().cancel(job, None).await.unwrap();
-    let embedder = handing(fleet.worker(), &["embed"]).start();
     assert_eq!(fleet.ended(job).await, "cancelled", "{}", fleet.describe(job).await);
     assert_eq!(embeddings(&fleet, "cancelled").await, 1);
+    // Only now somebody embeds, and finds nothing to do.
+    let embedder = handing(fleet.worker(), &["embed"]).start();
+    embedder.ready().await;
     assert!(fleet.stores.document(TENANT, "handbook").await.unwrap().is_none());
     fleet.audit_clean().await;
     assert!(ingester.terminate().await.success());
