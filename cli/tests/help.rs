@@ -78,6 +78,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("breakers", &[]),
     ("queues list", &[]),
     ("queues show", &[]),
+    ("queues rates", &[]),
     ("queues pause", &[]),
     ("queues resume", &[]),
     ("queues drain", &[]),

@@ -35,5 +35,5 @@ local function forget(set, silence)
 end
 local gone = forget(workers, tonumber(ARGV[2]))
 if #gone > 0 then redis.call('HDEL', records, unpack(gone)) end
-forget(queues, tonumber(ARGV[3]))
+for _, queue in ipairs(forget(queues, tonumber(ARGV[3]))) do redis.call('DEL', registry .. ':n:' .. queue) end
 return redis.call('ZCARD', workers)

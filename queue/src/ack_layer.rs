@@ -121,6 +121,9 @@ impl<L: Ledger> AckLayer<L> {
         if !written {
             return Err(LeaseLost(id).into());
         }
+        if matches!(end, End::Dead(_)) {
+            lease.note_dead();
+        }
         Ok(match end {
             End::Succeeded(_) | End::Dead(_) | End::Cancelled => Done::Ack,
             End::Released(wait) => Done::Release(wait),

@@ -135,14 +135,24 @@ async fn run(queue: Queue, mut inbox: mpsc::Receiver<Message>) {
         sent_at = Instant::now();
         let (mut acks, mut releases, mut retries, mut flushes) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut ended: HashMap<QueueName, (u64, u64)> = HashMap::new();
         for message in messages.drain(..) {
             match message {
-                Message::Done(lease, Done::Ack) => acks.push(lease.lease_ref()),
+                Message::Done(lease, Done::Ack) => {
+                    let of = lease.lease_ref();
+                    let (count, dead) = match ended.get_mut(&of.queue) {
+                        Some(counts) => counts,
+                        None => ended.entry(of.queue.clone()).or_default(),
+                    };
+                    (*count, *dead) = (*count + 1, *dead + u64::from(lease.is_dead()));
+                    acks.push(of);
+                }
                 Message::Done(lease, Done::Release(delay)) => releases.push((lease.lease_ref(), delay)),
                 Message::Done(lease, Done::Retry(delay)) => retries.push((lease.lease_ref(), delay)),
                 Message::Flush(flushed) => flushes.push(flushed),
             }
         }
+        queue.shared.tally.add(ended);
         let mut refusals = 0;
         while let Err(error) = send(&queue, &acks, &releases, &retries).await {
             let pause = outage.wait(&error);

@@ -29,6 +29,7 @@ use crate::{
     ids::{JobId, Priority, QueueName, TenantId},
     listing::{Listed, ListedState},
     queue::Queue,
+    rates::Rates,
     registry::LivingWorker,
 };
 
@@ -181,19 +182,31 @@ fn running(worker: &LivingWorker, queue: &QueueName) -> RunningWorker {
     }
 }
 
-fn statistics(stats: &QueueStats) -> Vec<Statistic> {
-    let number = |title: &str, value: u64, priority| Statistic {
+fn statistics(stats: &QueueStats, rates: &Rates) -> Vec<Statistic> {
+    let typed = |title: &str, stat_type, value: String, priority| Statistic {
         title: title.to_owned(),
-        stat_type: StatType::Number,
-        value: value.to_string(),
+        stat_type,
+        value,
         priority: Some(priority),
     };
+    let number =
+        |title: &str, value: u64, priority| typed(title, StatType::Number, value.to_string(), priority);
+    let decimal =
+        |title: &str, value: f64, priority| typed(title, StatType::Decimal, format!("{value:.2}"), priority);
     let mut all = vec![
         number("Waiting", stats.depth(), 1),
         number("Running", stats.in_flight, 2),
         number("Scheduled", stats.scheduled, 3),
         number("Oldest waiting, ms", stats.oldest_ms().unwrap_or_default(), 4),
+        decimal("Ended per second, last minute", rates.minute.per_second(), 15),
+        decimal("Dead per second, last minute", rates.minute.dead_per_second(), 16),
+        number("Ended in the last hour", rates.hour.ended, 17),
+        number("Dead in the last hour", rates.hour.dead, 18),
     ];
+    if let Some(fine) = rates.hour.fine() {
+        let percent = format!("{:.2}", fine * 100.0);
+        all.push(typed("Not dead in the last hour", StatType::Percentage, percent, 19));
+    }
     for (priority, level) in stats.by_priority.iter().enumerate().rev().filter(|(_, level)| level.depth > 0) {
         all.push(number(&format!("Waiting with priority {priority}"), level.depth, 14 - priority as u64));
     }
@@ -253,11 +266,15 @@ impl<T> ListQueues for Board<T> {
         let mut infos = Vec::new();
         for name in self.queue.queues().await? {
             let serves = |worker: &&LivingWorker| worker.queues.contains(&name);
+            let rates = self.queue.rates(&name).await?;
             infos.push(QueueInfo {
-                stats: statistics(&self.queue.stats(&name).await?),
+                stats: statistics(&self.queue.stats(&name).await?, &rates),
                 workers: workers.iter().filter(serves).map(|worker| worker.worker.to_string()).collect(),
-                // What has ended has left Redis; the metrics have the history.
-                activity: vec![0; 7],
+                activity: rates
+                    .days
+                    .iter()
+                    .map(|ended| usize::try_from(*ended).unwrap_or(usize::MAX))
+                    .collect(),
                 name: name.to_string(),
             });
         }
@@ -300,7 +317,7 @@ impl<T> ListAllTasks for Board<T> {
 
 impl<T> Metrics for Board<T> {
     async fn global(&self) -> Result<Vec<Statistic>, QueueError> {
-        let mut sum = QueueStats::default();
+        let (mut sum, mut rates) = (QueueStats::default(), Rates::none());
         for name in self.queue.queues().await? {
             let stats = self.queue.stats(&name).await?;
             for (all, one) in sum.by_priority.iter_mut().zip(stats.by_priority) {
@@ -309,12 +326,13 @@ impl<T> Metrics for Board<T> {
             }
             sum.scheduled += stats.scheduled;
             sum.in_flight += stats.in_flight;
+            rates.add(&self.queue.rates(&name).await?);
         }
-        Ok(statistics(&sum))
+        Ok(statistics(&sum, &rates))
     }
 
     async fn fetch_by_queue(&self) -> Result<Vec<Statistic>, QueueError> {
-        Ok(statistics(&self.queue.stats(&self.name).await?))
+        Ok(statistics(&self.queue.stats(&self.name).await?, &self.queue.rates(&self.name).await?))
     }
 }
 

@@ -1,7 +1,10 @@
 //! A worker's view of one lease.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -36,6 +39,8 @@ pub(crate) struct LeaseState {
     lost: CancellationToken,
     /// Acked, given back, or removed.
     over: CancellationToken,
+    /// The job has ended, and needs a person.
+    dead: AtomicBool,
     /// Asks the heartbeat for an early beat.
     nudge: Arc<Notify>,
 }
@@ -59,6 +64,7 @@ impl Lease {
                 deadline: watch::Sender::new(claim.sent_at + duration),
                 lost: CancellationToken::new(),
                 over: CancellationToken::new(),
+                dead: AtomicBool::new(false),
                 nudge,
             }),
         }
@@ -88,6 +94,15 @@ impl Lease {
     /// Whether a heartbeat has learnt that the lease is lost.
     pub fn is_lost(&self) -> bool {
         self.state.lost.is_cancelled()
+    }
+
+    /// Says that the job ends as dead or parked, before its end is told: for the queue's [`Rates`](crate::Rates) only.
+    pub fn note_dead(&self) {
+        self.state.dead.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_dead(&self) -> bool {
+        self.state.dead.load(Ordering::Relaxed)
     }
 
     /// Waits until the lease lasts at least `margin` more (at most half a lease), which is at once in normal times.

@@ -16,11 +16,12 @@ use crate::{
     config::QueueConfig,
     envelope::{Claim, Envelope, Epoch, LeaseRef, Pushed},
     error::QueueError,
-    ids::{JobId, LeaseToken, QueueName, WorkerId},
+    ids::{JobId, LeaseToken, Priority, QueueName, WorkerId},
     link::{Answer, Link},
     partition::{partition_key, partition_of},
     policies::Copies,
     policy::wait_of,
+    rates::Tally,
     record::{push_record, read_record},
     registry::Told,
     reply::{self, Reply},
@@ -60,6 +61,7 @@ pub(crate) struct Shared {
     rotation: AtomicUsize,
     pub(crate) copies: Copies,
     pub(crate) told: Told,
+    pub(crate) tally: Tally,
 }
 
 /// What one claim in one partition brought.
@@ -111,6 +113,7 @@ impl Queue {
                 rotation: AtomicUsize::new(0),
                 copies: Copies::default(),
                 told: Told::default(),
+                tally: Tally::default(),
             }),
             now_ms: None,
         })
@@ -304,9 +307,13 @@ impl Queue {
             return Ok(Claimed::without_policies());
         }
         metrics::histogram!("queue_claim_seconds").record(sent_at.elapsed().as_secs_f64());
-        if !claims.is_empty() {
-            metrics::counter!("queue_jobs_claimed_total", "queue" => queue.to_string())
-                .increment(claims.len() as u64);
+        let mut by_priority = [0; Priority::LEVELS];
+        for claim in &claims {
+            by_priority[usize::from(claim.envelope.priority.get())] += 1;
+        }
+        for (priority, count) in by_priority.into_iter().enumerate().filter(|(_, count)| *count > 0) {
+            let labels = [("queue", queue.to_string()), ("priority", priority.to_string())];
+            metrics::counter!("queue_jobs_claimed_total", &labels).increment(count);
         }
         Ok(Claimed { claims, more, wait })
     }

@@ -68,7 +68,7 @@ impl Told {
 }
 
 impl Queue {
-    fn registry_key(&self) -> String {
+    pub(crate) fn registry_key(&self) -> String {
         format!("{{{}:registry}}", self.config().prefix)
     }
 
@@ -159,7 +159,7 @@ impl Queue {
         self.shared.link.pipeline(&pipeline).await.map(drop)
     }
 
-    async fn redis_now(&self) -> Result<i64, QueueError> {
+    pub(crate) async fn redis_now(&self) -> Result<i64, QueueError> {
         if let Some(now) = self.now_ms {
             return Ok(now);
         }
@@ -169,7 +169,7 @@ impl Queue {
     }
 }
 
-/// Tells the registry that a worker lives.
+/// Tells the registry that a worker lives, and how many jobs have ended in this process.
 #[derive(Debug)]
 pub struct Presence;
 
@@ -192,11 +192,18 @@ impl Presence {
                     () = shutdown.cancelled() => break,
                     _ = ticks.tick() => {}
                 }
-                match queue.register(Some(&living), &living.queues).await {
+                let told = async {
+                    queue.register(Some(&living), &living.queues).await?;
+                    queue.tell_ended().await
+                };
+                match told.await {
                     Ok(()) => outage.over(),
                     // The next tick is pause enough.
                     Err(error) => drop(outage.wait(&error)),
                 }
+            }
+            if let Err(error) = queue.tell_ended().await {
+                tracing::debug!(%error, "the last jobs that ended here are missing in the rates");
             }
             if let Err(error) = queue.unregister(&living.worker).await {
                 tracing::debug!(%error, "the registry still has this worker for a minute");

@@ -52,6 +52,7 @@ scripts! {
     LEND = "lend.lua";
     LIST = "list.lua";
     REGISTER = "register.lua";
+    TALLY = "tally.lua";
     BREAKER = "breaker.lua";
 }
 

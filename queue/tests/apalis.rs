@@ -16,10 +16,14 @@ use apalis::{
 };
 use apalis_core::{
     backend::{FetchById, Filter, ListAllTasks, ListQueues, ListTasks, ListWorkers, Metrics, TaskSink},
+    error::AbortError,
     task::{builder::TaskBuilder, status::Status, task_id::TaskId},
 };
 use axum::{body::Body, http::Request};
-use queue::{Board, Envelope, Job, JobId, QueueConfig, QueueName, Roles, RolesConfig, TenantId, WorkerId};
+use queue::{
+    Acker, Board, Done, Envelope, Heartbeat, Job, JobId, Presence, QueueConfig, QueueName, Roles,
+    RolesConfig, TenantId, WorkerId,
+};
 use serde::{Deserialize, Serialize};
 use support::{Stage, eventually, job, jobs, name, worker};
 use tokio::time::{sleep, timeout};
@@ -71,6 +75,10 @@ async fn handle(job: Job, log: Data<Log>) -> Result<(), BoxDynError> {
         "panic" if run < 2 => panic!("a handler's bug"),
         // Longer than the timeout layer allows, the first time.
         "slow" if run < 2 => sleep(Duration::from_secs(30)).await,
+        "bad" => {
+            *log.now.lock().unwrap() -= 1;
+            return Err(AbortError::new(std::io::Error::other("can never work")).into());
+        }
         "long" => sleep(Duration::from_millis(300)).await,
         _ => {}
     }
@@ -125,7 +133,9 @@ async fn a_monitor_runs_two_workers_through_panics_and_timeouts_and_stops_withou
     }));
 
     let mut all = jobs(100);
-    all.extend(["panic", "slow"].map(|kind| Envelope { kind: kind.to_owned(), ..job("acme", 9) }));
+    all.extend(
+        ["panic", "slow", "bad", "bad"].map(|kind| Envelope { kind: kind.to_owned(), ..job("acme", 9) }),
+    );
     stage.queue.push(&all).await.unwrap();
     let drained = async || {
         let stats = stage.queue.stats(&name()).await.unwrap();
@@ -159,6 +169,12 @@ async fn a_monitor_runs_two_workers_through_panics_and_timeouts_and_stops_withou
     let stats = stage.queue.stats(&name()).await.unwrap();
     assert_eq!((stats.depth() as usize, stats.in_flight), (40 - ran(), 0), "what didn't run waits again");
     assert!(stage.queue.workers().await.unwrap().is_empty(), "workers that stopped are still listed");
+    let hour = stage.queue.rates(&name()).await.unwrap().hour;
+    assert_eq!(
+        (hour.ended, hour.dead),
+        (all.len() as u64 + 40 - stats.depth(), 2),
+        "who stops tells the rest"
+    );
 }
 
 #[tokio::test]
@@ -214,6 +230,86 @@ async fn the_board_lists_queues_tasks_and_workers() {
     assert_eq!(value(&stats, "Running").as_deref(), Some("5"));
     assert_eq!(value(&stats, "Scheduled").as_deref(), Some("1"));
     assert_eq!(value(&board.global().await.unwrap(), "Waiting").as_deref(), Some("26"));
+}
+
+/// Ends so many jobs at a time, the first `dead` of them badly, and lets the worker's presence tell it.
+async fn end(stage: &Stage, at_ms: i64, count: usize, dead: usize) {
+    let queue = stage.queue.at(at_ms);
+    let heartbeat = Heartbeat::spawn(stage.config.clone(), queue::HeartbeatConfig::default()).unwrap();
+    let acker = Acker::spawn(queue.clone(), heartbeat.clone());
+    queue.push(&jobs(count)).await.unwrap();
+    let claims = queue.claim(&name(), &worker(), count).await.unwrap();
+    assert_eq!(claims.len(), count);
+    for (number, claim) in claims.iter().enumerate() {
+        let lease = heartbeat.register(claim);
+        if number < dead {
+            lease.note_dead();
+        }
+        acker.done(&lease, Done::Ack).await;
+    }
+    acker.flush().await;
+    let shutdown = CancellationToken::new();
+    let presence = Presence::spawn(queue, worker(), vec![name()], shutdown.clone());
+    shutdown.cancel();
+    presence.await.unwrap();
+}
+
+#[tokio::test]
+async fn the_board_says_how_fast_a_queue_is_worked_off() {
+    let stage = Stage::new().await;
+    let board = view(&stage);
+    // Noon, so that no day ends meanwhile.
+    let noon = 20_000 * 86_400_000 + 43_200_000;
+    let rates = async |later_s: i64| {
+        let rates = stage.queue.at(noon + later_s * 1000).rates(&name()).await.unwrap();
+        ((rates.minute.ended, rates.minute.dead), (rates.hour.ended, rates.hour.dead), rates.days)
+    };
+    assert_eq!(rates(0).await, ((0, 0), (0, 0), [0; 7]));
+    end(&stage, noon, 10, 1).await;
+    end(&stage, noon + 3000, 5, 0).await;
+    end(&stage, noon + 30_000, 20, 2).await;
+    assert_eq!(rates(31).await, ((35, 3), (35, 3), [0, 0, 0, 0, 0, 0, 35]));
+    let minute = stage.queue.at(noon + 35_000).rates(&name()).await.unwrap().minute;
+    assert!((minute.per_second() - 35.0 / 55.0).abs() < 1e-9, "{minute:?}");
+    assert!(minute.fine().is_some_and(|fine| (fine - 32.0 / 35.0).abs() < 1e-9));
+    assert_eq!(
+        rates(75).await,
+        ((20, 2), (35, 3), [0, 0, 0, 0, 0, 0, 35]),
+        "the first are older than a minute"
+    );
+    assert_eq!(rates(3610).await.1, (20, 2), "and older than an hour");
+    // The ring has come round: the same slots, at another time.
+    end(&stage, noon + 3610 * 1000, 4, 0).await;
+    assert_eq!(rates(3615).await, ((4, 0), (24, 2), [0, 0, 0, 0, 0, 0, 39]));
+    end(&stage, noon + 6 * 86_400_000, 7, 7).await;
+    assert_eq!(rates(6 * 86_400).await, ((7, 7), (7, 7), [39, 0, 0, 0, 0, 0, 7]));
+    end(&stage, noon + 7 * 86_400_000, 1, 0).await;
+    assert_eq!(rates(7 * 86_400).await.2, [0, 0, 0, 0, 0, 7, 1], "a week ago is over");
+
+    let now = chrono::Utc::now().timestamp_millis();
+    end(&stage, now, 50, 25).await;
+    let value = |stats: &[apalis_core::backend::Statistic], title: &str| {
+        stats.iter().find(|stat| stat.title == title).map(|stat| stat.value.clone())
+    };
+    for stats in [board.fetch_by_queue().await.unwrap(), board.global().await.unwrap()] {
+        assert_eq!(value(&stats, "Ended in the last hour").as_deref(), Some("50"));
+        assert_eq!(value(&stats, "Dead in the last hour").as_deref(), Some("25"));
+        assert_eq!(value(&stats, "Not dead in the last hour").as_deref(), Some("50.00"));
+        let rate: f64 = value(&stats, "Ended per second, last minute").unwrap().parse().unwrap();
+        assert!((0.8..=1.0).contains(&rate), "{rate}");
+    }
+    assert_eq!(board.list_queues().await.unwrap()[0].activity.iter().sum::<usize>(), 50);
+
+    // A queue of which nothing is heard for long is forgotten with its counts.
+    let late = stage.queue.at(now + 8 * 86_400_000);
+    late.register(None, &[QueueName::new("other").unwrap()]).await.unwrap();
+    assert_eq!(late.rates(&name()).await.unwrap().days, [0; 7]);
+    let keys: u64 = redis::cmd("EXISTS")
+        .arg(format!("{{{}:registry}}:n:ingest", stage.config.prefix))
+        .query_async(&mut stage.raw().await)
+        .await
+        .unwrap();
+    assert_eq!(keys, 0);
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::{collections::HashSet, fs, path::PathBuf, time::Duration};
 use devstack::{RedisProcess, testing::TestServices};
 use queue::{
     Access, Acker, BreakerNews, BreakerReport, Claimer, ClaimerConfig, Done, Envelope, Gates, Heartbeat,
-    HeartbeatConfig, Priority, Queue, QueueConfig, Reaper, Scheduler, TenantId, WorkerId,
+    HeartbeatConfig, Presence, Priority, Queue, QueueConfig, Reaper, Scheduler, TenantId, WorkerId,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use support::{
@@ -279,6 +279,7 @@ async fn a_user_with_no_more_than_the_guides_rights_can_do_everything() {
     let config = ClaimerConfig { queues: vec![name()], worker: worker(), batch: 8, slots: 8 };
     let (_claimer, mut inbox) =
         Claimer::spawn(queue.clone(), heartbeat, config, Gates::new(), shutdown.clone());
+    let presence = Presence::spawn(queue.clone(), worker(), vec![name()], shutdown.clone());
     for _ in 0..5 {
         queue.push(&jobs(1)).await.unwrap();
         let job = tokio::time::timeout(PATIENCE, inbox.recv()).await.expect("no wake-up").unwrap();
@@ -287,6 +288,8 @@ async fn a_user_with_no_more_than_the_guides_rights_can_do_everything() {
         acker.flush().await;
     }
     shutdown.cancel();
+    presence.await.unwrap();
+    assert_eq!(queue.rates(&name()).await.unwrap().minute.ended, 5);
 
     // And nothing else.
     let mut theirs = redis::Client::open(queue.config().url.as_str())

@@ -129,7 +129,8 @@ pub async fn run(
     let gatekeeper = Gatekeeper::spawn(&engine, &settings.queues, &gates, &background);
     Reaper::spawn(queue.clone(), settings.queues.clone(), background.clone());
     Scheduler::spawn(queue.clone(), settings.queues.clone(), background.clone());
-    Presence::spawn(queue.clone(), settings.id.clone(), settings.queues.clone(), background.clone());
+    let presence =
+        Presence::spawn(queue.clone(), settings.id.clone(), settings.queues.clone(), background.clone());
     tokio::spawn(janitor::run(stores.clone(), settings.janitor, background.clone()));
     // Of a worker that drains, another goes on with the audit.
     tokio::spawn(auditor::run(
@@ -189,6 +190,10 @@ pub async fn run(
         .await;
     if tokio::time::timeout(FLUSH_WITHIN, acker.flush()).await.is_err() {
         tracing::warn!("Redis didn't hear of the last jobs in time; the take will drop them");
+    }
+    background.cancel();
+    if tokio::time::timeout(FLUSH_WITHIN, presence).await.is_err() {
+        tracing::debug!("the registry of workers knows this one for a minute more");
     }
     match ended {
         Ok(()) => Ok(()),

@@ -1,8 +1,11 @@
-//! `flotilla queues`: what holds for a queue as a whole. Changes are committed in Postgres; the processes that run jobs
+//! `flotilla queues`: what holds for a queue as a whole, and how fast it is worked off. Changes are committed in Postgres; the processes that run jobs
 //! follow within a second or two.
 
-use queue::{Mode, Priority, QueueName, QueuePolicy, Rate};
+use std::time::Duration;
+
+use queue::{Mode, Priority, QueueName, QueuePolicy, Rate, Rates};
 use sagas::stores::postgres::policies::QueueRow;
+use serde::Serialize;
 use serde_json::json;
 
 use crate::{
@@ -19,6 +22,11 @@ pub enum Command {
     Show {
         /// The queue
         queue: QueueName,
+    },
+    /// Show how fast queues are worked off; up to ten seconds behind
+    Rates {
+        /// Only these; without a name, all that somebody served or pushed to within a week
+        queues: Vec<QueueName>,
     },
     /// Claim nothing from a queue; jobs that run go on, and new ones are accepted
     Pause {
@@ -127,10 +135,69 @@ impl Limits {
 /// What a command does to a policy.
 type Change = Box<dyn FnOnce(&mut QueuePolicy) + Send>;
 
+/// How a queue does, as Redis knows it.
+#[derive(Debug, Serialize)]
+struct Pace {
+    queue: QueueName,
+    waiting: u64,
+    running: u64,
+    oldest_ms: Option<u64>,
+    #[serde(flatten)]
+    rates: Rates,
+}
+
+async fn rates(mut names: Vec<QueueName>, context: &Context) -> Outcome {
+    let queue = context.queue().await?;
+    if names.is_empty() {
+        names = queue.queues().await?;
+    }
+    let mut paces = vec![];
+    for name in names {
+        let stats = queue.stats(&name).await?;
+        paces.push(Pace {
+            waiting: stats.depth(),
+            running: stats.in_flight,
+            oldest_ms: stats.oldest_ms(),
+            rates: queue.rates(&name).await?,
+            queue: name,
+        });
+    }
+    context.out.data(&paces, || {
+        let mut table = output::table(&[
+            "QUEUE",
+            "WAITING",
+            "RUNNING",
+            "OLDEST",
+            "ENDED/S",
+            "DEAD/S",
+            "ENDED/H",
+            "DEAD/H",
+            "ENDED TODAY",
+        ]);
+        for one in &paces {
+            let Rates { minute, hour, days } = &one.rates;
+            table.add_row([
+                one.queue.to_string().into(),
+                output::number(one.waiting),
+                output::number(one.running),
+                one.oldest_ms.map(|ms| output::span(Duration::from_millis(ms))).unwrap_or_default().into(),
+                output::number(format!("{:.1}", minute.per_second())),
+                output::number(format!("{:.1}", minute.dead_per_second())),
+                output::number(hour.ended),
+                output::number(hour.dead),
+                output::number(days.last().copied().unwrap_or_default()),
+            ]);
+        }
+        output::rows(&table, "nobody has served or pushed to a queue within a week")
+    })?;
+    Ok(Ending::Fine)
+}
+
 pub async fn run(command: Command, context: &Context) -> Outcome {
-    let postgres = context.postgres().await?;
     let (queue, action, change): (QueueName, &str, Change) = match command {
+        Command::Rates { queues } => return rates(queues, context).await,
         Command::List => {
+            let postgres = context.postgres().await?;
             let rows = postgres.policies_since(0).await?.queues;
             context.out.data(&rows, || {
                 let mut table =
@@ -143,6 +210,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             return Ok(Ending::Fine);
         }
         Command::Show { queue } => {
+            let postgres = context.postgres().await?;
             let rows = postgres.policies_since(0).await?.queues;
             let row = rows.into_iter().find(|row| row.queue == queue).unwrap_or(QueueRow {
                 queue,
@@ -180,7 +248,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             (queue, "queues.mode", Box::new(move |policy| policy.mode = mode))
         }
     };
-    let row = postgres.edit_queue_policy(&queue, &actor(), action, change).await?;
+    let row = context.postgres().await?.edit_queue_policy(&queue, &actor(), action, change).await?;
     show(context, &row)
 }
 

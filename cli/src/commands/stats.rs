@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io::IsTerminal, time::Duration};
 
-use queue::{Queue, QueueName, QueueStats};
+use queue::{Queue, QueueName, QueueStats, Rates};
 use sagas::stores::postgres::{Postgres, inspect::JobCounts};
 use serde::Serialize;
 
@@ -24,11 +24,18 @@ pub struct Args {
 
 #[derive(Debug, Serialize)]
 struct Stats {
-    queues: BTreeMap<String, QueueStats>,
+    queues: BTreeMap<String, One>,
     jobs: JobCounts,
     undispatched: i64,
     dead_letters: Vec<DeadLetters>,
     parked_sagas: i64,
+}
+
+#[derive(Debug, Serialize)]
+struct One {
+    #[serde(flatten)]
+    now: QueueStats,
+    rates: Rates,
 }
 
 #[derive(Debug, Serialize)]
@@ -58,7 +65,8 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
 async fn collect(queues: &[QueueName], postgres: &Postgres, queue: &Queue) -> anyhow::Result<Stats> {
     let mut by_queue = BTreeMap::new();
     for name in queues {
-        by_queue.insert(name.to_string(), queue.stats(name).await?);
+        let one = One { now: queue.stats(name).await?, rates: queue.rates(name).await? };
+        by_queue.insert(name.to_string(), one);
     }
     let dead = postgres.dead_letter_counts().await?;
     Ok(Stats {
@@ -87,14 +95,18 @@ fn described(stats: &Stats) -> String {
         "SCHEDULED",
         "IN FLIGHT",
         "OLDEST",
+        "ENDED/S",
+        "DEAD/S",
     ]);
-    for (name, one) in &stats.queues {
+    for (name, One { now: one, rates }) in &stats.queues {
         let mut row = vec![name.into()];
         row.extend(one.by_priority.iter().rev().map(|level| output::number(level.depth)));
         row.push(output::number(one.depth()));
         row.push(output::number(one.scheduled));
         row.push(output::number(one.in_flight));
         row.push(one.oldest_ms().map(|ms| span(Duration::from_millis(ms))).unwrap_or_default().into());
+        row.push(output::number(format!("{:.1}", rates.minute.per_second())));
+        row.push(output::number(format!("{:.1}", rates.minute.dead_per_second())));
         queues.add_row(row);
     }
     let jobs = &stats.jobs;

@@ -362,6 +362,7 @@ impl Engine {
                 ),
             };
             let kept = self.postgres.finish(&run, &Verdict::Dead { failure: failure(&error) }, &[]).await?;
+            delivery.lease.note_dead();
             return Ok(if kept { Ended::Ack } else { Ended::Abandoned });
         }
         // Long enough not to spin, short enough that a deploy is noticed; never longer than what is left of the limit.

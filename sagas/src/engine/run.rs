@@ -629,6 +629,9 @@ impl<'a, S: Saga> Drive<'a, S> {
         match done {
             Ok(true) => {
                 self.count(verdict.status());
+                if matches!(verdict, Verdict::Dead { .. }) {
+                    self.ctx.lease.note_dead();
+                }
                 Ok(match verdict {
                     Verdict::Retry { retry_in_ms, .. } => Ended::Release(Duration::from_millis(*retry_in_ms)),
                     _ => Ended::Ack,
@@ -669,6 +672,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
         if self.engine.postgres.park_at(&run, parking, &records).await? {
             self.count("parked");
+            self.ctx.lease.note_dead();
             Ok(Ended::Ack)
         } else {
             self.refused().await
