@@ -14,6 +14,7 @@ pub mod maintain;
 mod pacing;
 mod policies;
 mod reconciler;
+mod refusals;
 mod relay;
 pub mod schedules;
 pub mod settings;

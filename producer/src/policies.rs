@@ -81,7 +81,7 @@ impl PolicyView {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum SyncError {
+pub(crate) enum SyncError {
     #[error(transparent)]
     Ledger(#[from] StoreError),
     #[error(transparent)]

@@ -2,6 +2,8 @@
 //!
 //! A job that waits there already either was pushed by one that died, or was changed since: it is brought in line.
 //!
+//! It also has SQL's enqueue refuse jobs for queues and tenants that are full, see [`crate::refusals`].
+//!
 //! Any number may run: each takes rows that no other holds. A relay that dies between push and commit leaves its rows to
 //! the next one, whose push finds the jobs present.
 
@@ -15,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     dispatch::place,
     pacing::{Growing, pause, within},
+    refusals::Refusals,
     settings::MaintainSettings,
 };
 
@@ -35,17 +38,21 @@ pub(crate) struct Relay {
     settings: MaintainSettings,
     /// Queues whose window was full, and until when.
     full: HashMap<String, Instant>,
+    refusals: Refusals,
 }
 
 impl Relay {
     pub fn new(postgres: Postgres, queue: Queue, settings: MaintainSettings) -> Self {
-        Self { postgres, queue, settings, full: HashMap::new() }
+        Self { postgres, queue, settings, full: HashMap::new(), refusals: Refusals::default() }
     }
 
     /// Runs until `shutdown`. Ends a round under way first, unless a server hangs.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut pauses = Growing::new(self.settings.relay_every, Duration::from_secs(5));
         while !shutdown.is_cancelled() {
+            if let Err(error) = self.refusals.look(&self.postgres, &self.queue, &self.settings).await {
+                tracing::debug!(%error, "limits of depth are not kept for SQL's enqueue");
+            }
             let wait = match self.round().await {
                 Ok(0) => {
                     pauses.reset();
@@ -79,6 +86,7 @@ impl Relay {
         if batch.envelopes.is_empty() {
             return Ok(0);
         }
+        self.refusals.saw(&batch.envelopes);
         let pushed = place(&self.queue, &batch.envelopes).await?;
         let mut there: Vec<JobId> = Vec::with_capacity(pushed.len());
         for (envelope, pushed) in batch.envelopes.iter().zip(pushed) {

@@ -150,6 +150,8 @@ pub struct MaintainSettings {
     pub heartbeat: Duration,
     /// Jobs that the reconciler dispatches again per second (20,000).
     pub redispatch_per_second: u32,
+    /// `FLOTILLA_MAX_WAITING`: as [`ClientSettings::max_waiting_per_tenant`], for jobs that come by SQL (default 100,000).
+    pub max_waiting_per_tenant: u64,
     /// How often an idle collector looks for members that have ended (200 ms).
     pub collect_every: Duration,
     /// How often the gauges are set (5 s).
@@ -172,6 +174,7 @@ impl Default for MaintainSettings {
             grace: Duration::from_secs(30),
             heartbeat: Duration::from_secs(10),
             redispatch_per_second: 20_000,
+            max_waiting_per_tenant: 100_000,
             collect_every: Duration::from_millis(200),
             stats_every: Duration::from_secs(5),
             cron_on_time: Duration::from_secs(60),
@@ -199,6 +202,7 @@ impl MaintainSettings {
             queues,
             reconcile_every: millis(&get, "FLOTILLA_RECONCILE_MS", base.reconcile_every)?,
             heartbeat: millis(&get, "FLOTILLA_HEARTBEAT_MS", base.heartbeat)?,
+            max_waiting_per_tenant: number(&get, "FLOTILLA_MAX_WAITING", base.max_waiting_per_tenant)?,
             cron_on_time: millis(&get, "FLOTILLA_CRON_ON_TIME_MS", base.cron_on_time)?,
             ..base
         })

@@ -75,6 +75,79 @@ async fn rule_17_a_paused_queue_is_paused_after_flushall() {
     maintenance.stop().await;
 }
 
+/// By SQL; the SQLSTATE and the detail of what refuses it.
+async fn by_sql(stage: &Stage, key: Option<&str>) -> Result<uuid::Uuid, (String, String)> {
+    sqlx::query_scalar("SELECT flotilla.enqueue('report', '{}', 'acme', idempotency_key => $1)")
+        .bind(key)
+        .fetch_one(stage.postgres.pool())
+        .await
+        .map_err(|error| {
+            let refused = error.into_database_error().expect("the database answers");
+            let refused = refused.downcast::<sqlx::postgres::PgDatabaseError>();
+            (refused.code().to_owned(), refused.detail().unwrap_or_default().to_owned())
+        })
+}
+
+async fn refused(stage: &Stage) -> (String, String) {
+    let last = std::sync::Mutex::new(None);
+    eventually(|| async {
+        let answer = by_sql(stage, None).await.err();
+        let refused = answer.is_some();
+        *last.lock().unwrap() = answer;
+        // A producer that is quicker than the looks would pass the limit by more than this test can hold.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if refused { Ok(()) } else { Err("accepted".to_owned()) }
+    })
+    .await;
+    last.into_inner().unwrap().unwrap()
+}
+
+async fn accepted(stage: &Stage) {
+    eventually(|| async { by_sql(stage, None).await.map(drop).map_err(|error| format!("{error:?}")) }).await;
+}
+
+#[tokio::test]
+async fn contract_8_sql_enqueue_is_refused_by_a_full_queue_a_full_tenant_and_a_drain() {
+    let stage = Stage::new().await;
+    let maintenance = stage.maintain(quick());
+    edit(&stage, "report", |policy| policy.max_depth = Some(5)).await;
+    let first = by_sql(&stage, Some("first")).await.unwrap();
+    assert_eq!(refused(&stage).await, ("53400".to_owned(), "queue_full".to_owned()));
+    let waiting = stage.depth("report").await;
+    assert!((5..60).contains(&waiting), "refused at {waiting} jobs");
+    // What was accepted before is answered, full or not; nothing is half done by what was refused.
+    assert_eq!(by_sql(&stage, Some("first")).await, Ok(first));
+    assert!(by_sql(&stage, Some("second")).await.is_err());
+    let keys: i64 = sqlx::query_scalar("SELECT count(*) FROM idempotency_keys WHERE key = 'second'")
+        .fetch_one(stage.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(keys, 0);
+    // Another queue is not concerned.
+    sqlx::query("SELECT flotilla.enqueue('other', '{}', 'acme')")
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+
+    edit(&stage, "report", |policy| policy.max_depth = None).await;
+    accepted(&stage).await;
+    edit_tenant(&stage, None, |policy| policy.get_or_insert_default().max_depth = Some(1)).await;
+    assert_eq!(refused(&stage).await, ("53400".to_owned(), "tenant_full".to_owned()));
+    let others = "SELECT flotilla.enqueue('report', '{}', 'globex')";
+    sqlx::query(others).execute(stage.postgres.pool()).await.unwrap();
+    // Jobs that are claimed do not wait any more.
+    while !stage.claim("report", 100).await.is_empty() {}
+    accepted(&stage).await;
+
+    edit(&stage, "report", |policy| policy.draining = true).await;
+    assert_eq!(by_sql(&stage, None).await, Err(("55000".to_owned(), "queue_draining".to_owned())));
+    edit(&stage, "report", |policy| policy.draining = false).await;
+    assert_eq!(refused(&stage).await.1, "tenant_full");
+    // Without a relay nobody knows how many wait.
+    maintenance.stop().await;
+    accepted(&stage).await;
+}
+
 #[tokio::test]
 async fn a_queue_without_policies_is_claimed_from_when_that_is_known() {
     let stage = Stage::new().await;

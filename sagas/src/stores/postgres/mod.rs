@@ -27,6 +27,7 @@ pub mod policies;
 mod probe;
 pub mod progress;
 pub mod publish;
+pub mod refusals;
 pub mod relay;
 pub mod retention;
 pub mod schedules;
