@@ -2,13 +2,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use devstack::testing::TestServices;
+use producer::{Client, ClientSettings};
 use queue::{JobId, Queue, QueueConfig, QueueName, TenantId, WorkerId};
 use sagas::{
+    Dependency, Saga, Step, StepContext, StepError, TakenJob, async_trait,
     engine::EngineSettings,
     janitor::JanitorSettings,
     kinds::{DocumentSettings, Stores},
@@ -23,7 +25,94 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use worker::WorkerSettings;
 
+/// What the steps of `patient` did, in order.
+type Log = Arc<Mutex<Vec<&'static str>>>;
+
+/// A user's saga whose second step never ends by itself.
+struct Patient(Vec<Arc<dyn Step<()>>>);
+
+/// The first, and the pivot, which is never reached.
+struct Quick(&'static str, Log);
+
+/// Its work is a task that the engine can't drop: it must be told.
+struct Long(Log);
+
+impl Patient {
+    fn new(log: &Log) -> Self {
+        let quick = |name| Arc::new(Quick(name, Arc::clone(log)));
+        Self(vec![quick("early"), Arc::new(Long(Arc::clone(log))), quick("pivot")])
+    }
+}
+
+impl Saga for Patient {
+    type Data = ();
+
+    fn kind(&self) -> &'static str {
+        "patient"
+    }
+
+    fn version(&self) -> i32 {
+        1
+    }
+
+    fn steps(&self) -> &[Arc<dyn Step<()>>] {
+        &self.0
+    }
+
+    fn pivot(&self) -> usize {
+        2
+    }
+
+    fn needs(&self) -> &[Dependency] {
+        &[Dependency::Postgres]
+    }
+
+    fn prepare(&self, _: &TakenJob) -> Result<(), StepError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Step<()> for Quick {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    async fn execute(&self, _: &StepContext, (): &mut ()) -> Result<(), StepError> {
+        self.1.lock().unwrap().push(self.0);
+        Ok(())
+    }
+
+    async fn compensate(&self, _: &StepContext, (): &()) -> Result<(), StepError> {
+        self.1.lock().unwrap().push("undone");
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Step<()> for Long {
+    fn name(&self) -> &'static str {
+        "long"
+    }
+
+    async fn execute(&self, ctx: &StepContext, (): &mut ()) -> Result<(), StepError> {
+        let (token, log) = (ctx.token(), Arc::clone(&self.0));
+        log.lock().unwrap().push("long");
+        let work = tokio::spawn(async move {
+            token.cancelled().await;
+            log.lock().unwrap().push("told");
+        });
+        work.await.map_err(|error| StepError::permanent("panicked", error.to_string()))?;
+        std::future::pending().await
+    }
+
+    async fn compensate(&self, _: &StepContext, (): &()) -> Result<(), StepError> {
+        Ok(())
+    }
+}
+
 struct Fleet {
+    log: Log,
     stores: Stores,
     queue: Queue,
     shutdown: CancellationToken,
@@ -64,7 +153,7 @@ impl Fleet {
             ..QueueConfig::default()
         };
         let queue = Queue::connect(config).await.unwrap();
-        let shutdown = CancellationToken::new();
+        let (shutdown, log) = (CancellationToken::new(), Log::default());
         let settings = WorkerSettings {
             queues: ["ingest", "embed", "delete"].map(|name| QueueName::new(name).unwrap()).to_vec(),
             concurrency: 8,
@@ -83,12 +172,12 @@ impl Fleet {
         let worker = tokio::spawn(worker::run(
             settings,
             stores.clone(),
-            stores.registry(),
+            stores.registry().with(Patient::new(&log)),
             queue.clone(),
             Arc::new(String::new),
             shutdown.clone(),
         ));
-        Self { stores, queue, shutdown, worker, _services: services }
+        Self { log, stores, queue, shutdown, worker, _services: services }
     }
 
     async fn enqueue(&self, kind: &str, payload: Value) -> JobId {
@@ -225,6 +314,43 @@ async fn protocol_14_cancel_ends_a_waiting_job_at_once_and_never_one_past_its_pi
     assert_eq!(fleet.stores.postgres.cancel(job.id, Some("acme")).await.unwrap(), Cancel::Cancelled);
     assert_eq!(fleet.ended(job.id).await.state, "cancelled");
     assert_eq!(fleet.text("c").await.as_deref(), Some("done"));
+    fleet.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn protocol_14_a_clients_cancel_reaches_a_running_handler_and_leaves_no_lease() {
+    let fleet = Fleet::start().await;
+    let client =
+        Client::new(fleet.stores.postgres.clone(), Some(fleet.queue.clone()), ClientSettings::default());
+    let id = fleet.enqueue("patient", json!({})).await;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !fleet.log.lock().unwrap().contains(&"long") {
+        assert!(Instant::now() < deadline, "{:?}", fleet.stores.postgres.job(id, None).await);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let place = [(QueueName::new("ingest").unwrap(), id)];
+    assert_eq!(fleet.queue.leases(&place[0].0).await.unwrap().len(), 1);
+    assert_eq!(client.cancel(id, Some("other")).await.unwrap(), Cancel::Unknown);
+    assert_eq!(fleet.log.lock().unwrap().len(), 2);
+
+    assert_eq!(client.cancel(id, Some("acme")).await.unwrap(), Cancel::Requested);
+    let job = fleet.ended(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("cancelled", 0), "{job:#?}");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let leases = fleet.queue.leases(&place[0].0).await.unwrap();
+        let told = fleet.log.lock().unwrap().clone();
+        if leases.is_empty() && told.contains(&"told") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{told:?}, leases {leases:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(fleet.queue.places(&place).await.unwrap(), [None]);
+    let log = fleet.log.lock().unwrap().clone();
+    assert!(!log.contains(&"pivot"), "{log:?}");
+    assert_eq!(log.iter().filter(|said| **said == "undone").count(), 1, "{log:?}");
+    assert_eq!(client.cancel(id, Some("acme")).await.unwrap(), Cancel::Ended);
     fleet.stop().await;
 }
 
