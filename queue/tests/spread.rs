@@ -251,6 +251,85 @@ async fn rule_21_a_slot_that_moves_is_followed() {
     assert_eq!(left, 0, "nothing was written at the old place");
 }
 
+/// What `docs/guides/redis.md` has people run to move a slot while it is used.
+fn the_guides_move() -> &'static str {
+    let guide = include_str!("../../docs/guides/redis.md");
+    let begin = guide.find("local moved = 0").expect("the guide has no script that moves a slot");
+    &guide[begin..begin + guide[begin..].find("\n```").unwrap()]
+}
+
+#[tokio::test]
+async fn rule_21_slots_move_under_load_and_each_job_runs_once() {
+    const MOVES: u16 = 6;
+    let cluster = Cluster::start().await;
+    let queue = Queue::connect(config(&cluster)).await.unwrap();
+    let worker = run_worker(&queue);
+    let stop = CancellationToken::new();
+    let pushers: Vec<_> = (0..2)
+        .map(|pusher| {
+            let (queue, stop) = (queue.clone(), stop.clone());
+            tokio::spawn(async move {
+                let mut pushed = 0_usize;
+                while !stop.is_cancelled() {
+                    let some: Vec<_> = (0..20)
+                        // New tenants all the time, so that lists come and go while a slot moves.
+                        .map(|n| job(&format!("t{pusher}-{}", pushed / 50 + n % 5), (n % 10) as u8))
+                        .collect();
+                    // None may fail: what is pushed again after an unknown outcome could run again.
+                    queue.push(&some).await.unwrap();
+                    pushed += some.len();
+                }
+                pushed
+            })
+        })
+        .collect();
+    let ran = async |count: usize| {
+        eventually(
+            PATIENCE,
+            async || (worker.ran() >= count).then_some(()),
+            async || format!("{} of {count} ran; {:?}", worker.ran(), queue.stats(&name()).await),
+        )
+        .await;
+    };
+    let mut moved = 0;
+    for number in 0..MOVES {
+        ran(worker.ran() + 200).await;
+        let slot = cluster.slot(&partition(number)).await;
+        let from = cluster.owner(&partition(number)).await;
+        let to = (from + 1 + usize::from(number % 2)) % 3;
+        let (source_id, target_id) = (&cluster.ids[from], &cluster.ids[to]);
+        let (mut source, mut target) = (raw(&cluster.nodes[from]).await, raw(&cluster.nodes[to]).await);
+        ask(&mut target, &format!("CLUSTER SETSLOT {slot} IMPORTING {source_id}")).await.unwrap();
+        let mut eval = redis::cmd("EVAL");
+        eval.arg(the_guides_move()).arg(0).arg(slot).arg(target_id).arg("127.0.0.1");
+        let keys: u64 = eval.arg(cluster.nodes[to].port()).query_async(&mut source).await.unwrap();
+        moved += keys;
+        // Meanwhile the source answers ASK.
+        ran(worker.ran() + 200).await;
+        for raw in [&mut target, &mut source, &mut raw(&cluster.nodes[3 - from - to]).await] {
+            ask(raw, &format!("CLUSTER SETSLOT {slot} NODE {target_id}")).await.unwrap();
+        }
+        let left = ask(&mut source, &format!("CLUSTER COUNTKEYSINSLOT {slot}")).await.unwrap();
+        assert_eq!(
+            redis::from_redis_value::<u64>(left).unwrap(),
+            0,
+            "something was written at the old place"
+        );
+    }
+    ran(worker.ran() + 200).await;
+    stop.cancel();
+    let mut pushed = 0;
+    for pusher in pushers {
+        pushed += pusher.await.unwrap();
+    }
+    worker.drained(&queue, pushed).await;
+    let twice: Vec<_> =
+        worker.runs.lock().unwrap().iter().filter(|(_, runs)| **runs > 1).map(|(id, _)| *id).collect();
+    assert!(twice.is_empty(), "{} of {pushed} ran again", twice.len());
+    assert!(moved > u64::from(MOVES) * 3, "{moved} keys moved, which proves little");
+    worker.end().await;
+}
+
 #[tokio::test]
 async fn one_nodes_url_without_cluster_says_what_to_write() {
     let cluster = Cluster::start().await;
