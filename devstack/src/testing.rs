@@ -11,10 +11,14 @@
 //! # Ok(()) }
 //! ```
 
-use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::{fs, io};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::cluster;
 use crate::error::{IoContext, StartError};
@@ -256,4 +260,27 @@ fn sweep() {
             tracing::debug!(dir = %entry.path().display(), %error, "cannot remove the directory of a dead test");
         }
     }
+}
+
+/// Answers like a Sentinel that watches a master on loopback, at whatever port it is told. Returns its own port; it ends with
+/// the runtime.
+pub async fn fake_sentinel(master: Arc<AtomicU16>) -> io::Result<u16> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let own = listener.local_addr()?.port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let master = Arc::clone(&master);
+            tokio::spawn(async move {
+                let mut buffer = [0; 1024];
+                while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {
+                    let port = master.load(Ordering::Relaxed).to_string();
+                    let answer = format!("*2\r\n$9\r\n127.0.0.1\r\n${}\r\n{port}\r\n", port.len());
+                    if stream.write_all(answer.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    Ok(own)
 }

@@ -8,16 +8,16 @@ use std::sync::{
     atomic::{AtomicU16, Ordering},
 };
 
-use devstack::{RedisProcess, testing::TestServices};
+use devstack::{
+    RedisProcess,
+    testing::{TestServices, fake_sentinel},
+};
 use queue::{Queue, QueueConfig, QueueError};
 use support::{
     eventually, jobs, name,
     servers::{OPTIONS, PATIENCE, ask, patient, raw, text},
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
-};
+use tokio::net::TcpListener;
 
 /// A master and its replica, with a password.
 struct Pair {
@@ -131,34 +131,12 @@ async fn rule_16_the_same_client_goes_on_after_sentinels_replaced_the_master() {
     assert_eq!(queue.run_id().await.unwrap(), now);
 }
 
-/// Answers like a Sentinel, with whatever port it is told.
-async fn fake_sentinel(port: Arc<AtomicU16>) -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let own = listener.local_addr().unwrap().port();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let port = Arc::clone(&port);
-            tokio::spawn(async move {
-                let mut buffer = [0; 1024];
-                while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {
-                    let port = port.load(Ordering::Relaxed).to_string();
-                    let answer = format!("*2\r\n$9\r\n127.0.0.1\r\n${}\r\n{port}\r\n", port.len());
-                    if stream.write_all(answer.as_bytes()).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-    });
-    own
-}
-
 #[tokio::test]
 async fn rule_16_a_master_that_became_a_replica_is_left_and_a_replica_is_never_taken_for_the_master() {
     let pair = Pair::start().await;
     let [a, b] = &pair.servers;
     let named = Arc::new(AtomicU16::new(a.port()));
-    let sentinel = fake_sentinel(Arc::clone(&named)).await;
+    let sentinel = fake_sentinel(Arc::clone(&named)).await.unwrap();
     // One of the Sentinels hangs: it accepts connections and says nothing.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!(

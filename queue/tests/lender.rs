@@ -7,7 +7,7 @@ use std::{collections::HashMap, time::Duration};
 
 use proptest::prelude::*;
 use queue::{Claim, Envelope, Lender, Queue, QueueConfig, QueuePolicy, TenantId, TenantPolicy};
-use support::{Stage, eventually, job, jobs, name, worker};
+use support::{Stage, eventually, job, jobs, name, property, worker};
 use tokio_util::sync::CancellationToken;
 
 const PARTITIONS: u16 = 4;
@@ -16,8 +16,12 @@ fn limit(limit: u32) -> QueuePolicy {
     QueuePolicy { max_concurrency: Some(limit), ..QueuePolicy::default() }
 }
 
+fn partitioned(config: &mut QueueConfig) {
+    config.partitions = PARTITIONS;
+}
+
 async fn stage() -> Stage {
-    Stage::with(|config| config.partitions = PARTITIONS).await
+    Stage::with(partitioned).await
 }
 
 async fn ack(queue: &Queue, claims: &[Claim]) {
@@ -271,22 +275,5 @@ async fn run(config: QueueConfig, steps: Vec<Step>) {
 
 #[test]
 fn rule_21_no_interleaving_lends_more_than_the_limit() {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let stage = runtime.block_on(stage());
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 40,
-        failure_persistence: None,
-        max_shrink_iters: 200,
-        ..ProptestConfig::default()
-    });
-    let number = std::cell::Cell::new(0);
-    let outcome = runner.run(&proptest::collection::vec(step(), 1..60), |steps| {
-        number.set(number.get() + 1);
-        let config = QueueConfig { prefix: format!("case{}", number.get()), ..stage.config.clone() };
-        runtime.block_on(run(config, steps));
-        Ok(())
-    });
-    if let Err(error) = outcome {
-        panic!("{error}");
-    }
+    property(40, partitioned, proptest::collection::vec(step(), 1..60), run);
 }

@@ -10,7 +10,7 @@ use std::{
 
 use proptest::prelude::*;
 use queue::{Beat, Claim, Envelope, JobId, Priority, Pushed, Queue, QueueConfig};
-use support::{Stage, job, name, worker};
+use support::{job, name, property, worker};
 
 const LEASE_MS: i64 = 1000;
 
@@ -291,28 +291,10 @@ async fn run(config: QueueConfig, steps: Vec<Step>) {
 
 #[test]
 fn no_interleaving_loses_a_job_leases_it_twice_or_breaks_the_order() {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let stage = runtime.block_on(Stage::new());
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 48,
-        failure_persistence: None,
-        max_shrink_iters: 400,
-        ..ProptestConfig::default()
-    });
-    let number = std::cell::Cell::new(0);
-    let outcome = runner.run(&proptest::collection::vec(step(), 1..120), |steps| {
-        number.set(number.get() + 1);
-        let config = QueueConfig {
-            prefix: format!("case{}", number.get()),
-            lease: Duration::from_millis(LEASE_MS as u64),
-            // Ageing has its own test; here the order is strict.
-            aging: Duration::from_hours(24),
-            ..stage.config.clone()
-        };
-        runtime.block_on(run(config, steps));
-        Ok(())
-    });
-    if let Err(error) = outcome {
-        panic!("{error}");
-    }
+    let settings = |config: &mut QueueConfig| {
+        config.lease = Duration::from_millis(LEASE_MS as u64);
+        // Ageing has its own test; here the order is strict.
+        config.aging = Duration::from_hours(24);
+    };
+    property(48, settings, proptest::collection::vec(step(), 1..120), run);
 }

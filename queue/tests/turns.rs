@@ -8,9 +8,9 @@ use std::{
     time::Duration,
 };
 
-use proptest::{prelude::*, test_runner::TestRunner};
+use proptest::prelude::*;
 use queue::{Claim, JobId, Queue, QueueConfig};
-use support::{Stage, job, name, worker};
+use support::{job, name, worker};
 
 const NOW: i64 = 1_800_000_000_000;
 const LEASE_MS: i64 = 1000;
@@ -18,29 +18,13 @@ const AGING_MS: i64 = 60_000;
 
 /// Runs a property over a private Redis; each case has a prefix of its own.
 fn check<S: Strategy>(cases: u32, input: S, property: impl AsyncFn(Queue, S::Value)) {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let stage = runtime.block_on(Stage::new());
-    let mut runner = TestRunner::new(ProptestConfig {
-        cases,
-        failure_persistence: None,
-        max_shrink_iters: 200,
-        ..ProptestConfig::default()
+    let settings = |config: &mut QueueConfig| {
+        config.lease = Duration::from_millis(LEASE_MS as u64);
+        config.aging = Duration::from_millis(AGING_MS as u64);
+    };
+    support::property(cases, settings, input, async |config, value| {
+        property(Queue::connect(config).await.unwrap(), value).await;
     });
-    let number = std::cell::Cell::new(0);
-    let outcome = runner.run(&input, |value| {
-        number.set(number.get() + 1);
-        let config = QueueConfig {
-            prefix: format!("case{}", number.get()),
-            lease: Duration::from_millis(LEASE_MS as u64),
-            aging: Duration::from_millis(AGING_MS as u64),
-            ..stage.config.clone()
-        };
-        runtime.block_on(async { property(Queue::connect(config).await.unwrap(), value).await });
-        Ok(())
-    });
-    if let Err(error) = outcome {
-        panic!("{error}");
-    }
 }
 
 async fn one(queue: &Queue) -> Option<Claim> {

@@ -9,42 +9,16 @@ use std::{
     time::Duration,
 };
 
-use devstack::testing::TestServices;
+use devstack::testing::{TestServices, fake_sentinel};
 use sagas::stores::cache::{Cache, CacheConfig, Entry};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
-};
 use uuid::Uuid;
-
-/// Answers like a Sentinel, with whatever port it is told.
-async fn fake_sentinel(port: Arc<AtomicU16>) -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let own = listener.local_addr().unwrap().port();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let port = Arc::clone(&port);
-            tokio::spawn(async move {
-                let mut buffer = [0; 1024];
-                while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {
-                    let port = port.load(Ordering::Relaxed).to_string();
-                    let answer = format!("*2\r\n$9\r\n127.0.0.1\r\n${}\r\n{port}\r\n", port.len());
-                    if stream.write_all(answer.as_bytes()).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-    });
-    own
-}
 
 #[tokio::test]
 async fn the_cache_follows_the_master_that_sentinels_name() {
     let services = TestServices::builder().redis_queue().redis_cache().start().await.unwrap();
     let (first, second) = (services.redis_cache(), services.redis_queue());
     let named = Arc::new(AtomicU16::new(first.port()));
-    let sentinel = fake_sentinel(Arc::clone(&named)).await;
+    let sentinel = fake_sentinel(Arc::clone(&named)).await.unwrap();
     let cache = Cache::lazy(&CacheConfig {
         url: format!("redis-sentinel://127.0.0.1:{sentinel}/main"),
         call_timeout: Duration::from_secs(20),

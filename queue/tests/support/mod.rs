@@ -6,6 +6,7 @@ pub mod servers;
 use std::time::{Duration, Instant};
 
 use devstack::{Redis, RedisOptions, testing::TestServices};
+use proptest::{prelude::ProptestConfig, strategy::Strategy, test_runner::TestRunner};
 use queue::{Claim, Envelope, JobId, Priority, Queue, QueueConfig, QueueName, TenantId, WorkerId};
 
 /// Longest a condition may take to come true; far more than it needs on a busy machine.
@@ -99,6 +100,33 @@ pub fn jobs(count: usize) -> Vec<Envelope> {
 
 pub fn ids(claims: &[Claim]) -> Vec<JobId> {
     claims.iter().map(|claim| claim.envelope.id).collect()
+}
+
+/// Runs a property over random inputs, on a private Redis with these settings; each case has a prefix of its own.
+pub fn property<S: Strategy>(
+    cases: u32,
+    settings: impl FnOnce(&mut QueueConfig),
+    input: S,
+    holds: impl AsyncFn(QueueConfig, S::Value),
+) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let stage = runtime.block_on(Stage::with(settings));
+    let mut runner = TestRunner::new(ProptestConfig {
+        cases,
+        failure_persistence: None,
+        max_shrink_iters: 400,
+        ..ProptestConfig::default()
+    });
+    let number = std::cell::Cell::new(0);
+    let outcome = runner.run(&input, |value| {
+        number.set(number.get() + 1);
+        let config = QueueConfig { prefix: format!("case{}", number.get()), ..stage.config.clone() };
+        runtime.block_on(holds(config, value));
+        Ok(())
+    });
+    if let Err(error) = outcome {
+        panic!("{error}");
+    }
 }
 
 /// Waits until `check` returns something; panics with `state` after the deadline.
