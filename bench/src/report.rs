@@ -66,11 +66,13 @@ fn rounded(value: f64) -> f64 {
 /// Median and 99th percentile in milliseconds.
 pub fn percentiles(mut times: Vec<Duration>) -> (f64, f64) {
     times.sort_unstable();
-    let at = |share: f64| {
-        let index = ((times.len() as f64 * share).ceil() as usize).clamp(1, times.len().max(1)) - 1;
-        times.get(index).map_or(0.0, |time| (time.as_secs_f64() * 1e6).round() / 1e3)
-    };
-    (at(0.5), at(0.99))
+    (percentile(&times, 0.5), percentile(&times, 0.99))
+}
+
+/// The time below which a share of all times lies, in milliseconds; 0 of none. The times are sorted.
+pub fn percentile(times: &[Duration], share: f64) -> f64 {
+    let index = ((times.len() as f64 * share).ceil() as usize).clamp(1, times.len().max(1)) - 1;
+    times.get(index).map_or(0.0, |time| (time.as_secs_f64() * 1e6).round() / 1e3)
 }
 
 /// The median; of an even number the mean of the middle two; 0 of none.

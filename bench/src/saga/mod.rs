@@ -23,7 +23,7 @@ use tokio::{
 
 use self::three_step::{FAILS_EACH, KIND, Sinks, TABLES};
 use crate::{
-    report::{Figure, median, percentiles},
+    report::{Figure, median, percentile, percentiles},
     server::postgres_cpu,
     sides::connect,
 };
@@ -238,15 +238,16 @@ impl Bench {
         stop(workers).await?;
         self.check_rows(jobs).await?;
         let times = self.times("SELECT extract(epoch FROM finished_at - created_at)::float8 FROM flotilla.jobs WHERE state = 'succeeded'").await?;
-        let undone = self
+        let mut undone = self
             .times(
                 "SELECT extract(epoch FROM s.finished_at - p.ended_at)::float8
                  FROM flotilla.sagas s JOIN flotilla.saga_steps p ON p.saga_id = s.id AND p.state = 'failed'
                  WHERE s.state = 'compensated'",
             )
             .await?;
+        undone.sort_unstable();
         let (p50, p99) = percentiles(times.clone());
-        let (undone50, undone90) = (at(&undone, 0.5), at(&undone, 0.9));
+        let (undone50, undone90) = (percentile(&undone, 0.5), percentile(&undone, 0.9));
         say(format!(
             "at {rate:.0}/s: p50 {p50} ms, p99 {p99} ms; compensation p50 {undone50} ms, p90 {undone90} ms"
         ));
@@ -346,20 +347,16 @@ async fn stop(workers: Vec<Child>) -> anyhow::Result<Vec<(f64, f64)>> {
         let mut lines = BufReader::new(stdout).lines();
         while let Some(line) = lines.next_line().await? {
             let mut parts = line.split(' ').skip(1);
-            let mut number =
-                || parts.next().and_then(|part| part.parse::<f64>().ok()).context("a worker said {line:?}");
+            let mut number = || {
+                parts
+                    .next()
+                    .and_then(|part| part.parse::<f64>().ok())
+                    .with_context(|| format!("a worker said {line:?}"))
+            };
             used.push((number()?, number()? / 1024.0));
         }
         let status = worker.wait().await?;
         ensure!(status.success(), "a worker ended with {status}");
     }
     Ok(used)
-}
-
-/// The time below which a share of all times lies, in milliseconds.
-fn at(times: &[Duration], share: f64) -> f64 {
-    let mut times = times.to_vec();
-    times.sort_unstable();
-    let index = ((times.len() as f64 * share).ceil() as usize).clamp(1, times.len().max(1)) - 1;
-    times.get(index).map_or(0.0, |time| (time.as_secs_f64() * 1e6).round() / 1e3)
 }

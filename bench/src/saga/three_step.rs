@@ -108,12 +108,14 @@ impl ThreeStep {
     pub fn new(sinks: &Sinks, errors: f64) -> Self {
         let limits = Limits::default;
         Self(vec![
-            Arc::new(Row {
+            Arc::new(Table {
+                name: "row",
                 insert: Coalescer::spawn(Rows(sinks.clone()), limits()),
                 delete: Coalescer::spawn(NoRows(sinks.clone()), limits()),
                 errors,
             }),
-            Arc::new(Vector {
+            Arc::new(Table {
+                name: "vector",
                 insert: Coalescer::spawn(Vectors(sinks.clone()), limits()),
                 delete: Coalescer::spawn(NoVectors(sinks.clone()), limits()),
                 errors,
@@ -166,40 +168,22 @@ fn mishap(share: f64) -> Result<(), StepError> {
     Ok(())
 }
 
-struct Row {
-    insert: Coalescer<Rows>,
-    delete: Coalescer<NoRows>,
+/// Puts one thing into a table, and takes it out again.
+struct Table<I: Batch, D: Batch> {
+    name: &'static str,
+    insert: Coalescer<I>,
+    delete: Coalescer<D>,
     errors: f64,
 }
 
 #[async_trait]
-impl Step<Draft> for Row {
+impl<I, D> Step<Draft> for Table<I, D>
+where
+    I: Batch<Item = (Uuid, u64), Reply = ()>,
+    D: Batch<Item = Uuid, Reply = ()>,
+{
     fn name(&self) -> &'static str {
-        "row"
-    }
-
-    async fn execute(&self, ctx: &StepContext, draft: &mut Draft) -> Result<(), StepError> {
-        mishap(self.errors)?;
-        let item = (draft.id, draft.number);
-        ctx.call(Dependency::Postgres, |deadline| self.insert.call(item, deadline)).await
-    }
-
-    async fn compensate(&self, ctx: &StepContext, draft: &Draft) -> Result<(), StepError> {
-        mishap(self.errors)?;
-        ctx.call(Dependency::Postgres, |deadline| self.delete.call(draft.id, deadline)).await
-    }
-}
-
-struct Vector {
-    insert: Coalescer<Vectors>,
-    delete: Coalescer<NoVectors>,
-    errors: f64,
-}
-
-#[async_trait]
-impl Step<Draft> for Vector {
-    fn name(&self) -> &'static str {
-        "vector"
+        self.name
     }
 
     async fn execute(&self, ctx: &StepContext, draft: &mut Draft) -> Result<(), StepError> {
