@@ -159,6 +159,11 @@ async fn a_whole_day_with_the_command_line() {
     let later = later["id"].as_str().unwrap();
     assert_eq!(cli.json(0, &["jobs", "show", later])["state"], "waiting");
     assert_eq!(cli.json(0, &["stats"])["queues"]["ingest"]["scheduled"], 1);
+    let rates = cli.json(0, &["queues", "rates"]);
+    let ingest = rates.as_array().unwrap().iter().find(|one| one["queue"] == "ingest").unwrap();
+    assert!(ingest["minute"]["ended"].is_u64() && ingest["days"].as_array().unwrap().len() == 7, "{rates}");
+    let (table, _) = cli.text(0, &["queues", "rates", "ingest", "unheard-of"]);
+    assert!(table.contains("ENDED/S") && table.contains("unheard-of"), "{table}");
     assert_eq!(cli.json(0, &["jobs", "cancel", later])["cancel"], "cancelled");
     assert_eq!(cli.json(1, &["jobs", "cancel", later])["cancel"], "ended");
     cli.text(1, &["jobs", "show", "00000000-0000-7000-8000-000000000000"]);

@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use queue::{Envelope, Queue};
+use queue::{Envelope, Queue, TenantId};
 use sagas::stores::postgres::{Postgres, refusals::Place};
 use tokio::time::Instant;
 
@@ -69,7 +69,7 @@ impl Refusals {
         let limit = postgres.call_timeout() * 2;
         within(limit, self.policies.refresh(postgres)).await?;
         let tenants: Vec<&str> =
-            self.places.keys().filter_map(|(_, tenant)| tenant.as_ref().map(|t| t.as_str())).collect();
+            self.places.keys().filter_map(|(_, tenant)| tenant.as_ref().map(TenantId::as_str)).collect();
         let own = within(limit, postgres.waiting_limits(&tenants)).await?;
         let (mut full, mut free) = (vec![], vec![]);
         for (place, watched) in &mut self.places {

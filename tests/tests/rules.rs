@@ -77,6 +77,11 @@ async fn protocol_15_an_unknown_kind_waits_uncharged_for_a_worker_that_knows_it(
     for worker in [&patient, &strict] {
         assert!(worker.terminate().await.success(), "{}", worker.tail());
     }
+    // Who stops says how many have ended; what was put back has not.
+    for (queue, dead) in [("patient", 0), ("strict", 1)] {
+        let rates = &fleet.flotilla(0, &["queues", "rates", queue])[0]["hour"];
+        assert_eq!((&rates["ended"], &rates["dead"]), (&json!(dead), &json!(dead)), "{queue}: {rates}");
+    }
     drop((patient, strict));
     fleet.end();
 }

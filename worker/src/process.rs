@@ -90,6 +90,8 @@ pub enum WorkerError {
 
 /// How long the last acks may take once all jobs have ended.
 const FLUSH_WITHIN: Duration = Duration::from_secs(5);
+/// How long the registry may take to hear that the worker ends; nothing depends on it.
+const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Runs a worker of the registry's sagas until `shutdown`, then drains it: claims no more, lets running jobs end within the
 /// grace period, gives the others back uncharged. Errors only at start. `stores.registry()` has Flotilla's own sagas.
@@ -192,7 +194,7 @@ pub async fn run(
         tracing::warn!("Redis didn't hear of the last jobs in time; the take will drop them");
     }
     background.cancel();
-    if tokio::time::timeout(FLUSH_WITHIN, presence).await.is_err() {
+    if tokio::time::timeout(LEAVE_WITHIN, presence).await.is_err() {
         tracing::debug!("the registry of workers knows this one for a minute more");
     }
     match ended {
