@@ -260,37 +260,62 @@ local function nothing_below(top)
   return true
 end
 
+-- Tenants that were served from the part of a ring that is read, where each is met once: whether they have more is asked of all
+-- together at the end.
+local met = {}
+
+local function take_plainly(entry, tenant, at)
+  ids[at], seqs[at] = string.match(entry, '^(%S+) (%d+ )')
+  owners[at], counting[at] = tenant, false
+end
+
 -- The same as a turn of `serve`, where neither policies nor stale entries need a look; and if no other tenant and no
 -- lower priority waits, all turns that are left. Returns how many jobs it took.
 local function serve_plainly(priority)
   local ring = ring_of(priority)
   local tenant = ring.names[ring.head]
-  local list = list_of(priority, tenant)
   local jobs = 1
   heads[priority] = nil
-  if list.part == 1 and list.left > 0 and ring.whole and ring.head == #ring.names and nothing_below(priority) then
-    jobs = math.min(max - claimed, list.left)
-    for i, entry in ipairs(redis.call('LPOP', list.key, jobs)) do
-      local at = claimed + i
-      ids[at], seqs[at] = string.match(entry, '^(%S+) (%d+ )')
-      owners[at], counting[at] = tenant, false
+  local key = list_key(priority, tenant)
+  if not ring.whole and not lists[key] then
+    local entry = redis.call('LPOP', key)
+    if entry then
+      take_plainly(entry, tenant, claimed + 1)
+      met[#met + 1] = { ring = ring, tenant = tenant, key = key }
+    else
+      jobs = 0
     end
-    list.left = list.left - jobs
-  elseif list.left > 0 then
-    local at = claimed + 1
-    ids[at], seqs[at] = string.match(take_first(list), '^(%S+) (%d+ )')
-    owners[at], counting[at] = tenant, false
+    ring.head = ring.head + 1
   else
-    jobs = 0
+    local list = list_of(priority, tenant)
+    if list.part == 1 and list.left > 0 and ring.head == #ring.names and nothing_below(priority) then
+      jobs = math.min(max - claimed, list.left)
+      for i, entry in ipairs(redis.call('LPOP', list.key, jobs)) do take_plainly(entry, tenant, claimed + i) end
+      list.left = list.left - jobs
+    elseif list.left > 0 then
+      take_plainly(take_first(list), tenant, claimed + 1)
+    else
+      jobs = 0
+    end
+    ring.head = ring.head + 1
+    if list.left > 0 then ring.names[#ring.names + 1] = tenant end
   end
-  ring.head = ring.head + 1
-  if list.left > 0 then ring.names[#ring.names + 1] = tenant end
   if jobs > 0 then
     add(WAITING[priority], -jobs)
     add_tenant(tenant, -jobs)
     count.tick = (count.tick + jobs) % 4
   end
   return jobs
+end
+
+-- Those of `met` who have more go to the end of their rings.
+local function keep_in_rings()
+  local keys = {}
+  for i, one in ipairs(met) do keys[i] = one.key end
+  local all = #keys == 0 or redis.call('EXISTS', unpack(keys)) == #keys
+  for _, one in ipairs(met) do
+    if all or redis.call('EXISTS', one.key) == 1 then one.ring.names[#one.ring.names + 1] = one.tenant end
+  end
 end
 
 while claimed < max and may_drop > 0 do
@@ -316,6 +341,8 @@ while claimed < max and may_drop > 0 do
     end
   end
 end
+
+keep_in_rings()
 
 -- Nothing is left in any ring: whoever waits is parked.
 local function all_parked()

@@ -188,3 +188,60 @@ async fn partitions_of_the_audit_log_are_made_ahead_and_dropped_by_retention() {
         sqlx::query_scalar("SELECT count(*) FROM audit_log").fetch_one(postgres.pool()).await.unwrap();
     assert_eq!(kept, i64::try_from(left.len()).unwrap() - 3);
 }
+
+const JOB: &str = "INSERT INTO jobs (id, kind, queue, priority, tenant, payload, timeout_ms) VALUES ($1, 'k', 'q', 5, $2, '{}', 1000)";
+
+async fn one_job_with_a_run(postgres: &Postgres) -> uuid::Uuid {
+    postgres.migrate_up().await.unwrap();
+    postgres.create_tenant("acme").await.unwrap();
+    let job = uuid::Uuid::now_v7();
+    sqlx::query(JOB).bind(job).bind("acme").execute(postgres.pool()).await.unwrap();
+    sqlx::query("INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, data, fence) VALUES ($1, $1, 'k', 1, 'acme', 'running', '{}', 1)")
+        .bind(job)
+        .execute(postgres.pool())
+        .await
+        .unwrap();
+    sqlx::query(
+        "INSERT INTO saga_steps (saga_id, seq, step_name, direction, state, attempts, fence, started_at, ended_at)
+         VALUES ($1, 0, 's', 'execute', 'succeeded', 1, 1, now(), now())",
+    )
+    .bind(job)
+    .execute(postgres.pool())
+    .await
+    .unwrap();
+    job
+}
+
+#[tokio::test]
+async fn runs_and_their_steps_go_away_with_their_jobs() {
+    let (_services, postgres) = database().await;
+    let (gone, kept) = (one_job_with_a_run(&postgres).await, uuid::Uuid::now_v7());
+    sqlx::query(JOB).bind(kept).bind("acme").execute(postgres.pool()).await.unwrap();
+    sqlx::query("UPDATE sagas SET job_id = $1").bind(kept).execute(postgres.pool()).await.unwrap();
+    let left = "SELECT (SELECT count(*) FROM sagas), (SELECT count(*) FROM saga_steps)";
+    sqlx::query("DELETE FROM jobs WHERE id = $1").bind(gone).execute(postgres.pool()).await.unwrap();
+    let counts: (i64, i64) = sqlx::query_as(left).fetch_one(postgres.pool()).await.unwrap();
+    assert_eq!(counts, (1, 1), "another job's run was deleted");
+    sqlx::query("DELETE FROM jobs").execute(postgres.pool()).await.unwrap();
+    let counts: (i64, i64) = sqlx::query_as(left).fetch_one(postgres.pool()).await.unwrap();
+    assert_eq!(counts, (0, 0));
+}
+
+#[tokio::test]
+async fn a_job_has_a_tenant_who_stays() {
+    let (_services, postgres) = database().await;
+    one_job_with_a_run(&postgres).await;
+    let refused = [
+        sqlx::query(JOB).bind(uuid::Uuid::now_v7()).bind("nobody").execute(postgres.pool()).await,
+        sqlx::query("SELECT enqueue('embed', '{}', 'nobody')").execute(postgres.pool()).await,
+        sqlx::query("DELETE FROM tenants").execute(postgres.pool()).await,
+        sqlx::query("UPDATE tenants SET id = 'other'").execute(postgres.pool()).await,
+    ];
+    for refusal in refused {
+        let error = refusal.unwrap_err();
+        let code = error.as_database_error().and_then(|e| e.code().map(|code| code.into_owned()));
+        assert_eq!(code.as_deref(), Some("23503"), "{error}");
+    }
+    sqlx::query("DELETE FROM jobs").execute(postgres.pool()).await.unwrap();
+    sqlx::query("DELETE FROM tenants").execute(postgres.pool()).await.unwrap();
+}

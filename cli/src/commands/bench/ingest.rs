@@ -29,8 +29,10 @@ use uuid::Uuid;
 use super::{Figure, Provider, Report, sandbox::Sandbox, texts::text};
 use crate::{context::Context, output};
 
-/// Documents under way at once: of each worker, and of the plain loop.
+/// Documents under way at once in the plain loop.
 const IN_FLIGHT: usize = 16;
+/// The same in a worker: sagas that run side by side share their calls.
+pub(super) const CONCURRENCY: u16 = 256;
 /// How long the workers may take to be ready, and the whole run to end.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 const ENDED_WITHIN: Duration = Duration::from_secs(600);
@@ -52,6 +54,9 @@ pub struct Args {
     /// Worker processes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(super) workers: u8,
+    /// Documents under way at once in each
+    #[arg(long, default_value_t = CONCURRENCY, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub(super) concurrency: u16,
 }
 
 pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
@@ -81,7 +86,7 @@ async fn fleet(args: &Args, threads: usize, context: &Context) -> anyhow::Result
     output::say(format!("starting {} workers", args.workers));
     let mut workers = vec![];
     for _ in 0..args.workers {
-        workers.push(start_worker(threads, context).await?);
+        workers.push(start_worker(args, threads, context).await?);
     }
     let documents = args.documents as usize;
     output::say(format!("ingesting {documents} documents"));
@@ -141,7 +146,7 @@ async fn times_in_worker(postgres: &Postgres) -> anyhow::Result<Vec<Duration>> {
 }
 
 /// A worker process of this same program that is ready. It ends with its handle.
-async fn start_worker(threads: usize, context: &Context) -> anyhow::Result<Child> {
+async fn start_worker(args: &Args, threads: usize, context: &Context) -> anyhow::Result<Child> {
     let free = TcpListener::bind("127.0.0.1:0").await?;
     let addr = free.local_addr()?;
     drop(free);
@@ -155,7 +160,7 @@ async fn start_worker(threads: usize, context: &Context) -> anyhow::Result<Child
         "FLOTILLA_MODEL_DIR",
     ];
     let mut worker = Command::new(std::env::current_exe()?)
-        .args(["worker", "--queues", "ingest", "--concurrency", &IN_FLIGHT.to_string()])
+        .args(["worker", "--queues", "ingest", "--concurrency", &args.concurrency.to_string()])
         .envs(names.into_iter().filter_map(|name| Some((name, context.settings.get(name)?))))
         .env("FLOTILLA_WORKER_ADDR", addr.to_string())
         .env("FLOTILLA_EMBEDDER_THREADS", threads.to_string())

@@ -211,7 +211,8 @@ impl Postgres {
         Ok(self.complete_all(&[one]).await? == [true])
     }
 
-    /// [`complete`](Self::complete) for many, in one statement; answers in their order.
+    /// [`complete`](Self::complete) for many, in one statement; answers in their order. No step of these deliveries is in the
+    /// log yet: whatever else writes steps ends the delivery or turns it back.
     async fn complete_all<C: std::borrow::Borrow<Completion>>(
         &self,
         items: &[C],
@@ -235,7 +236,7 @@ impl Postgres {
                     FROM alive WHERE s.id = alive.saga RETURNING s.id
                  ), steps AS (",
                 insert_steps!(),
-                " JOIN ended ON ended.id = s.saga_id ON CONFLICT (saga_id, fence, seq) DO NOTHING
+                " JOIN ended ON ended.id = s.saga_id
                  )
                  UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
                         finished_at = now(), last_error = NULL
