@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use queue::JobId;
 use sagas::stores::postgres::{
     dead_letters::{Replay, Resolved},
     ending::Verdict,
     ledger::Cancel,
     publish::{Condition, Published},
+    take::Take,
 };
 use uuid::Uuid;
 
@@ -65,6 +67,31 @@ async fn protocol_08_a_lower_order_never_replaces_a_higher_one() {
     assert_eq!(ledger.state(low.id).await, ("succeeded".to_owned(), Some("superseded".to_owned())));
     assert_eq!(ledger.postgres.sagas_of(low.id).await.unwrap()[0].state, "compensated");
     assert_eq!(ledger.count("SELECT count(*) FROM dead_letters").await, 0);
+}
+
+#[tokio::test]
+async fn protocol_08_a_lost_job_and_an_earlier_one_that_has_come_due_do_not_wait_for_each_other() {
+    let ledger = Ledger::start().await;
+    let ids = ledger.accept(&[ingest("a"), ingest("a")]).await;
+    let due = async |id: JobId, at: &str| {
+        sqlx::query("UPDATE jobs SET run_at = now() + $2::interval WHERE id = $1")
+            .bind(id.0)
+            .bind(at)
+            .execute(ledger.postgres.pool())
+            .await
+            .unwrap();
+    };
+    // The first is put off, so the second goes; its worker dies, and meanwhile the first is due.
+    due(ids[0], "1 hour").await;
+    let second = ledger.take("w", ids[1]).await;
+    due(ids[0], "0").await;
+    let takes = ledger.takes("another", &ids).await;
+    let [Take::NotYet(_), Take::Taken(again)] = &takes[..] else { panic!("{takes:?}") };
+    assert_eq!((again.id, again.lost_deliveries), (second.id, 1));
+    let takes = ledger.takes("third", &ids[..1]).await;
+    assert!(matches!(takes[..], [Take::NotYet(_)]), "beside one that runs: {takes:?}");
+    assert!(ledger.postgres.complete(&run_of(again, None), &serde_json::json!({}), &[]).await.unwrap());
+    ledger.take("third", ids[0]).await;
 }
 
 #[tokio::test]
@@ -300,6 +327,6 @@ async fn protocol_14_a_waiting_job_is_cancelled_in_the_ledger_alone_and_dropped_
     assert_eq!(ledger.postgres.cancel(id, Some(TENANT)).await.unwrap(), Cancel::Cancelled);
     assert_eq!(ledger.state(id).await.0, "cancelled");
     let take = ledger.takes("w", &[id]).await.remove(0);
-    assert!(matches!(take, sagas::stores::postgres::take::Take::Gone), "{take:?}");
+    assert!(matches!(take, Take::Gone), "{take:?}");
     assert_eq!(ledger.postgres.cancel(id, Some(TENANT)).await.unwrap(), Cancel::Ended);
 }
