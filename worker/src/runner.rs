@@ -165,7 +165,7 @@ impl Runner {
                 worker: self.engine.worker().clone(),
                 started_at: chrono::Utc::now(),
             };
-            return match self.engine.postgres().release(&run, Duration::ZERO, None, false).await {
+            return match self.engine.postgres().release(&run, Duration::ZERO, false).await {
                 Ok(true) => Some(Done::Release(Duration::ZERO)),
                 _ => None,
             };

@@ -318,7 +318,7 @@ impl Engine {
             started_at: chrono::Utc::now(),
         };
         let delay = Duration::from_secs(10);
-        let kept = self.postgres.release(&run, delay, None, false).await?;
+        let kept = self.postgres.release(&run, delay, false).await?;
         Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
     }
 
@@ -370,7 +370,7 @@ impl Engine {
         let delay = Duration::from_secs(10).min(left).max(Duration::from_millis(100));
         let why = job.unreadable.as_deref().unwrap_or("unknown kind");
         tracing::info!(job = %job.id, kind = job.kind, ?delay, why, "released uncharged");
-        let kept = self.postgres.release(&run, delay, None, true).await?;
+        let kept = self.postgres.release(&run, delay, true).await?;
         Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
     }
 

@@ -501,9 +501,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         let (run, postgres, kept) = (self.ctx.run(), &self.engine.postgres, encode(data)?);
         let begun = self
             .ctx
-            .call(Dependency::Postgres, |_| {
-                postgres.begin_compensation_with(&run, &verdict, &reason, Some(&kept))
-            })
+            .call(Dependency::Postgres, |_| postgres.begin_compensation(&run, &verdict, &reason, Some(&kept)))
             .await;
         match begun {
             Ok(true) => self.backward(data, verdict).await,
@@ -667,7 +665,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         let error = parking.error;
         tracing::error!(saga = %self.ctx.saga_id, job = %self.ctx.job.id, error, "saga parked: it needs a person");
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
-        if self.engine.postgres.park_at(&run, parking, &records).await? {
+        if self.engine.postgres.park(&run, parking, &records).await? {
             self.count("parked");
             Ok(Ended::Ack)
         } else {
