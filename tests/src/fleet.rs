@@ -126,12 +126,13 @@ impl Fleet {
     }
 
     /// What `flotilla ARGUMENTS --json` prints over these services; the test fails unless it ends with this exit code.
-    /// Null for a command that prints nothing.
+    /// Null for a command that prints nothing. It has patience with a busy machine: what it does is to be seen, not how fast.
     pub fn flotilla(&self, code: i32, arguments: &[&str]) -> Value {
         let output = std::process::Command::new(process::binary())
             .args(arguments)
             .arg("--json")
             .envs(self.env())
+            .env("FLOTILLA_CALL_TIMEOUT_MS", "10000")
             .env("USER", "tester")
             .env_remove("FLOTILLA_FAULTS")
             .stdin(std::process::Stdio::null())
