@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
+    fault::without,
     results::fits,
     stores::postgres::{
         ending::{Completion, Failure, Parking, Run, Verdict},
@@ -501,7 +502,12 @@ impl<'a, S: Saga> Drive<'a, S> {
         let (run, postgres, kept) = (self.ctx.run(), &self.engine.postgres, encode(data)?);
         let begun = self
             .ctx
-            .call(Dependency::Postgres, |_| postgres.begin_compensation(&run, &verdict, &reason, Some(&kept)))
+            .call(Dependency::Postgres, |_| async {
+                if without("engine.turn") {
+                    return Ok(true);
+                }
+                postgres.begin_compensation(&run, &verdict, &reason, Some(&kept)).await
+            })
             .await;
         match begun {
             Ok(true) => self.backward(data, verdict).await,
