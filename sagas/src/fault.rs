@@ -15,14 +15,18 @@
 /// its reply is heard; beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
 /// names, and those around each store call (see [`StepContext::call`](crate::engine::StepContext::call)). The ingest ones are
 /// shared by `embed_document`.
-pub const INSIDE: [&str; 11] = [
+pub const INSIDE: [&str; 15] = [
     "ingest.stage.inside",
     "ingest.unstage.inside",
     "ingest.vectors.inside",
     "ingest.publish.inside",
     "delete.tombstone.inside",
     "delete.erase.inside",
+    "engine.take.inside",
     "engine.begin.inside",
+    "engine.keep.inside",
+    "engine.suspend.inside",
+    "engine.pivot.inside",
     "engine.turn.inside",
     "engine.complete.inside",
     "engine.finish.inside",

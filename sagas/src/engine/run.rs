@@ -656,7 +656,8 @@ impl<'a, S: Saga> Drive<'a, S> {
         };
         let progress = progress.as_ref().map(|(next, data)| (*next, data, self.done.as_slice()));
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
-        match self.engine.postgres.suspend(&run, wait, progress, &records).await? {
+        let postgres = &self.engine.postgres;
+        match postgres.in_time(postgres.suspend(&run, wait, progress, &records)).await? {
             Some(wait) => Ok(Ended::Release(wait)),
             None => self.refused().await,
         }
@@ -671,7 +672,8 @@ impl<'a, S: Saga> Drive<'a, S> {
         let error = parking.error;
         tracing::error!(saga = %self.ctx.saga_id, job = %self.ctx.job.id, error, "saga parked: it needs a person");
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
-        if self.engine.postgres.park(&run, parking, &records).await? {
+        let postgres = &self.engine.postgres;
+        if postgres.in_time(postgres.park(&run, parking, &records)).await? {
             self.count("parked");
             Ok(Ended::Ack)
         } else {
@@ -682,7 +684,8 @@ impl<'a, S: Saga> Drive<'a, S> {
     /// The fence refused. Either the job is somebody else's, or an earlier answer was lost and it has ended
     /// (PROTOCOL.md 20): the ledger knows.
     async fn refused(&self) -> Result<Ended, StoreError> {
-        let standing = self.engine.postgres.standing(self.ctx.job.id).await?;
+        let postgres = &self.engine.postgres;
+        let standing = postgres.in_time(postgres.standing(self.ctx.job.id)).await?;
         Ok(match standing {
             Some((state, fence)) if fence == self.ctx.fence() && state != "running" => {
                 if state == "waiting" {

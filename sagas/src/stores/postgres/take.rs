@@ -206,6 +206,7 @@ impl Postgres {
                 .execute(&mut *tx)
                 .await?;
         }
+        crate::fault_point!("engine.take.inside");
         tx.commit().await?;
         Ok(taken)
     }
