@@ -15,14 +15,18 @@
 /// its reply is heard; beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
 /// names, and those around each store call (see [`StepContext::call`](crate::engine::StepContext::call)). The ingest ones are
 /// shared by `embed_document`.
-pub const INSIDE: [&str; 11] = [
+pub const INSIDE: [&str; 15] = [
     "ingest.stage.inside",
     "ingest.unstage.inside",
     "ingest.vectors.inside",
     "ingest.publish.inside",
     "delete.tombstone.inside",
     "delete.erase.inside",
+    "engine.take.inside",
     "engine.begin.inside",
+    "engine.keep.inside",
+    "engine.suspend.inside",
+    "engine.pivot.inside",
     "engine.turn.inside",
     "engine.complete.inside",
     "engine.finish.inside",
@@ -71,6 +75,27 @@ pub(crate) fn unfenced(sql: &str, predicate: &str, site: &std::panic::Location<'
         Some(unfenced) if unfenced == format!("{file}:{}", site.line()) => sql.replace(predicate, "true"),
         _ => sql.to_owned(),
     }
+}
+
+/// Rules that the environment can take out with `FLOTILLA_WITHOUT=publish.order`, for the tests of the tests: the order of jobs on
+/// one document, what a re-embedding replaces, a cancel before the pivot, the order of a deletion, and that the decision to
+/// compensate is in the log before the first compensation.
+pub const RULES: [&str; 5] =
+    ["publish.order", "publish.replaces", "publish.cancel", "bury.order", "engine.turn"];
+
+/// Whether this rule is to be broken. Never without the feature `faults`.
+#[cfg(not(feature = "faults"))]
+pub(crate) const fn without(_: &str) -> bool {
+    false
+}
+
+/// Whether this rule is to be broken.
+#[cfg(feature = "faults")]
+pub(crate) fn without(rule: &str) -> bool {
+    static WITHOUT: std::sync::LazyLock<Option<String>> =
+        std::sync::LazyLock::new(|| std::env::var("FLOTILLA_WITHOUT").ok());
+    debug_assert!(RULES.contains(&rule), "{rule} is not in the list");
+    WITHOUT.as_deref() == Some(rule)
 }
 
 #[cfg(feature = "faults")]

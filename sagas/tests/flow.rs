@@ -32,6 +32,9 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+#[cfg(feature = "faults")]
+mod itself;
+
 const KIND: &str = "flow";
 
 /// What happened, in order.
@@ -382,6 +385,43 @@ async fn a_compensation_that_is_delivered_again_has_the_data_that_the_first_one_
     assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
     assert_eq!(take(&log), [r#"undo fails {"number":42}"#, undone]);
     assert_eq!(stage.job(id).await.state, "dead");
+}
+
+#[tokio::test]
+async fn protocol_06_the_log_has_the_decision_to_compensate_before_the_first_step_is_undone() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let (pool, said) = (stage.postgres.pool().clone(), Arc::clone(&log));
+    let undo: Act = Arc::new(move |ctx, _| {
+        let (pool, said, job) = (pool.clone(), Arc::clone(&said), ctx.job.id.0);
+        async move {
+            let state: String = sqlx::query_scalar("SELECT state FROM sagas WHERE job_id = $1")
+                .bind(job)
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+            said.lock().unwrap().push(state);
+            Ok(())
+        }
+        .boxed()
+    });
+    let first = Do { undo: Arc::clone(&undo), ..Do::fine(&log, "first") };
+    let fails = Do::new(&log, "fails", |_, _| async { Err(StepError::permanent("no", "no")) }.boxed());
+    let engine = stage.saga(vec![first.boxed(), Do { undo, ..fails }.boxed()]);
+    let id = stage.enqueue().await;
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    let undone = ["undo fails {}", "compensating", "undo first {}", "compensating"];
+    assert_eq!(take(&log), [&["first", "fails"], &undone[..]].concat());
+}
+
+#[cfg(feature = "faults")]
+#[tokio::test]
+async fn compensating_without_the_log_fails_its_named_tests() {
+    for test in [
+        "protocol_06_the_log_has_the_decision_to_compensate_before_the_first_step_is_undone",
+        "a_compensation_that_is_delivered_again_has_the_data_that_the_first_one_had",
+    ] {
+        itself::misses(test, "engine.turn").await;
+    }
 }
 
 #[tokio::test]

@@ -77,7 +77,7 @@ impl Fleet {
             for point in points {
                 at_pivot |= point == format!("{pivot}.before");
                 past_pivot |= announced || at_pivot && point.rsplit('.').next() == Some("after");
-                announced |= point == ANNOUNCED_AFTER;
+                announced |= ANNOUNCED_AFTER.contains(&point.as_str());
                 if !places.iter().any(|place| place.kind == kind && place.point == point) {
                     let fails_at = fails_at.clone();
                     places.push(Place {
@@ -122,8 +122,8 @@ impl Fleet {
     }
 }
 
-/// The pivot of `probe` does not commit to the log itself, so it is announced there, right after the step before it.
-const ANNOUNCED_AFTER: &str = "probe.second.after";
+/// The pivots of `probe` and `nap` do not commit to the log themselves, so they are announced there, right after the step before.
+const ANNOUNCED_AFTER: [&str; 2] = ["probe.second.after", "nap.second.after"];
 
 /// Whether jobs of this kind pass a point that was traced while one of them ran: an `embed` job enqueues others.
 fn passes(kind: &str, point: &str) -> bool {

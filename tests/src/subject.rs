@@ -59,7 +59,7 @@ impl Subject {
 
     /// Whether its document must be there before the job.
     pub fn needs_document(&self) -> bool {
-        self.revision > 1 || !matches!(self.kind.as_str(), "ingest" | "probe")
+        self.revision > 1 || !matches!(self.kind.as_str(), "ingest" | "probe" | "nap")
     }
 
     /// Its document's text once the job is done.
@@ -93,6 +93,8 @@ impl Fleet {
         for subject in subjects.iter_mut().filter(|subject| subject.needs_document()) {
             subject.before = self.version_of(subject).await;
         }
+        // Where nobody needs a document it is asked to end as soon as it listens.
+        worker.ready().await;
         assert!(worker.terminate().await.success(), "{}", worker.tail());
     }
 
@@ -101,7 +103,7 @@ impl Fleet {
         let payload = match subject.kind.as_str() {
             "ingest" => json!({ "document": subject.document, "text": subject.text() }),
             "embed" => json!({ "documents": [subject.document] }),
-            "probe" => json!({}),
+            "probe" | "nap" => json!({}),
             _ => json!({ "document": subject.document }),
         };
         let mut job = self.job(&subject.kind, payload);
@@ -135,7 +137,7 @@ impl Fleet {
             .await;
         assert_eq!(done, i64::from(outcome == Outcome::Done), "completed runs of{story}");
         match subject.kind.as_str() {
-            "probe" => self.assert_effects(job, i64::from(outcome == Outcome::Done), &story).await,
+            "probe" | "nap" => self.assert_effects(job, i64::from(outcome == Outcome::Done), &story).await,
             "delete" => {
                 assert_eq!(
                     self.stores.document(TENANT, &subject.document).await.expect("read"),

@@ -13,8 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Fleet, Outcome, Place, SHORT, Subject, wait_until};
+use e2e::{Fleet, LONG, Outcome, Place, Subject, wait_until};
 use futures::{FutureExt, future::join_all};
+use queue::JobId;
 
 /// Cases that run side by side, each on a queue of its own.
 const LANES: usize = 6;
@@ -50,7 +51,7 @@ impl Trouble {
             Self::ZombieAfterThird => {
                 place.fails_at.is_none()
                     && !place.past_pivot
-                    && matches!(place.kind.as_str(), "ingest" | "embed_document" | "probe")
+                    && matches!(place.kind.as_str(), "ingest" | "embed_document" | "probe" | "nap")
             }
             _ => true,
         }
@@ -93,11 +94,12 @@ impl Case {
 
     async fn run(&self, fleet: &Fleet, no: usize) {
         let reader = fleet.reader_of(&self.subject);
-        match self.trouble {
+        let job = match self.trouble {
             Trouble::Kill => self.killed(fleet, no).await,
             Trouble::Error | Trouble::Hang => self.failed(fleet, no).await,
             Trouble::ZombieAfterPublish | Trouble::ZombieAfterThird => self.zombie(fleet, no).await,
-        }
+        };
+        fleet.audit_clean_of(&self.subject, job).await;
         if let Some(reader) = reader {
             reader.finish().await;
         }
@@ -113,7 +115,7 @@ impl Case {
     fn passing_failure(&self) -> String {
         match self.place.kind.as_str() {
             // Its pivot is announced: an error there that may pass doesn't turn the run back.
-            "probe" => "probe.second.after=error*3".to_owned(),
+            kind @ ("probe" | "nap") => format!("{kind}.second.after=error*3"),
             kind => format!("{kind}.publish.before=error*3"),
         }
     }
@@ -123,7 +125,7 @@ impl Case {
     }
 
     /// One worker dies there; another, started only then, brings the job to its end.
-    async fn killed(&self, fleet: &Fleet, no: usize) {
+    async fn killed(&self, fleet: &Fleet, no: usize) -> JobId {
         let faults = fleet.faults(&format!("case-{no}"), self.spec("kill", FOR_GOOD));
         let queue = self.subject.queue.as_str();
         let first = fleet.worker().queues(&[queue]).armed(&faults).start();
@@ -136,10 +138,11 @@ impl Case {
         assert!(lost <= 1, "{}", fleet.describe(job).await);
         fleet.let_go(queue, job).await;
         second.kill9().await;
+        job
     }
 
     /// The point fails or hangs once; the job comes to the end that it would have come to.
-    async fn failed(&self, fleet: &Fleet, no: usize) {
+    async fn failed(&self, fleet: &Fleet, no: usize) -> JobId {
         let action = if self.trouble == Trouble::Hang { "hang" } else { "error" };
         let faults = fleet.faults(&format!("case-{no}"), self.spec(action, FOR_GOOD));
         let queue = self.subject.queue.as_str();
@@ -149,10 +152,11 @@ impl Case {
         assert_eq!(faults.fired(&self.place.point), 1, "{}", worker.tail());
         fleet.let_go(queue, job).await;
         worker.kill9().await;
+        job
     }
 
     /// One worker stops there; when its successors have published and nothing is left to sweep, it goes on.
-    async fn zombie(&self, fleet: &Fleet, no: usize) {
+    async fn zombie(&self, fleet: &Fleet, no: usize) -> JobId {
         let queue = self.subject.queue.as_str();
         // What is undone is tried again, and published by another run.
         let fails = self.place.fails_at.as_ref().map(|_| format!(";{}", self.passing_failure()));
@@ -160,7 +164,7 @@ impl Case {
         let stops = fleet.faults(&format!("case-{no}"), stops);
         let zombie = fleet.worker().queues(&[queue]).concurrency(1).armed(&stops).start();
         let job = fleet.begin(&self.subject).await;
-        wait_until("the fault point acts", SHORT, async || match stops.fired(&self.place.point) {
+        wait_until("the fault point acts", LONG, async || match stops.fired(&self.place.point) {
             1 => Ok(()),
             _ => Err(format!("{}\n{}", fleet.describe(job).await, zombie.tail())),
         })
@@ -183,6 +187,8 @@ impl Case {
         }
         fleet.swept(&self.subject).await;
         let before = fleet.snapshot(&self.subject, job).await;
+        // Where the job had ended before the zombie stopped, the successor may not listen to signals yet.
+        successor.ready().await;
         assert!(successor.terminate().await.success(), "{}", successor.tail());
 
         zombie.resume();
@@ -193,6 +199,7 @@ impl Case {
         assert_eq!(before, after, "the zombie changed something\n{}", zombie.tail());
         fleet.let_go(queue, next).await;
         zombie.kill9().await;
+        job
     }
 }
 

@@ -156,7 +156,7 @@ impl Runner {
             () = self.stop.cancelled() => None,
             () = lease.lost().cancelled_owned() => return None,
         };
-        let (id, fence) = (taken.id, taken.fence);
+        let (id, fence, postgres) = (taken.id, taken.fence, self.engine.postgres());
         if alone.is_none() {
             let run = Run {
                 job_id: id,
@@ -165,12 +165,12 @@ impl Runner {
                 worker: self.engine.worker().clone(),
                 started_at: chrono::Utc::now(),
             };
-            return match self.engine.postgres().release(&run, Duration::ZERO, None, false).await {
+            return match postgres.in_time(postgres.release(&run, Duration::ZERO, false)).await {
                 Ok(true) => Some(Done::Release(Duration::ZERO)),
                 _ => None,
             };
         }
-        match self.engine.postgres().mark_alone(id, fence).await {
+        match postgres.in_time(postgres.mark_alone(id, fence)).await {
             Ok(true) => self.run(taken, lease).await,
             Ok(false) => None,
             Err(error) => {

@@ -143,10 +143,15 @@ impl Shop {
     }
 
     fn worker(&self) -> Worker {
+        self.worker_of("orders")
+    }
+
+    /// A worker of this example's program.
+    fn worker_of(&self, example: &str) -> Worker {
         // …/deps/own_saga-… and …/examples/orders
         let here = std::env::current_exe().unwrap();
-        let program: PathBuf = here.parent().unwrap().parent().unwrap().join("examples/orders");
-        assert!(program.exists(), "{} is missing: cargo build -p worker --example orders", program.display());
+        let program: PathBuf = here.parent().unwrap().parent().unwrap().join("examples").join(example);
+        assert!(program.exists(), "{} is missing: cargo build -p worker --examples", program.display());
         let child = Command::new(program)
             .envs(self.services.env())
             .env("SHOP_DATABASE_URL", &self.url)
@@ -196,6 +201,31 @@ impl Shop {
             .unwrap()
     }
 
+    /// Lets an order's worker be killed when it has charged, before it hears so.
+    async fn killed_at_the_charge(&self, worker: &Worker) -> JobId {
+        self.bank.victim.store(worker.pid(), Ordering::SeqCst);
+        let id = self.order(3, 30).await;
+        let begun = Instant::now();
+        while self.bank.victim.load(Ordering::SeqCst) > 0 {
+            assert!(begun.elapsed() < DEADLINE, "no charge was asked for");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        id
+    }
+
+    /// The steps that a run's deliveries have brought to their end, in order.
+    async fn ran(&self, run: uuid::Uuid) -> Vec<String> {
+        let steps = self.postgres.steps(run).await.unwrap();
+        steps.into_iter().filter(|step| step.state == "succeeded").map(|step| step.step_name).collect()
+    }
+
+    async fn parcels(&self) -> i64 {
+        sqlx::query_scalar("SELECT count(*) FROM parcels WHERE state = 'packed'")
+            .fetch_one(&self.database)
+            .await
+            .unwrap()
+    }
+
     fn charges(&self) -> Vec<Charge> {
         self.bank.charges.lock().unwrap().values().cloned().collect()
     }
@@ -234,13 +264,7 @@ async fn a_saga_of_ones_own_succeeds_or_undoes_what_it_did_in_stores_of_ones_own
 async fn a_worker_killed_in_the_middle_of_a_step_of_ones_own_leaves_one_effect() {
     let shop = Shop::open().await;
     let first = shop.worker();
-    shop.bank.victim.store(first.pid(), Ordering::SeqCst);
-    let id = shop.order(3, 30).await;
-    let begun = Instant::now();
-    while shop.charges().is_empty() || shop.bank.victim.load(Ordering::SeqCst) > 0 {
-        assert!(begun.elapsed() < DEADLINE, "no charge was asked for");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let id = shop.killed_at_the_charge(&first).await;
     let _second = shop.worker();
     let job = shop.ended(id).await;
     assert_eq!((job.state.as_str(), job.attempts, job.deliveries), ("succeeded", 0, 2), "{job:?}");
@@ -255,13 +279,7 @@ async fn a_worker_killed_in_the_middle_of_a_step_of_ones_own_leaves_one_effect()
 async fn a_worker_killed_after_an_effect_of_a_job_that_is_cancelled_leaves_nothing() {
     let shop = Shop::open().await;
     let first = shop.worker();
-    shop.bank.victim.store(first.pid(), Ordering::SeqCst);
-    let id = shop.order(3, 30).await;
-    let begun = Instant::now();
-    while shop.charges().is_empty() || shop.bank.victim.load(Ordering::SeqCst) > 0 {
-        assert!(begun.elapsed() < DEADLINE, "no charge was asked for");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let id = shop.killed_at_the_charge(&first).await;
     // Charged, and nobody knows it: the job is to end now, by a request to cancel it.
     shop.postgres.cancel(id, None).await.unwrap();
     let _second = shop.worker();
@@ -271,4 +289,50 @@ async fn a_worker_killed_after_an_effect_of_a_job_that_is_cancelled_leaves_nothi
     assert_eq!((charges.len(), charges[0].refunded), (1, true), "{charges:?}");
     assert_eq!(shop.free().await, 10);
     assert_eq!(shop.reservations().await, [("released".to_owned(), 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_that_one_program_began_is_ended_by_the_next_release_which_has_a_step_more() {
+    let shop = Shop::open().await;
+    let first = shop.worker_of("orders");
+    let id = shop.killed_at_the_charge(&first).await;
+    drop(first);
+    // By number, the step that was under way is another one in the new definition: it packs.
+    let second = shop.worker_of("orders_v2");
+    let job = shop.ended(id).await;
+    assert_eq!((job.state.as_str(), job.attempts, job.deliveries), ("succeeded", 0, 2), "{job:?}");
+    let runs = shop.postgres.sagas_of(id).await.unwrap();
+    assert_eq!((runs.len(), runs[0].definition_version), (1, 1), "{runs:?}");
+    assert_eq!(shop.ran(runs[0].id).await, ["reserve", "charge", "sell"]);
+    let charges = shop.charges();
+    assert_eq!((charges.len(), charges[0].amount, charges[0].asked), (1, 30, 2), "{charges:?}");
+    assert_eq!((shop.free().await, shop.parcels().await), (7, 0));
+
+    // What begins now has the new step.
+    let id = shop.order(2, 20).await;
+    assert_eq!(shop.ended(id).await.state, "succeeded");
+    let runs = shop.postgres.sagas_of(id).await.unwrap();
+    assert_eq!((runs.len(), runs[0].definition_version), (1, 2), "{runs:?}");
+    assert_eq!(shop.ran(runs[0].id).await, ["reserve", "pack", "charge", "sell"]);
+    assert_eq!((shop.free().await, shop.parcels().await), (5, 1));
+
+    // The new program dies in the middle, and only the old one is left, which doesn't know that definition: the order waits.
+    let killed = shop.killed_at_the_charge(&second).await;
+    drop(second);
+    let old = shop.worker_of("orders");
+    let begun = Instant::now();
+    loop {
+        let job = shop.postgres.job(killed, None).await.unwrap().unwrap();
+        if job.last_error.as_ref().is_some_and(|why| why.contains("begun by v2") && why.contains("knows v1"))
+        {
+            assert_eq!(job.attempts, 0, "{job:?}");
+            break;
+        }
+        assert!(job.finished_at.is_none() && begun.elapsed() < DEADLINE, "not put back: {job:#?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(old);
+    let _new = shop.worker_of("orders_v2");
+    assert_eq!(shop.ended(killed).await.state, "succeeded");
+    assert_eq!((shop.free().await, shop.parcels().await), (2, 2));
 }

@@ -138,7 +138,7 @@ impl Auditor {
     }
 
     /// Makes one audit. Fails when a store can't be read: then nothing is known, and what was mended by then is in the
-    /// audit log. Cancel-safe: a repair under way may be left half done, which the next audit finds.
+    /// audit log, which has each repair before it is made. Cancel-safe: a repair under way may be left half done, which the next audit finds.
     pub async fn run(&self, settings: &AuditSettings) -> Result<Report, AuditError> {
         let begun = Instant::now();
         let mut run = Run {

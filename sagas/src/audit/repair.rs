@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{AuditError, Suspect, documents::point_ids, embed};
+use super::{AuditError, Finding, Suspect, documents::point_ids, embed};
 use crate::{
     chunking,
     error::StepError,
@@ -78,7 +78,8 @@ impl Mend {
 /// `Err`: what keeps it from being mended.
 type Mended = Result<Result<(), String>, AuditError>;
 
-/// Mends what can be mended and notes it in the findings.
+/// Mends what can be mended and notes it in the findings. The audit log has it before it is done, as `audit.repair.KIND`; what
+/// then can't be mended gets `audit.not_repaired.KIND`, too.
 pub(super) async fn repair(
     stores: &Stores,
     queue: Option<&Queue>,
@@ -92,21 +93,29 @@ pub(super) async fn repair(
             continue;
         }
         let name = suspect.mend.name();
-        let outcome = match done.get(&name) {
-            Some(outcome) => outcome.clone(),
+        let tried = done.get(&name).cloned();
+        let finding = &mut suspect.finding;
+        let record = async |what: &str, finding: &Finding| {
+            let action = format!("audit.{what}.{}", finding.kind.name());
+            stores.postgres.record_action(actor, &action, &finding.subject, &json!(finding)).await
+        };
+        // First: if the process or the answer is lost in between, the next audit finds nothing more that it could tell of.
+        let recorded = !matches!(tried, Some(Err(_)));
+        if recorded {
+            finding.repaired = true;
+            record("repair", finding).await?;
+        }
+        let outcome = match tried {
+            Some(outcome) => outcome,
             None => mend(stores, queue, &suspect.mend).await?,
         };
         done.insert(name, outcome.clone());
-        let finding = &mut suspect.finding;
-        match outcome {
-            Ok(()) => {
-                finding.repaired = true;
-                let action = format!("audit.repair.{}", finding.kind.name());
-                stores.postgres.record_action(actor, &action, &finding.subject, &json!(finding)).await?;
-            }
-            Err(why) => {
-                finding.repairable = false;
-                finding.detail = format!("{}; not mended: {why}", finding.detail);
+        if let Err(why) = outcome {
+            finding.repaired = false;
+            finding.repairable = false;
+            finding.detail = format!("{}; not mended: {why}", finding.detail);
+            if recorded {
+                record("not_repaired", finding).await?;
             }
         }
     }

@@ -291,7 +291,7 @@ impl Engine {
         let job = &delivery.job;
         let why = format!("payload: {}", job.unreadable.as_deref().unwrap_or_default());
         tracing::warn!(job = %job.id, why, "a payload can't be read here");
-        self.postgres.note_error(job.id, job.fence, &why).await?;
+        self.postgres.in_time(self.postgres.note_error(job.id, job.fence, &why)).await?;
         self.unroutable(delivery).await
     }
 
@@ -309,7 +309,7 @@ impl Engine {
             known.join(", ")
         );
         tracing::error!(job = %job.id, why, "released uncharged");
-        self.postgres.note_error(job.id, job.fence, &why).await?;
+        self.postgres.in_time(self.postgres.note_error(job.id, job.fence, &why)).await?;
         let run = Run {
             job_id: job.id,
             fence: job.fence,
@@ -318,7 +318,7 @@ impl Engine {
             started_at: chrono::Utc::now(),
         };
         let delay = Duration::from_secs(10);
-        let kept = self.postgres.release(&run, delay, None, false).await?;
+        let kept = self.postgres.in_time(self.postgres.release(&run, delay, false)).await?;
         Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
     }
 
@@ -361,7 +361,10 @@ impl Engine {
                     ),
                 ),
             };
-            let kept = self.postgres.finish(&run, &Verdict::Dead { failure: failure(&error) }, &[]).await?;
+            let kept = self
+                .postgres
+                .in_time(self.postgres.finish(&run, &Verdict::Dead { failure: failure(&error) }, &[]))
+                .await?;
             delivery.lease.note_dead();
             return Ok(if kept { Ended::Ack } else { Ended::Abandoned });
         }
@@ -371,7 +374,7 @@ impl Engine {
         let delay = Duration::from_secs(10).min(left).max(Duration::from_millis(100));
         let why = job.unreadable.as_deref().unwrap_or("unknown kind");
         tracing::info!(job = %job.id, kind = job.kind, ?delay, why, "released uncharged");
-        let kept = self.postgres.release(&run, delay, None, true).await?;
+        let kept = self.postgres.in_time(self.postgres.release(&run, delay, true)).await?;
         Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
     }
 

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
+    fault::without,
     results::fits,
     stores::postgres::{
         ending::{Completion, Failure, Parking, Run, Verdict},
@@ -501,8 +502,11 @@ impl<'a, S: Saga> Drive<'a, S> {
         let (run, postgres, kept) = (self.ctx.run(), &self.engine.postgres, encode(data)?);
         let begun = self
             .ctx
-            .call(Dependency::Postgres, |_| {
-                postgres.begin_compensation_with(&run, &verdict, &reason, Some(&kept))
+            .call(Dependency::Postgres, |_| async {
+                if without("engine.turn") {
+                    return Ok(true);
+                }
+                postgres.begin_compensation(&run, &verdict, &reason, Some(&kept)).await
             })
             .await;
         match begun {
@@ -655,7 +659,8 @@ impl<'a, S: Saga> Drive<'a, S> {
         };
         let progress = progress.as_ref().map(|(next, data)| (*next, data, self.done.as_slice()));
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
-        match self.engine.postgres.suspend(&run, wait, progress, &records).await? {
+        let postgres = &self.engine.postgres;
+        match postgres.in_time(postgres.suspend(&run, wait, progress, &records)).await? {
             Some(wait) => Ok(Ended::Release(wait)),
             None => self.refused().await,
         }
@@ -670,7 +675,8 @@ impl<'a, S: Saga> Drive<'a, S> {
         let error = parking.error;
         tracing::error!(saga = %self.ctx.saga_id, job = %self.ctx.job.id, error, "saga parked: it needs a person");
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
-        if self.engine.postgres.park_at(&run, parking, &records).await? {
+        let postgres = &self.engine.postgres;
+        if postgres.in_time(postgres.park(&run, parking, &records)).await? {
             self.count("parked");
             self.ctx.lease.note_dead();
             Ok(Ended::Ack)
@@ -682,7 +688,8 @@ impl<'a, S: Saga> Drive<'a, S> {
     /// The fence refused. Either the job is somebody else's, or an earlier answer was lost and it has ended
     /// (PROTOCOL.md 20): the ledger knows.
     async fn refused(&self) -> Result<Ended, StoreError> {
-        let standing = self.engine.postgres.standing(self.ctx.job.id).await?;
+        let postgres = &self.engine.postgres;
+        let standing = postgres.in_time(postgres.standing(self.ctx.job.id)).await?;
         Ok(match standing {
             Some((state, fence)) if fence == self.ctx.fence() && state != "running" => {
                 if state == "waiting" {

@@ -181,7 +181,8 @@ impl Stores {
             registry
         };
         #[cfg(feature = "faults")]
-        let registry = registry.with(probe::Probe::new(&self.postgres));
+        let registry =
+            registry.with(probe::Probe::new(&self.postgres)).with(probe::Probe::napping(&self.postgres));
         registry
     }
 }

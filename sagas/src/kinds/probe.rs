@@ -1,33 +1,50 @@
-//! `probe`: a saga as a user would write it, whose steps do nothing but leave rows in a table that is only ever added to. In
-//! builds for tests only, where it shows that each job's effects count exactly once.
+//! `probe`: a saga as a user would write it, whose steps do nothing but leave rows in a table that is only ever added to; and
+//! `nap`, the same with a step whose data the log keeps and one that sleeps. In builds for tests only, where they show that
+//! each job's effects count exactly once.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    engine::{Saga, Step, StepContext},
+    engine::{Commits, Saga, Step, StepContext},
     error::{Dependency, StepError},
     stores::postgres::{Postgres, take::TakenJob},
 };
 
 /// The job kind.
 pub const KIND: &str = "probe";
+/// The kind that keeps and sleeps.
+pub const NAP: &str = "nap";
+/// Long enough to be put back, and to be delivered again.
+const NAP_LASTS: Duration = Duration::from_millis(50);
 
 /// Nothing is carried from step to step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Nothing {}
 
-pub(super) struct Probe(Vec<Arc<dyn Step<Nothing>>>);
+pub(super) struct Probe {
+    kind: &'static str,
+    steps: Vec<Arc<dyn Step<Nothing>>>,
+}
 
 impl Probe {
     pub fn new(postgres: &Postgres) -> Self {
-        Self(
-            ["first", "second", "third"]
-                .map(|name| Arc::new(Leave { name, postgres: postgres.clone() }) as Arc<dyn Step<Nothing>>)
-                .into(),
-        )
+        Self::of(KIND, postgres)
+    }
+
+    pub fn napping(postgres: &Postgres) -> Self {
+        Self::of(NAP, postgres)
+    }
+
+    fn of(kind: &'static str, postgres: &Postgres) -> Self {
+        let naps = kind == NAP;
+        let steps = [("first", naps, false), ("second", false, naps), ("third", false, false)];
+        let step = |(name, keeps, sleeps)| {
+            Arc::new(Leave { name, keeps, sleeps, postgres: postgres.clone() }) as Arc<dyn Step<Nothing>>
+        };
+        Self { kind, steps: steps.map(step).into() }
     }
 }
 
@@ -35,7 +52,7 @@ impl Saga for Probe {
     type Data = Nothing;
 
     fn kind(&self) -> &'static str {
-        KIND
+        self.kind
     }
 
     fn version(&self) -> i32 {
@@ -43,7 +60,7 @@ impl Saga for Probe {
     }
 
     fn steps(&self) -> &[Arc<dyn Step<Nothing>>] {
-        &self.0
+        &self.steps
     }
 
     fn pivot(&self) -> usize {
@@ -61,6 +78,8 @@ impl Saga for Probe {
 
 struct Leave {
     name: &'static str,
+    keeps: bool,
+    sleeps: bool,
     postgres: Postgres,
 }
 
@@ -82,7 +101,14 @@ impl Step<Nothing> for Leave {
         self.name
     }
 
+    fn commits(&self) -> Commits {
+        if self.keeps { Commits::Data } else { Commits::Nothing }
+    }
+
     async fn execute(&self, ctx: &StepContext, _: &mut Nothing) -> Result<(), StepError> {
+        if self.sleeps {
+            ctx.sleep("nap", NAP_LASTS).await?;
+        }
         self.leave(ctx, false).await
     }
 

@@ -5,13 +5,13 @@ use qdrant_client::{
     qdrant::{PointId, PointStruct, PointsIdsList, SetPayloadPointsBuilder, UpsertPointsBuilder},
 };
 use sagas::{
-    audit::FindingKind as Kind,
+    audit::{AuditSettings, FindingKind as Kind},
     stores::{cache::Entry, point_id, vectors::Point},
 };
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::stage::{COLLECTION, Doc, Stage, TENANT, TEXT};
+use crate::stage::{COLLECTION, Doc, Stage, TENANT, TEXT, settings};
 
 /// Writes over a point, which Flotilla itself never does.
 async fn overwrite(stage: &Stage, id: impl Into<PointId>, doc: &Doc, vector: Vec<f32>) {
@@ -106,6 +106,23 @@ async fn every_drift_of_points_is_named_and_mended() {
 }
 
 #[tokio::test]
+async fn nothing_is_mended_that_the_audit_log_does_not_have() {
+    let stage = Stage::new().await;
+    let doc = stage.ingest("story", TEXT).await;
+    let stray = Point { version: Uuid::now_v7(), ..doc.point(0) };
+    let id = point_id(stray.version, 0);
+    stage.insert(stray).await;
+    let postgres = stage.stores.postgres.pool();
+    let renamed = async |sql: &'static str| sqlx::query(sql).execute(postgres).await.unwrap();
+    renamed("ALTER TABLE flotilla.audit_log RENAME TO away").await;
+    stage.auditor().run(&AuditSettings { repair: true, ..settings() }).await.unwrap_err();
+    renamed("ALTER TABLE flotilla.away RENAME TO audit_log").await;
+    let points = stage.stores.vectors.points_by_id(COLLECTION, &[id], false).await.unwrap();
+    assert_eq!(points.len(), 1, "mended, and nobody can say so");
+    stage.names_and_mends(Kind::PointExtra).await;
+}
+
+#[tokio::test]
 async fn a_vector_that_no_provider_gives_again_is_reported_and_left_alone() {
     let stage = Stage::new().await;
     stage.accept("given").await;
@@ -123,6 +140,11 @@ async fn a_vector_that_no_provider_gives_again_is_reported_and_left_alone() {
     stage.names(Kind::VectorChanged).await;
     let report = stage.repair().await;
     assert_eq!((report.repaired, report.unrepaired()), (0, 1));
+    let lines: Vec<String> = sqlx::query_scalar("SELECT action FROM audit_log ORDER BY at")
+        .fetch_all(stage.stores.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(lines, ["audit.repair.vector_changed", "audit.not_repaired.vector_changed"]);
     let finding = &report.findings[0];
     assert!(!finding.repairable && finding.detail.contains("enqueue an embed job"), "{finding:?}");
     stage.names(Kind::VectorChanged).await;

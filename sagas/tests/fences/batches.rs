@@ -19,7 +19,7 @@ use sagas::stores::postgres::{
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::ledger::{HOUR, Ledger, TENANT, failure, ingest, job, publish_of, retry, run_of};
+use crate::ledger::{HOUR, Ledger, TENANT, failure, ingest, job, parking, publish_of, retry, run_of};
 
 fn batch(on: Option<CallbackOn>) -> NewBatch {
     NewBatch {
@@ -96,7 +96,7 @@ async fn protocol_17_a_member_counts_in_the_transaction_that_ends_it_however_it_
     ledger.end(ids[1], &Verdict::Superseded).await;
     ledger.end(ids[2], &dead()).await;
     let taken = ledger.take("w", ids[3]).await;
-    assert!(ledger.postgres.park(&run_of(&taken, None), None, "a test's", &[]).await.unwrap());
+    assert!(ledger.postgres.park(&run_of(&taken, None), &parking(None, "a test's"), &[]).await.unwrap());
     assert_eq!(ledger.counts(it.id).await, (8, 2, 2, 0));
     ledger.collect().await;
     assert_eq!(ledger.counts(it.id).await, (8, 2, 2, 0), "folding changes no count");
@@ -283,7 +283,7 @@ async fn protocol_14_cancelling_a_batch_cancels_each_member_in_pages_and_its_inn
     let staged = ledger.take("w", ids[25]).await;
     let stage = ledger.staged(&staged).await;
     let run = run_of(&staged, Some(stage.saga.id));
-    assert!(ledger.postgres.release(&run, HOUR, None, false).await.unwrap());
+    assert!(ledger.postgres.release(&run, HOUR, false).await.unwrap());
 
     assert_eq!(ledger.postgres.cancel_batch(it.id, Some(TENANT)).await.unwrap(), Changed::Done);
     let late = ledger.postgres.accept(&[member(&it)], true).await.unwrap();

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use queue::JobId;
 use sagas::stores::postgres::{
     dead_letters::{Replay, Resolved},
     ending::Verdict,
     ledger::Cancel,
     publish::{Condition, Published},
+    take::Take,
 };
 use uuid::Uuid;
 
@@ -48,7 +50,7 @@ async fn protocol_08_a_lower_order_never_replaces_a_higher_one() {
     let low = ledger.take("w", ids[0]).await;
     let low_stage = ledger.staged(&low).await;
     // Put off, the first lets the second go before it.
-    assert!(ledger.postgres.release(&run_of(&low, None), HOUR, None, false).await.unwrap());
+    assert!(ledger.postgres.release(&run_of(&low, None), HOUR, false).await.unwrap());
     let high = ledger.take("w", ids[1]).await;
     let high_stage = ledger.staged(&high).await;
     assert_eq!(ledger.publish(&[publish_of(&high, &high_stage)]).await, [Published::Yes]);
@@ -59,12 +61,37 @@ async fn protocol_08_a_lower_order_never_replaces_a_higher_one() {
     assert_eq!((shown.version, shown.doc_order), (high_stage.version.id, 2));
     // It removes what it staged and ends as a success.
     let run = run_of(&low, Some(low_stage.saga.id));
-    assert!(ledger.postgres.begin_compensation(&run, &Verdict::Superseded, "").await.unwrap());
+    assert!(ledger.postgres.begin_compensation(&run, &Verdict::Superseded, "", None).await.unwrap());
     assert!(ledger.postgres.abandon_version(low.id, low.fence, low_stage.version.id, HOUR).await.unwrap());
     assert!(ledger.postgres.finish(&run, &Verdict::Superseded, &[]).await.unwrap());
     assert_eq!(ledger.state(low.id).await, ("succeeded".to_owned(), Some("superseded".to_owned())));
     assert_eq!(ledger.postgres.sagas_of(low.id).await.unwrap()[0].state, "compensated");
     assert_eq!(ledger.count("SELECT count(*) FROM dead_letters").await, 0);
+}
+
+#[tokio::test]
+async fn protocol_08_a_lost_job_and_an_earlier_one_that_has_come_due_do_not_wait_for_each_other() {
+    let ledger = Ledger::start().await;
+    let ids = ledger.accept(&[ingest("a"), ingest("a")]).await;
+    let due = async |id: JobId, at: &str| {
+        sqlx::query("UPDATE jobs SET run_at = now() + $2::interval WHERE id = $1")
+            .bind(id.0)
+            .bind(at)
+            .execute(ledger.postgres.pool())
+            .await
+            .unwrap();
+    };
+    // The first is put off, so the second goes; its worker dies, and meanwhile the first is due.
+    due(ids[0], "1 hour").await;
+    let second = ledger.take("w", ids[1]).await;
+    due(ids[0], "0").await;
+    let takes = ledger.takes("another", &ids).await;
+    let [Take::NotYet(_), Take::Taken(again)] = &takes[..] else { panic!("{takes:?}") };
+    assert_eq!((again.id, again.lost_deliveries), (second.id, 1));
+    let takes = ledger.takes("third", &ids[..1]).await;
+    assert!(matches!(takes[..], [Take::NotYet(_)]), "beside one that runs: {takes:?}");
+    assert!(ledger.postgres.complete(&run_of(again, None), &serde_json::json!({}), &[]).await.unwrap());
+    ledger.take("third", ids[0]).await;
 }
 
 #[tokio::test]
@@ -154,7 +181,7 @@ async fn protocol_09_a_tombstone_stops_older_ingests_and_newer_ones_recreate_the
     let ids = ledger.accept(&[ingest("a"), delete("a"), ingest("a")]).await;
     let old = ledger.take("w", ids[0]).await;
     let old_stage = ledger.staged(&old).await;
-    assert!(ledger.postgres.release(&run_of(&old, None), HOUR, None, false).await.unwrap());
+    assert!(ledger.postgres.release(&run_of(&old, None), HOUR, false).await.unwrap());
     let gone = ledger.take("w", ids[1]).await;
     let (buried, doomed) = ledger.bury(&gone, Uuid::now_v7()).await;
     assert_eq!(buried, Published::Yes);
@@ -183,7 +210,7 @@ async fn protocol_09_a_delete_older_than_what_is_shown_is_superseded() {
     let ledger = Ledger::start().await;
     let ids = ledger.accept(&[delete("a"), ingest("a")]).await;
     let early = ledger.take("w", ids[0]).await;
-    assert!(ledger.postgres.release(&run_of(&early, None), HOUR, None, false).await.unwrap());
+    assert!(ledger.postgres.release(&run_of(&early, None), HOUR, false).await.unwrap());
     let job = ledger.take("w", ids[1]).await;
     let stage = ledger.staged(&job).await;
     assert_eq!(ledger.publish(&[publish_of(&job, &stage)]).await, [Published::Yes]);
@@ -214,7 +241,7 @@ async fn protocol_09_tombstones_outlive_the_retention_of_their_jobs() {
     ledger.ingested("a").await;
     let old = ledger.take("w", ledger.ingest("a").await).await;
     let stage = ledger.staged(&old).await;
-    assert!(ledger.postgres.release(&run_of(&old, None), HOUR, None, false).await.unwrap());
+    assert!(ledger.postgres.release(&run_of(&old, None), HOUR, false).await.unwrap());
     let gone = ledger.take("w", ledger.delete("a").await).await;
     let saga = Uuid::now_v7();
     assert_eq!(ledger.bury(&gone, saga).await.0, Published::Yes);
@@ -300,6 +327,6 @@ async fn protocol_14_a_waiting_job_is_cancelled_in_the_ledger_alone_and_dropped_
     assert_eq!(ledger.postgres.cancel(id, Some(TENANT)).await.unwrap(), Cancel::Cancelled);
     assert_eq!(ledger.state(id).await.0, "cancelled");
     let take = ledger.takes("w", &[id]).await.remove(0);
-    assert!(matches!(take, sagas::stores::postgres::take::Take::Gone), "{take:?}");
+    assert!(matches!(take, Take::Gone), "{take:?}");
     assert_eq!(ledger.postgres.cancel(id, Some(TENANT)).await.unwrap(), Cancel::Ended);
 }

@@ -12,7 +12,7 @@ use sagas::{
         Fence, Postgres, PostgresConfig,
         accept::{Accepted, NewJob},
         deletion::Doomed,
-        ending::{Failure, Run, Verdict},
+        ending::{Failure, Parking, Run, Verdict},
         publish::{Condition, Publish, PublishBatch, Published},
         stage::{NewSaga, NewVersion, Stage, StageBatch},
         take::{Take, TakeBatch, TakeItem, TakenJob},
@@ -215,6 +215,11 @@ pub fn failure() -> Failure {
 
 pub fn retry(retry_in: Duration) -> Verdict {
     Verdict::Retry { failure: failure(), retry_in_ms: u64::try_from(retry_in.as_millis()).unwrap() }
+}
+
+/// How a run past its pivot is parked that keeps the log as it is.
+pub fn parking<'a>(verdict: Option<&'a Verdict>, error: &'a str) -> Parking<'a> {
+    Parking { verdict, error, past_pivot: true, progress: None }
 }
 
 /// The next fence after one.

@@ -6,6 +6,9 @@ mod control;
 mod document_order;
 mod encryption;
 mod ending;
+#[cfg(feature = "faults")]
+#[path = "../itself/mod.rs"]
+mod itself;
 mod keys;
 mod ledger;
 mod letters;

@@ -14,7 +14,7 @@ use sagas::stores::postgres::{
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::ledger::{HOUR, Ledger, TENANT, failure, ingest, publish_of, retry, run_of, saga_of};
+use crate::ledger::{HOUR, Ledger, TENANT, failure, ingest, parking, publish_of, retry, run_of, saga_of};
 
 impl Ledger {
     /// A job whose run was turned back and is parked.
@@ -22,8 +22,8 @@ impl Ledger {
         let job = self.take("w", self.ingest(document).await).await;
         let stage = self.staged(&job).await;
         let run = run_of(&job, Some(stage.saga.id));
-        assert!(self.postgres.begin_compensation(&run, verdict, "refused").await.unwrap());
-        assert!(self.postgres.park(&run, Some(verdict), "an undo failed", &[]).await.unwrap());
+        assert!(self.postgres.begin_compensation(&run, verdict, "refused", None).await.unwrap());
+        assert!(self.postgres.park(&run, &parking(Some(verdict), "an undo failed"), &[]).await.unwrap());
         (job, stage)
     }
 
@@ -94,7 +94,7 @@ async fn a_run_parked_past_its_pivot_goes_on_forward_from_where_it_stood() {
     assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
     let data = json!({ "seen": 3 });
     let parking = Parking { verdict: None, error: "refused", past_pivot: true, progress: Some((3, &data)) };
-    assert!(ledger.postgres.park_at(&run_of(&job, Some(saga.id)), &parking, &[]).await.unwrap());
+    assert!(ledger.postgres.park(&run_of(&job, Some(saga.id)), &parking, &[]).await.unwrap());
     assert_eq!(ledger.postgres.retry_parked(saga.id, "a test").await.unwrap(), done(&job, "waiting"));
     let open = ledger.take("v", job.id).await.saga.expect("the same run");
     assert_eq!((open.compensating, open.next_step, open.data, open.verdict), (false, 3, data, None));
@@ -146,7 +146,9 @@ async fn a_closed_run_gives_its_job_the_end_that_its_effects_have() {
     let job = ledger.take("w", ledger.ingest("b").await).await;
     let saga = saga_of(&job, Uuid::now_v7());
     assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
-    assert!(ledger.postgres.park(&run_of(&job, Some(saga.id)), None, "refused", &[]).await.unwrap());
+    assert!(
+        ledger.postgres.park(&run_of(&job, Some(saga.id)), &parking(None, "refused"), &[]).await.unwrap()
+    );
     assert_eq!(ledger.resolve(saga.id).await, done(&job, "succeeded"));
     assert_eq!(ledger.state(job.id).await, ("succeeded".to_owned(), Some("resolved".to_owned())));
     assert_eq!(ledger.postgres.saga(saga.id).await.unwrap().unwrap().state, "completed");
@@ -156,7 +158,7 @@ async fn a_closed_run_gives_its_job_the_end_that_its_effects_have() {
     let saga = saga_of(&job, Uuid::now_v7());
     assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
     let parking = Parking { verdict: None, error: "unreadable", past_pivot: false, progress: None };
-    assert!(ledger.postgres.park_at(&run_of(&job, Some(saga.id)), &parking, &[]).await.unwrap());
+    assert!(ledger.postgres.park(&run_of(&job, Some(saga.id)), &parking, &[]).await.unwrap());
     assert_eq!(ledger.resolve(saga.id).await, done(&job, "dead"));
     assert_eq!(ledger.postgres.dead_letter(job.id.0).await.unwrap().unwrap().class, "parked");
     let replayed = ledger.postgres.replay(job.id.0, &Replay::default()).await.unwrap();
@@ -220,7 +222,7 @@ async fn a_parked_member_of_a_batch_counts_anew_when_it_goes_on_or_is_closed() {
         let taken = ledger.take("w", job.id).await;
         let stage = ledger.staged(&taken).await;
         let run = run_of(&taken, Some(stage.saga.id));
-        assert!(ledger.postgres.park(&run, Some(&verdict), "an undo failed", &[]).await.unwrap());
+        assert!(ledger.postgres.park(&run, &parking(Some(&verdict), "an undo failed"), &[]).await.unwrap());
         parked.push((job.id, stage.saga.id));
     }
     assert_eq!(counts().await, (3, 0, 3, 0));

@@ -6,7 +6,7 @@ use queue::JobId;
 use sagas::stores::postgres::{accept::NewJob, ending::Verdict};
 use serde_json::{Value, json};
 
-use crate::ledger::{HOUR, Ledger, failure, ingest, job, run_of, saga_of};
+use crate::ledger::{HOUR, Ledger, failure, ingest, job, parking, run_of, saga_of};
 
 impl Ledger {
     async fn report(&self, parent: Option<JobId>) -> JobId {
@@ -74,7 +74,9 @@ async fn a_job_stays_as_long_as_a_letter_a_run_or_a_child_needs_it() {
     let taken = ledger.take("w", parked).await;
     let saga = saga_of(&taken, uuid::Uuid::now_v7());
     assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
-    assert!(ledger.postgres.park(&run_of(&taken, Some(saga.id)), None, "a test's", &[]).await.unwrap());
+    assert!(
+        ledger.postgres.park(&run_of(&taken, Some(saga.id)), &parking(None, "a test's"), &[]).await.unwrap()
+    );
     let waiting = ledger.ingest("a").await;
 
     ledger.aged("2 hours").await;

@@ -20,7 +20,7 @@ async fn protocol_06_the_decision_to_compensate_outlives_the_worker_that_made_it
     let job = ledger.take("w", ledger.ingest("a").await).await;
     let stage = ledger.staged(&job).await;
     let run = run_of(&job, Some(stage.saga.id));
-    assert!(ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's").await.unwrap());
+    assert!(ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None).await.unwrap());
     // Before anything is undone another worker takes over, and knows.
     let next = ledger.take("another", job.id).await;
     let open = next.saga.clone().expect("the open run");
@@ -42,7 +42,8 @@ async fn protocol_20_a_job_given_back_after_a_stage_without_an_answer_goes_on_fr
     let stage = ledger.staged(&job).await;
     // The worker took the stage for failed, and gives the job back before its first step.
     let (run, data) = (run_of(&job, Some(stage.saga.id)), serde_json::json!({ "older": true }));
-    assert!(ledger.postgres.release(&run, Duration::ZERO, Some((0, &data)), false).await.unwrap());
+    let given_back = ledger.postgres.suspend(&run, Duration::ZERO, Some((0, &data, &[])), &[]).await.unwrap();
+    assert_eq!(given_back, Some(Duration::ZERO));
     let open = ledger.take("another", job.id).await.saga.expect("the open run");
     assert_eq!((open.next_step, open.data), (stage.saga.next_step, stage.saga.data.clone()));
 }
@@ -58,7 +59,9 @@ async fn protocol_06_a_retry_is_a_new_run_with_a_new_version() {
     assert_eq!(ledger.take("w", job.id).await.saga.map(|saga| saga.id), Some(first.saga.id));
     let job = ledger.take("w", job.id).await;
     let run = run_of(&job, Some(first.saga.id));
-    assert!(ledger.postgres.begin_compensation(&run, &retry(Duration::ZERO), "a test's").await.unwrap());
+    assert!(
+        ledger.postgres.begin_compensation(&run, &retry(Duration::ZERO), "a test's", None).await.unwrap()
+    );
     assert!(ledger.postgres.abandon_version(job.id, job.fence, first.version.id, HOUR).await.unwrap());
     assert!(ledger.postgres.finish(&run, &retry(Duration::ZERO), &[]).await.unwrap());
     let job = ledger.take("w", job.id).await;

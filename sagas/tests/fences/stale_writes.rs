@@ -23,7 +23,7 @@ use sagas::{
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::ledger::{HOUR, Ledger, failure, publish_of, retry, run_of, saga_of, stage_of};
+use crate::ledger::{HOUR, Ledger, failure, parking, publish_of, retry, run_of, saga_of, stage_of};
 
 /// A run that holds its fence, or held it.
 struct Running<'a> {
@@ -62,7 +62,7 @@ async fn check_in(ledger: &Ledger, kind: &str, begun: bool, write: impl AsyncFn(
             Lost::Retaken => drop(ledger.take("another", job.id).await),
             Lost::RetakenBySelf => drop(ledger.take("w", job.id).await),
             Lost::Released => {
-                assert!(ledger.postgres.release(&run, Duration::ZERO, None, false).await.unwrap());
+                assert!(ledger.postgres.release(&run, Duration::ZERO, false).await.unwrap());
             }
             Lost::Ended => assert!(ledger.postgres.complete(&run, &json!({}), &[]).await.unwrap()),
         }
@@ -166,7 +166,7 @@ async fn protocol_02_erase_text_with_a_stale_fence_writes_nothing() {
 async fn protocol_02_begin_compensation_with_a_stale_fence_writes_nothing() {
     check("ingest", true, async |r| {
         let run = run_of(&r.job, Some(r.stage.saga.id));
-        r.ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's").await.unwrap()
+        r.ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None).await.unwrap()
     })
     .await;
 }
@@ -202,7 +202,11 @@ async fn protocol_02_complete_with_a_stale_fence_writes_nothing() {
 #[tokio::test]
 async fn protocol_02_park_with_a_stale_fence_writes_nothing() {
     check("ingest", true, async |r| {
-        r.ledger.postgres.park(&run_of(&r.job, Some(r.stage.saga.id)), None, "a test's", &[]).await.unwrap()
+        r.ledger
+            .postgres
+            .park(&run_of(&r.job, Some(r.stage.saga.id)), &parking(None, "a test's"), &[])
+            .await
+            .unwrap()
     })
     .await;
 }
@@ -210,9 +214,8 @@ async fn protocol_02_park_with_a_stale_fence_writes_nothing() {
 #[tokio::test]
 async fn protocol_02_release_with_a_stale_fence_writes_nothing() {
     check("ingest", true, async |r| {
-        let data = json!({ "new": true });
         let run = run_of(&r.job, Some(r.stage.saga.id));
-        r.ledger.postgres.release(&run, HOUR, Some((2, &data)), true).await.unwrap()
+        r.ledger.postgres.release(&run, HOUR, true).await.unwrap()
     })
     .await;
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sagas::stores::postgres::{ending::Verdict, take::Take};
 
-use crate::ledger::{HOUR, Ledger, after, ingest, job, run_of};
+use crate::ledger::{HOUR, Ledger, after, ingest, job, parking, run_of};
 use serde_json::json;
 
 fn waits(take: &Take) -> Option<Duration> {
@@ -24,7 +24,7 @@ async fn protocol_01_an_ended_or_unknown_job_is_never_taken() {
         ended.push(taken.id);
     }
     let parked = ledger.take("w", ledger.ingest("p").await).await;
-    assert!(ledger.postgres.park(&run_of(&parked, None), None, "a test's", &[]).await.unwrap());
+    assert!(ledger.postgres.park(&run_of(&parked, None), &parking(None, "a test's"), &[]).await.unwrap());
     let dead = ledger.take("w", ledger.ingest("d").await).await;
     let verdict = Verdict::Dead { failure: crate::ledger::failure() };
     assert!(ledger.postgres.finish(&run_of(&dead, None), &verdict, &[]).await.unwrap());
@@ -128,7 +128,7 @@ async fn protocol_13_a_delivery_counts_only_when_taken_and_is_lost_only_to_anoth
     let taken = ledger.take("four", id).await;
     assert_eq!((taken.deliveries, taken.lost_deliveries, taken.lost_alone), (5, 3, 1));
     // Given back: nothing is lost and nothing charged.
-    assert!(ledger.postgres.release(&run_of(&taken, None), Duration::ZERO, None, false).await.unwrap());
+    assert!(ledger.postgres.release(&run_of(&taken, None), Duration::ZERO, false).await.unwrap());
     let taken = ledger.take("five", id).await;
     assert_eq!((taken.deliveries, taken.lost_deliveries, taken.lost_alone, taken.attempts), (6, 3, 1, 0));
 }
@@ -139,19 +139,19 @@ async fn protocol_15_a_job_of_an_unknown_kind_goes_back_uncharged_and_its_clock_
     let id = ledger.accept(&[job("embed", json!({ "all": true }))]).await[0];
     let taken = ledger.take("w", id).await;
     assert_eq!(taken.unroutable_for, None);
-    assert!(ledger.postgres.release(&run_of(&taken, None), Duration::ZERO, None, true).await.unwrap());
+    assert!(ledger.postgres.release(&run_of(&taken, None), Duration::ZERO, true).await.unwrap());
     let first = ledger.take("w", id).await;
     let since = first.unroutable_for.expect("unroutable since the first release");
-    assert!(ledger.postgres.release(&run_of(&first, None), Duration::ZERO, None, true).await.unwrap());
+    assert!(ledger.postgres.release(&run_of(&first, None), Duration::ZERO, true).await.unwrap());
     let second = ledger.take("w", id).await;
     assert!(second.unroutable_for.unwrap() > since, "the second release set the clock anew");
     assert_eq!((second.attempts, second.lost_deliveries), (0, 0));
     // A worker that knows the kind gives it back for another reason.
-    assert!(ledger.postgres.release(&run_of(&second, None), Duration::ZERO, None, false).await.unwrap());
+    assert!(ledger.postgres.release(&run_of(&second, None), Duration::ZERO, false).await.unwrap());
     assert_eq!(ledger.take("w", id).await.unroutable_for, None);
     // The delay holds in the ledger, not only in Redis.
     let taken = ledger.take("w", id).await;
-    assert!(ledger.postgres.release(&run_of(&taken, None), HOUR, None, true).await.unwrap());
+    assert!(ledger.postgres.release(&run_of(&taken, None), HOUR, true).await.unwrap());
     let take = ledger.takes("w", &[id]).await.remove(0);
     assert!(waits(&take).is_some_and(|wait| wait > HOUR / 2), "{take:?}");
 }

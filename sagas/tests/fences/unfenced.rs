@@ -2,22 +2,23 @@
 //!
 //! The statements are found in the sources: a new one without an entry here fails this test.
 
-use std::{collections::BTreeMap, path::Path, process::Stdio};
+use std::{collections::BTreeMap, path::Path};
 
 use futures::{StreamExt, stream};
-use tokio::process::Command;
+
+use crate::itself::{misses, passes};
 
 /// File and function of each fenced write, and the test that fails without its fence.
 const TESTS: &[(&str, &str)] = &[
     (
-        "compensation.rs begin_compensation_with",
+        "compensation.rs begin_compensation",
         "stale_writes::protocol_02_begin_compensation_with_a_stale_fence_writes_nothing",
     ),
     ("deletion.rs bury", "stale_writes::protocol_02_bury_with_a_stale_fence_writes_nothing"),
     ("deletion.rs erase_text", "stale_writes::protocol_02_erase_text_with_a_stale_fence_writes_nothing"),
     ("ending.rs complete_all", "stale_writes::protocol_02_complete_with_a_stale_fence_writes_nothing"),
     ("ending.rs finish", "stale_writes::protocol_02_finish_with_a_stale_fence_writes_nothing"),
-    ("ending.rs park_at", "stale_writes::protocol_02_park_with_a_stale_fence_writes_nothing"),
+    ("ending.rs park", "stale_writes::protocol_02_park_with_a_stale_fence_writes_nothing"),
     ("ending.rs release", "stale_writes::protocol_02_release_with_a_stale_fence_writes_nothing"),
     (
         "fenced.rs fenced",
@@ -43,6 +44,14 @@ const TESTS: &[(&str, &str)] = &[
     ("waits.rs begin_pivot", "stale_writes::protocol_02_begin_pivot_with_a_stale_fence_writes_nothing"),
     ("waits.rs keep", "stale_writes::protocol_02_keep_with_a_stale_fence_writes_nothing"),
     ("waits.rs suspend", "stale_writes::protocol_02_suspend_with_a_stale_fence_writes_nothing"),
+];
+/// Rules of the pivot beside the fence, and the test that fails without each. The decision to compensate has its own in
+/// `tests/flow.rs`.
+const RULES: &[(&str, &str)] = &[
+    ("publish.order", "document_order::protocol_08_a_lower_order_never_replaces_a_higher_one"),
+    ("publish.replaces", "document_order::protocol_08_a_re_embedding_replaces_only_the_version_it_copied"),
+    ("publish.cancel", "document_order::protocol_14_a_cancel_before_the_pivot_holds_it_back"),
+    ("bury.order", "document_order::protocol_09_a_delete_older_than_what_is_shown_is_superseded"),
 ];
 /// Tests that run side by side, each with a Postgres of its own.
 const AT_ONCE: usize = 3;
@@ -85,20 +94,6 @@ fn writes() -> BTreeMap<String, String> {
     writes
 }
 
-/// Runs one test of this program without the fence at `site`; whether it passed, and what it said.
-async fn passes(test: &str, site: Option<&str>) -> (bool, String) {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture"]).stdin(Stdio::null()).kill_on_drop(true);
-    if let Some(site) = site {
-        command.env("FLOTILLA_UNFENCED", site);
-    }
-    let output = command.output().await.unwrap();
-    let said =
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("running 1 test"), "no such test: {test}\n{said}");
-    (output.status.success(), said)
-}
-
 #[tokio::test]
 async fn each_write_without_its_fence_fails_its_named_test() {
     let writes = writes();
@@ -108,7 +103,7 @@ async fn each_write_without_its_fence_fails_its_named_test() {
     let unnoticed: Vec<String> = stream::iter(TESTS)
         .map(async |(write, test)| {
             let site = &writes[*write];
-            let (passed, said) = passes(test, Some(site)).await;
+            let (passed, said) = passes(test, ("FLOTILLA_UNFENCED", site)).await;
             // It must be the fence that is missed, and not, say, the server.
             let noticed = !passed && said.contains("panicked");
             println!(
@@ -123,4 +118,11 @@ async fn each_write_without_its_fence_fails_its_named_test() {
         .await;
     assert!(unnoticed.is_empty(), "{}", unnoticed.join("\n"));
     println!("{} fences taken out, each is missed by a test", TESTS.len());
+}
+
+#[tokio::test]
+async fn each_rule_of_the_pivot_taken_out_fails_its_named_test() {
+    let known = RULES.iter().map(|(rule, _)| *rule).chain(["engine.turn"]);
+    assert_eq!(sagas::fault::RULES.to_vec(), known.collect::<Vec<_>>());
+    stream::iter(RULES).for_each_concurrent(AT_ONCE, |(rule, test)| misses(test, rule)).await;
 }

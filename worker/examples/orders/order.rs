@@ -26,6 +26,11 @@ pub const TABLES: &str = "
         sku      text NOT NULL REFERENCES stock (sku),
         quantity bigint NOT NULL CHECK (quantity > 0),
         state    text NOT NULL CHECK (state IN ('held', 'sold', 'released'))
+    );
+    -- Of the second version alone.
+    CREATE TABLE parcels (
+        key      text PRIMARY KEY,
+        state    text NOT NULL CHECK (state IN ('packed', 'unpacked'))
     );";
 
 /// The payload of an `order` job, and what its steps carry.

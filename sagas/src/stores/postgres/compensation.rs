@@ -10,19 +10,9 @@ use super::{
 use crate::error::StoreError;
 
 impl Postgres {
-    /// Turns a run backward, for good. `false`: the fence refused.
+    /// Turns a run backward, for good, and keeps the data as it is now, if given: a compensation that is delivered again has
+    /// what the first one had. `false`: the fence refused.
     pub async fn begin_compensation(
-        &self,
-        run: &Run,
-        verdict: &Verdict,
-        error: &str,
-    ) -> Result<bool, StoreError> {
-        self.begin_compensation_with(run, verdict, error, None).await
-    }
-
-    /// As [`begin_compensation`](Self::begin_compensation), and keeps the data as it is now: a compensation that is
-    /// delivered again has what the first one had.
-    pub async fn begin_compensation_with(
         &self,
         run: &Run,
         verdict: &Verdict,

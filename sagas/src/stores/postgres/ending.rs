@@ -334,17 +334,6 @@ impl Postgres {
     pub async fn park(
         &self,
         run: &Run,
-        verdict: Option<&Verdict>,
-        error: &str,
-        steps: &[StepRecord],
-    ) -> Result<bool, StoreError> {
-        self.park_at(run, &Parking { verdict, error, past_pivot: true, progress: None }, steps).await
-    }
-
-    /// The same, with where the run stands, for when a person lets it go on.
-    pub async fn park_at(
-        &self,
-        run: &Run,
         parking: &Parking<'_>,
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
@@ -381,30 +370,12 @@ impl Postgres {
         Ok(true)
     }
 
-    /// Gives a job back, uncharged: the process stops, or nobody here can run it. The saga goes on from `next_step` with
-    /// `data` in its next delivery. `false`: the fence refused.
-    pub async fn release(
-        &self,
-        run: &Run,
-        delay: Duration,
-        progress: Option<(i16, &Value)>,
-        unroutable: bool,
-    ) -> Result<bool, StoreError> {
+    /// Gives a job back, uncharged: the process stops, or nobody here can run it. The log stays as it is: a run that has
+    /// come further is given back by [`suspend`](Self::suspend). `false`: the fence refused.
+    pub async fn release(&self, run: &Run, delay: Duration, unroutable: bool) -> Result<bool, StoreError> {
         let mut tx = self.pool.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
-        }
-        if let (Some(saga), Some((next_step, data))) = (run.saga_id, progress) {
-            sqlx::query(
-                // The log never goes back: a step whose commit was not answered may stand in it although it seemed to fail.
-                "UPDATE sagas SET next_step = $2, data = $3, updated_at = now(), fence = $4 WHERE id = $1 AND next_step <= $2",
-            )
-            .bind(saga)
-            .bind(next_step)
-            .bind(data)
-            .bind(run.fence.0)
-            .execute(&mut *tx)
-            .await?;
         }
         sqlx::query(
             "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = now() + make_interval(secs => $2),

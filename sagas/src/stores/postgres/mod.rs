@@ -135,6 +135,17 @@ impl Postgres {
         self.call_timeout
     }
 
+    /// Gives up what the ledger does not answer within the call's time, where no deadline of a step does so: a delivery that
+    /// waited on would keep its lease and its slot. What was asked may still be done.
+    pub async fn in_time<T>(
+        &self,
+        asked: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        tokio::time::timeout(self.call_timeout, asked).await.unwrap_or_else(|_| {
+            Err(StoreError::new(Dependency::Postgres, Class::Timeout, "no answer in time"))
+        })
+    }
+
     /// Whether the server answers within a second, on a connection of its own: a hung pool can't speak for the server.
     pub async fn probe(&self) -> Result<(), StoreError> {
         self.answers_within(Duration::from_secs(1)).await

@@ -71,7 +71,7 @@ impl PlainLedger {
             started_at: Utc::now(),
         };
         self.postgres.note_error(job.id, job.fence, &why).await.map_err(ledger_error)?;
-        let kept = self.postgres.release(&run, UNREADABLE_FOR, None, true).await.map_err(ledger_error)?;
+        let kept = self.postgres.release(&run, UNREADABLE_FOR, true).await.map_err(ledger_error)?;
         Ok(if kept { ledger::Take::NotYet(UNREADABLE_FOR) } else { ledger::Take::Gone })
     }
 
@@ -134,7 +134,7 @@ impl Ledger for PlainLedger {
             }
             End::Dead(failure) => finish(Verdict::Dead { failure: charged(failure) }).await,
             End::Cancelled => finish(Verdict::Cancelled).await,
-            End::Released(wait) => self.postgres.release(&run, *wait, None, false).await,
+            End::Released(wait) => self.postgres.release(&run, *wait, false).await,
         };
         Ok(written.map_err(ledger_error)? || self.ended_before(&run).await?)
     }

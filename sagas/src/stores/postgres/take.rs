@@ -149,7 +149,8 @@ impl Postgres {
     /// Takes the jobs that may run now: fence and delivery count grow, a delivery that ended in a lost lease is counted
     /// (the row still says `running`, under another worker: a living worker that takes a job again has only missed an
     /// answer), and the unfinished saga comes along. Of one document's jobs only the first in
-    /// order is taken, and none while another runs.
+    /// order is taken, and none while another runs. One that was running when its worker was lost has its document's place
+    /// still: an earlier one that was put off and is due by now waits for it, so it must not wait for that.
     async fn take(&self, ids: &[JobId], worker: &WorkerId) -> Result<HashMap<JobId, TakenJob>, StoreError> {
         let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
         let mut tx = self.pool.begin().await?;
@@ -157,10 +158,10 @@ impl Postgres {
             "WITH due AS (
                 SELECT j.id, j.runs_alone, j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost FROM jobs j
                 WHERE j.id = ANY($1) AND j.state IN ('waiting', 'running') AND j.run_at <= now()
-                  AND NOT EXISTS (
+                  AND (j.state = 'running' OR NOT EXISTS (
                       SELECT FROM jobs o
                       WHERE o.document_id = j.document_id AND o.id <> j.id AND o.state IN ('waiting', 'running')
-                        AND (o.state = 'running' OR (o.doc_order < j.doc_order AND o.run_at <= now())))
+                        AND (o.state = 'running' OR (o.doc_order < j.doc_order AND o.run_at <= now()))))
                 ORDER BY j.id FOR NO KEY UPDATE OF j
              ), taken AS (
                 UPDATE jobs j SET
@@ -209,6 +210,7 @@ impl Postgres {
                 .execute(&mut *tx)
                 .await?;
         }
+        crate::fault_point!("engine.take.inside");
         tx.commit().await?;
         Ok(taken)
     }

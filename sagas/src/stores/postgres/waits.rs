@@ -428,6 +428,7 @@ impl Postgres {
         .bind(wait.as_secs_f64())
         .execute(&mut *tx)
         .await?;
+        crate::fault_point!("engine.suspend.inside");
         tx.commit().await?;
         Ok(Some(wait))
     }
@@ -447,6 +448,7 @@ impl Postgres {
         .bind(data)
         .execute(&self.pool)
         .await?;
+        crate::fault_point!("engine.keep.inside");
         Ok(kept.rows_affected() == 1)
     }
 
@@ -472,6 +474,7 @@ impl Postgres {
         .bind(alive.cancel_requested)
         .execute(&mut *tx)
         .await?;
+        crate::fault_point!("engine.pivot.inside");
         tx.commit().await?;
         Ok(Some(begun.rows_affected() == 1))
     }

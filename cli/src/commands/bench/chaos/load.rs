@@ -38,6 +38,8 @@ pub const NARROW: &str = "narrow";
 pub const LANES: u64 = 4;
 /// Unfinished jobs at which the lanes wait.
 const BACKLOG: i64 = 300;
+/// Jobs that each lane enqueues, however slow the machine is: a short run, too, has some of each sort.
+const AT_LEAST: u64 = 15;
 /// What a lane may have to wait, once the faults are over, for its last job to be accepted.
 const PATIENCE: Duration = Duration::from_secs(120);
 const AGAIN: Duration = Duration::from_millis(200);
@@ -97,9 +99,9 @@ impl Lane {
         Self { no, seed, dice: Dice::new(seed, 100 + no), client, log, count: 0, recent: vec![] }
     }
 
-    /// Enqueues until stopped; every job that was sent is accepted when it returns.
+    /// Enqueues until stopped, and at least [`AT_LEAST`] jobs; every job that was sent is accepted when it returns.
     pub async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
-        while !stop.is_cancelled() {
+        while !stop.is_cancelled() || self.count < AT_LEAST {
             if self.log.unfinished.load(Ordering::Relaxed) > BACKLOG {
                 tokio::time::sleep(AGAIN).await;
                 continue;

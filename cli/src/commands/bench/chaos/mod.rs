@@ -81,8 +81,9 @@ pub async fn work(args: worker::Args, context: &Context, telemetry: &Telemetry) 
 
 /// How long the fleet may take to end everything once the faults are over.
 const SETTLE_WITHIN: Duration = Duration::from_secs(300);
-/// How long the reader looks on after that.
+/// How long the reader looks on after that, at least, and how long until it has seen each document once more, at most.
 const LOOK_ON: Duration = Duration::from_secs(2);
+const LOOK_ON_WITHIN: Duration = Duration::from_secs(120);
 /// Violations that are listed; all are counted.
 const LISTED: usize = 100;
 
@@ -184,7 +185,7 @@ async fn chaos(args: &Args, context: &Context) -> anyhow::Result<Report> {
     for plant in &args.plant {
         spoil(*plant, &stores, &pool).await?;
     }
-    tokio::time::sleep(LOOK_ON).await;
+    look_on(&seeing).await?;
     stop_watch.cancel();
     watching.await.context("the reader failed")?;
     other.extend(fleet.odd());
@@ -355,6 +356,18 @@ async fn settle(stores: &Stores, queue: &Queue) -> anyhow::Result<Vec<String>> {
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+/// Waits until the reader has seen every document as it is now: the round that it is in, and a whole one.
+async fn look_on(seeing: &Seeing) -> anyhow::Result<()> {
+    let (begun, last) = (Instant::now(), seeing.rounds.load(Ordering::Relaxed) + 2);
+    while begun.elapsed() < LOOK_ON || seeing.rounds.load(Ordering::Relaxed) < last {
+        if begun.elapsed() > LOOK_ON_WITHIN {
+            bail!("the reader did not get round within {LOOK_ON_WITHIN:?}");
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
 }
 
 /// What is still to be done, in ledger, stores and queue.

@@ -111,6 +111,8 @@ pub struct Seeing {
     /// Looks that were completed, and those that met a store that was away.
     pub looks: AtomicU64,
     pub failed: AtomicU64,
+    /// How often it has come round all documents.
+    pub rounds: AtomicU64,
     complaints: Mutex<Vec<String>>,
 }
 
@@ -165,6 +167,7 @@ pub async fn watch(stores: Stores, log: Arc<Log>, seeing: Arc<Seeing>, stop: Can
             }
             tokio::time::sleep(EVERY).await;
         }
+        seeing.rounds.fetch_add(1, Ordering::Relaxed);
     }
 }
 
