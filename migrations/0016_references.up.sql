@@ -7,7 +7,7 @@
 ALTER TABLE sagas DROP CONSTRAINT sagas_job_id_fkey, DROP CONSTRAINT sagas_tenant_fkey;
 ALTER TABLE saga_steps DROP CONSTRAINT saga_steps_saga_id_fkey;
 
-CREATE FUNCTION delete_runs() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+CREATE FUNCTION delete_runs() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     DELETE FROM sagas s USING gone WHERE s.job_id = gone.id;
     RETURN NULL;
@@ -15,7 +15,7 @@ END $$;
 CREATE TRIGGER jobs_delete_runs AFTER DELETE ON jobs REFERENCING OLD TABLE AS gone
     FOR EACH STATEMENT EXECUTE FUNCTION delete_runs();
 
-CREATE FUNCTION delete_steps() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+CREATE FUNCTION delete_steps() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     DELETE FROM saga_steps t USING gone WHERE t.saga_id = gone.id;
     RETURN NULL;
@@ -26,7 +26,7 @@ CREATE TRIGGER sagas_delete_steps AFTER DELETE ON sagas REFERENCING OLD TABLE AS
 -- A job's tenant: looked up once for each statement instead of once for each row.
 ALTER TABLE jobs DROP CONSTRAINT jobs_tenant_fkey;
 
-CREATE FUNCTION refuse_jobs_of_nobody() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+CREATE FUNCTION refuse_jobs_of_nobody() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE
     nobody text;
 BEGIN
@@ -41,14 +41,25 @@ CREATE TRIGGER jobs_tenant_known AFTER INSERT ON jobs REFERENCING NEW TABLE AS a
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_jobs_of_nobody();
 
 -- Rare, and so it may wait for everybody who adds jobs.
-CREATE FUNCTION refuse_to_orphan_jobs() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+CREATE FUNCTION refuse_to_orphan_jobs() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     LOCK TABLE jobs IN SHARE ROW EXCLUSIVE MODE;
     IF EXISTS (SELECT FROM jobs j WHERE j.tenant = OLD.id) THEN
         RAISE foreign_key_violation USING MESSAGE = format('tenant %L has jobs', OLD.id), TABLE = 'tenants', COLUMN = 'id';
     END IF;
-    RETURN OLD;
+    RETURN NULL;
 END $$;
-CREATE TRIGGER tenants_keep_jobs BEFORE DELETE ON tenants FOR EACH ROW EXECUTE FUNCTION refuse_to_orphan_jobs();
-CREATE TRIGGER tenants_keep_names BEFORE UPDATE OF id ON tenants
+CREATE TRIGGER tenants_keep_jobs AFTER DELETE ON tenants FOR EACH ROW EXECUTE FUNCTION refuse_to_orphan_jobs();
+CREATE TRIGGER tenants_keep_names AFTER UPDATE OF id ON tenants
     FOR EACH ROW WHEN (NEW.id <> OLD.id) EXECUTE FUNCTION refuse_to_orphan_jobs();
+
+-- With the rights of their owner, as a foreign key looks: roles that may enqueue need no right to read tenants. A caller's own
+-- temporary tables must not stand in for ours.
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY['delete_runs', 'delete_steps', 'refuse_jobs_of_nobody', 'refuse_to_orphan_jobs'] LOOP
+        EXECUTE format('ALTER FUNCTION %I() SET search_path = %I, pg_temp', name, current_schema());
+    END LOOP;
+END $$;

@@ -243,5 +243,8 @@ async fn a_job_has_a_tenant_who_stays() {
         assert_eq!(code.as_deref(), Some("23503"), "{error}");
     }
     sqlx::query("DELETE FROM jobs").execute(postgres.pool()).await.unwrap();
+    sqlx::query("UPDATE tenants SET id = 'other'").execute(postgres.pool()).await.unwrap();
+    assert!(postgres.tenant("other").await.unwrap().is_some());
     sqlx::query("DELETE FROM tenants").execute(postgres.pool()).await.unwrap();
+    assert!(postgres.tenant("other").await.unwrap().is_none());
 }

@@ -57,7 +57,7 @@ pub struct Args {
     #[arg(long, default_value_t = 1)]
     workers: usize,
     /// Sagas under way at once in each
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 1024)]
     concurrency: usize,
     /// Share of the steps' calls that fail in the run with errors
     #[arg(long, default_value_t = 0.1)]

@@ -22,6 +22,7 @@ use crate::{
     fault::without,
     results::fits,
     stores::postgres::{
+        compensation::Turn,
         ending::{Completion, Failure, Parking, Run, Verdict},
         stage::NewSaga,
         take::{OpenSaga, StepRecord},
@@ -500,18 +501,21 @@ impl<'a, S: Saga> Drive<'a, S> {
             Verdict::Superseded => "superseded by a later job".to_owned(),
         };
         let (run, postgres, kept) = (self.ctx.run(), &self.engine.postgres, encode(data)?);
+        let pivot = i16::try_from(self.saga.pivot()).unwrap_or(i16::MAX);
         let begun = self
             .ctx
             .call(Dependency::Postgres, |_| async {
                 if without("engine.turn") {
-                    return Ok(true);
+                    return Ok(Turn::Back);
                 }
-                postgres.begin_compensation(&run, &verdict, &reason, Some(&kept)).await
+                postgres.begin_compensation(&run, &verdict, &reason, Some(&kept), pivot).await
             })
             .await;
         match begun {
-            Ok(true) => self.backward(data, verdict).await,
-            Ok(false) | Err(StepError::LeaseLost) => self.refused().await,
+            Ok(Turn::Back) => self.backward(data, verdict).await,
+            Ok(Turn::LeaseLost) | Err(StepError::LeaseLost) => self.refused().await,
+            // What failed was the answer of the pivot's commit: the next delivery goes on from the log.
+            Ok(Turn::TooLate) => self.give_back(Duration::ZERO, None).await,
             // The decision is not committed, so the run still stands where it did.
             Err(_) => self.give_back(Duration::ZERO, None).await,
         }

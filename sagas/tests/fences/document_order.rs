@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use queue::JobId;
 use sagas::stores::postgres::{
+    compensation::Turn,
     dead_letters::{Replay, Resolved},
     ending::Verdict,
     ledger::Cancel,
@@ -61,7 +62,10 @@ async fn protocol_08_a_lower_order_never_replaces_a_higher_one() {
     assert_eq!((shown.version, shown.doc_order), (high_stage.version.id, 2));
     // It removes what it staged and ends as a success.
     let run = run_of(&low, Some(low_stage.saga.id));
-    assert!(ledger.postgres.begin_compensation(&run, &Verdict::Superseded, "", None).await.unwrap());
+    assert_eq!(
+        ledger.postgres.begin_compensation(&run, &Verdict::Superseded, "", None, 1).await.unwrap(),
+        Turn::Back
+    );
     assert!(ledger.postgres.abandon_version(low.id, low.fence, low_stage.version.id, HOUR).await.unwrap());
     assert!(ledger.postgres.finish(&run, &Verdict::Superseded, &[]).await.unwrap());
     assert_eq!(ledger.state(low.id).await, ("succeeded".to_owned(), Some("superseded".to_owned())));

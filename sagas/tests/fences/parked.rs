@@ -3,6 +3,7 @@
 use queue::JobId;
 use sagas::stores::postgres::{
     batches::{BatchId, NewBatch},
+    compensation::Turn,
     dead_letters::{Replay, Resolved},
     ending::{Parking, Verdict},
     inspect::SagaFilter,
@@ -22,7 +23,10 @@ impl Ledger {
         let job = self.take("w", self.ingest(document).await).await;
         let stage = self.staged(&job).await;
         let run = run_of(&job, Some(stage.saga.id));
-        assert!(self.postgres.begin_compensation(&run, verdict, "refused", None).await.unwrap());
+        assert_eq!(
+            self.postgres.begin_compensation(&run, verdict, "refused", None, 1).await.unwrap(),
+            Turn::Back
+        );
         assert!(self.postgres.park(&run, &parking(Some(verdict), "an undo failed"), &[]).await.unwrap());
         (job, stage)
     }

@@ -7,7 +7,7 @@ use sagas::{
     error::Class,
     stores::{
         point_id,
-        postgres::{ending::Verdict, stage::StageBatch},
+        postgres::{compensation::Turn, ending::Verdict, stage::StageBatch},
     },
 };
 use uuid::Uuid;
@@ -20,7 +20,10 @@ async fn protocol_06_the_decision_to_compensate_outlives_the_worker_that_made_it
     let job = ledger.take("w", ledger.ingest("a").await).await;
     let stage = ledger.staged(&job).await;
     let run = run_of(&job, Some(stage.saga.id));
-    assert!(ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None).await.unwrap());
+    assert_eq!(
+        ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None, 1).await.unwrap(),
+        Turn::Back
+    );
     // Before anything is undone another worker takes over, and knows.
     let next = ledger.take("another", job.id).await;
     let open = next.saga.clone().expect("the open run");
@@ -33,6 +36,18 @@ async fn protocol_06_the_decision_to_compensate_outlives_the_worker_that_made_it
     assert!(ledger.postgres.mark_alone(job.id, next.fence).await.unwrap());
     assert_eq!(ledger.take("third", job.id).await.saga.unwrap().lost_compensating, 1);
     assert_eq!(ledger.take("fourth", job.id).await.saga.unwrap().lost_compensating, 1, "not alone");
+}
+
+#[tokio::test]
+async fn protocol_20_a_run_whose_pivot_committed_without_an_answer_is_not_turned_back() {
+    let ledger = Ledger::start().await;
+    let job = ledger.take("w", ledger.ingest("a").await).await;
+    let stage = ledger.staged(&job).await;
+    let (run, pivot) = (run_of(&job, Some(stage.saga.id)), stage.saga.next_step - 1);
+    let turn = ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "", None, pivot).await.unwrap();
+    assert_eq!(turn, Turn::TooLate);
+    let open = ledger.take("another", job.id).await.saga.expect("the open run");
+    assert_eq!((open.compensating, open.verdict), (false, None));
 }
 
 #[tokio::test]
@@ -59,8 +74,9 @@ async fn protocol_06_a_retry_is_a_new_run_with_a_new_version() {
     assert_eq!(ledger.take("w", job.id).await.saga.map(|saga| saga.id), Some(first.saga.id));
     let job = ledger.take("w", job.id).await;
     let run = run_of(&job, Some(first.saga.id));
-    assert!(
-        ledger.postgres.begin_compensation(&run, &retry(Duration::ZERO), "a test's", None).await.unwrap()
+    assert_eq!(
+        ledger.postgres.begin_compensation(&run, &retry(Duration::ZERO), "a test's", None, 1).await.unwrap(),
+        Turn::Back
     );
     assert!(ledger.postgres.abandon_version(job.id, job.fence, first.version.id, HOUR).await.unwrap());
     assert!(ledger.postgres.finish(&run, &retry(Duration::ZERO), &[]).await.unwrap());

@@ -12,6 +12,7 @@ use sagas::{
     stores::postgres::{
         accept::NewJob,
         batches::{BatchId, NewBatch},
+        compensation::Turn,
         ending::Verdict,
         plain::PlainLedger,
         publish::Published,
@@ -166,7 +167,8 @@ async fn protocol_02_erase_text_with_a_stale_fence_writes_nothing() {
 async fn protocol_02_begin_compensation_with_a_stale_fence_writes_nothing() {
     check("ingest", true, async |r| {
         let run = run_of(&r.job, Some(r.stage.saga.id));
-        r.ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None).await.unwrap()
+        let turn = r.ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None, 1).await;
+        turn.unwrap() == Turn::Back
     })
     .await;
 }

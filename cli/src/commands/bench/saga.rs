@@ -34,7 +34,13 @@ pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
     }
     let mut report = program::run("saga", &forwarded).await?;
     let documents = if args.quick { 100 } else { 5000 };
-    let ingest = ingest::Args { documents, words: KILOBYTE, embedder: Provider::Hash, workers: 2, concurrency: ingest::CONCURRENCY };
+    let ingest = ingest::Args {
+        documents,
+        words: KILOBYTE,
+        embedder: Provider::Hash,
+        workers: 2,
+        concurrency: ingest::CONCURRENCY,
+    };
     for mut figure in Box::pin(ingest::measure(ingest, context)).await?.results {
         "ingest-hash".clone_into(&mut figure.name);
         report.results.push(figure);

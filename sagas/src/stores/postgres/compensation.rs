@@ -9,19 +9,41 @@ use super::{
 };
 use crate::error::StoreError;
 
+/// What became of the decision to compensate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// The run goes backward from now on.
+    Back,
+    /// Its pivot has committed, and only the answer was lost: it goes forward.
+    TooLate,
+    /// The fence refused.
+    LeaseLost,
+}
+
 impl Postgres {
-    /// Turns a run backward, for good, and keeps the data as it is now, if given: a compensation that is delivered again has
-    /// what the first one had. `false`: the fence refused.
+    /// Turns a run backward, for good, unless the log says that its `pivot` (the step's place) is done. Keeps the data as it is
+    /// now, if given: a compensation that is delivered again has what the first one had.
     pub async fn begin_compensation(
         &self,
         run: &Run,
         verdict: &Verdict,
         error: &str,
         data: Option<&Value>,
-    ) -> Result<bool, StoreError> {
+        pivot: i16,
+    ) -> Result<Turn, StoreError> {
         let mut tx = self.pool.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
-            return Ok(false);
+            return Ok(Turn::LeaseLost);
+        }
+        let past_pivot: bool = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT FROM sagas WHERE id = $1 AND state = 'running' AND next_step > $2)",
+        )
+        .bind(run.saga_id)
+        .bind(pivot)
+        .fetch_one(&mut *tx)
+        .await?;
+        if past_pivot {
+            return Ok(Turn::TooLate);
         }
         sqlx::query(
             "UPDATE sagas SET state = 'compensating', verdict = $2, error = $3, updated_at = now(), fence = $4, data = coalesce($5, data)
@@ -36,6 +58,6 @@ impl Postgres {
         .await?;
         crate::fault_point!("engine.turn.inside");
         tx.commit().await?;
-        Ok(true)
+        Ok(Turn::Back)
     }
 }
