@@ -239,7 +239,7 @@ async fn a_job_has_a_tenant_who_stays() {
     ];
     for refusal in refused {
         let error = refusal.unwrap_err();
-        let code = error.as_database_error().and_then(|e| e.code().map(|code| code.into_owned()));
+        let code = error.as_database_error().and_then(|e| e.code().map(std::borrow::Cow::into_owned));
         assert_eq!(code.as_deref(), Some("23503"), "{error}");
     }
     sqlx::query("DELETE FROM jobs").execute(postgres.pool()).await.unwrap();

@@ -514,10 +514,9 @@ impl<'a, S: Saga> Drive<'a, S> {
         match begun {
             Ok(Turn::Back) => self.backward(data, verdict).await,
             Ok(Turn::LeaseLost) | Err(StepError::LeaseLost) => self.refused().await,
-            // What failed was the answer of the pivot's commit: the next delivery goes on from the log.
-            Ok(Turn::TooLate) => self.give_back(Duration::ZERO, None).await,
-            // The decision is not committed, so the run still stands where it did.
-            Err(_) => self.give_back(Duration::ZERO, None).await,
+            // The pivot had committed and only its answer failed, or the decision is not committed: the next delivery goes on
+            // from the log.
+            Ok(Turn::TooLate) | Err(_) => self.give_back(Duration::ZERO, None).await,
         }
     }
 
