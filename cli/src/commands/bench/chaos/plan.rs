@@ -107,6 +107,9 @@ impl fmt::Display for Fault {
     }
 }
 
+/// No fault lasts longer.
+pub const LONGEST: Duration = Duration::from_secs(8);
+
 /// Every 30 s the fleet has so long without a new fault, so that jobs of every kind also get through.
 const CALM_MS: u64 = 4000;
 
@@ -145,9 +148,11 @@ fn draw(dice: &mut Dice) -> (Target, Trouble, u64) {
         0..20 => {
             (Target::Worker(dice.below(WORKERS as u64) as usize), Trouble::Kill, dice.between(100, 1500))
         }
-        20..35 => {
-            (Target::Worker(dice.below(WORKERS as u64) as usize), Trouble::Pause, dice.between(300, 8000))
-        }
+        20..35 => (
+            Target::Worker(dice.below(WORKERS as u64) as usize),
+            Trouble::Pause,
+            dice.between(300, LONGEST.as_millis() as u64),
+        ),
         35..42 => (Target::Worker(dice.below(WORKERS as u64) as usize), Trouble::Restart, 0),
         42..54 => (Target::Server(store), Trouble::Kill, dice.between(100, 3000)),
         54..64 => (Target::Server(store), Trouble::Pause, dice.between(300, 5000)),
@@ -189,7 +194,7 @@ mod tests {
             assert!(faults.iter().any(|f| matches!(f.target, Target::Worker(_)) && f.trouble == trouble));
         }
         assert!(faults.iter().any(|f| f.trouble == Trouble::Flush));
-        assert!(faults.iter().all(|f| f.at + f.lasts < run));
+        assert!(faults.iter().all(|f| f.at + f.lasts < run && f.lasts <= LONGEST));
         assert!(faults.is_sorted_by_key(|f| f.at));
     }
 }
