@@ -308,11 +308,12 @@ local function serve_plainly(priority)
   return jobs
 end
 
--- Those of `met` who have more go to the end of their rings.
+-- Those of `met` who have more go to the end of their rings. In a slot that is being moved a command over several keys fails
+-- when one is missing: then each is asked for by itself.
 local function keep_in_rings()
   local keys = {}
   for i, one in ipairs(met) do keys[i] = one.key end
-  local all = #keys == 0 or redis.call('EXISTS', unpack(keys)) == #keys
+  local all = #keys == 0 or redis.pcall('EXISTS', unpack(keys)) == #keys
   for _, one in ipairs(met) do
     if all or redis.call('EXISTS', one.key) == 1 then one.ring.names[#one.ring.names + 1] = one.tenant end
   end
