@@ -267,7 +267,7 @@ fn minutes(text: &str) -> Result<f64, String> {
 }
 
 /// Short leases, time-outs and grace periods, so that a short run has many of each.
-const SETTINGS: [(&str, &str); 13] = [
+const SETTINGS: [(&str, &str); 14] = [
     ("FLOTILLA_PREFIX", "chaos"),
     ("FLOTILLA_EMBEDDER", "hash"),
     ("FLOTILLA_QUEUES", "ingest,embed,delete,mark"),
@@ -276,6 +276,8 @@ const SETTINGS: [(&str, &str); 13] = [
     ("FLOTILLA_HEARTBEAT_MS", "500"),
     ("FLOTILLA_DRAIN_GRACE_MS", "3000"),
     ("FLOTILLA_GRACE_MS", "1000"),
+    // Later than a worker can write that is paused at its upsert and then meets a link that hangs: twice `plan::LONGEST`.
+    ("FLOTILLA_SWEEP_BOUND_MS", "16000"),
     ("FLOTILLA_RETRY_BASE_MS", "100"),
     ("FLOTILLA_RETRY_CAP_MS", "2000"),
     ("FLOTILLA_RECONCILE_MS", "500"),
@@ -285,10 +287,7 @@ const SETTINGS: [(&str, &str); 13] = [
 
 fn settings(context: &Context, stores: Vec<(&'static str, String)>) -> Context {
     let own = SETTINGS.map(|(name, value)| (name, value.to_owned()));
-    // Later than a worker that is paused at its upsert, and then meets a link that hangs, can write.
-    let bound = ("FLOTILLA_SWEEP_BOUND_MS", (plan::LONGEST * 2).as_millis().to_string());
-    let all = stores.into_iter().chain(own).chain([bound]);
-    Context { settings: context.settings.with(all), ..context.clone() }
+    Context { settings: context.settings.with(stores.into_iter().chain(own)), ..context.clone() }
 }
 
 fn worker_settings(stores: Vec<(&'static str, String)>) -> Vec<(&'static str, String)> {

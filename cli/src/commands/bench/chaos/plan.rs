@@ -108,7 +108,7 @@ impl fmt::Display for Fault {
 }
 
 /// No fault lasts longer.
-pub const LONGEST: Duration = Duration::from_secs(8);
+const LONGEST: Duration = Duration::from_secs(8);
 
 /// Every 30 s the fleet has so long without a new fault, so that jobs of every kind also get through.
 const CALM_MS: u64 = 4000;
@@ -196,5 +196,12 @@ mod tests {
         assert!(faults.iter().any(|f| f.trouble == Trouble::Flush));
         assert!(faults.iter().all(|f| f.at + f.lasts < run && f.lasts <= LONGEST));
         assert!(faults.is_sorted_by_key(|f| f.at));
+    }
+
+    #[test]
+    fn versions_are_swept_for_the_last_time_later_than_faults_can_make_a_writer_late() {
+        let bound = super::super::SETTINGS.iter().find(|(name, _)| *name == "FLOTILLA_SWEEP_BOUND_MS");
+        let bound = bound.and_then(|(_, ms)| ms.parse().ok()).map(Duration::from_millis);
+        assert!(bound.is_some_and(|bound| bound >= LONGEST * 2), "{bound:?}");
     }
 }
