@@ -11,12 +11,9 @@
 -- Returns  how many workers report it open; since when (ms, 0: none does); whose turn it is, or nil; ms until the next
 --          turn; when a breaker of it closed last (ms, 0: never)
 -- Complexity: O(log n + forgotten + reports before the one whose turn it is)
+--@ clock.lua
 local board, worker, dependency = KEYS[1], ARGV[2], ARGV[3]
-local now = tonumber(ARGV[1])
-if not now then
-  local t = redis.call('TIME')
-  now = t[1] * 1000 + math.floor(t[2] / 1000)
-end
+local now = clock(ARGV[1])
 local turn = tonumber(ARGV[6])
 -- Who reports it by since when, which keeps their order, and by when they are forgotten.
 local since, silent = board .. ':s:' .. dependency, board .. ':u:' .. dependency

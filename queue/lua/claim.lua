@@ -9,11 +9,11 @@
 -- ARGV[3]  lease, ms
 -- ARGV[4]  aging, ms
 -- ARGV[5]  how many stale entries to drop, and blocked tenants to park, at most
--- ARGV[6]  random text, unique to this claim: the tokens are made from it
+-- ARGV[6]  random text, unique to this claim: the token of its leases
 -- ARGV[7]  the worker
 -- ARGV[8]  '1' if nothing may be claimed before the partition has been given its policies
 -- Returns  {epoch, 1 if a further claim would find something or 2 if the policies are missing, ms until a limit lets a claim
---          go on or 0 if time alone doesn't, then 2 per job: id, record}; the token of the n-th job is "<ARGV[6]>:<n>"
+--          go on or 0 if time alone doesn't, then 2 per job: id, record}
 -- Complexity: O(claimed * log(leased) + dropped + parked * log(parked) + priorities); a call on an empty partition is one
 --          HMGET
 --@ partition.lua
@@ -24,7 +24,7 @@ if depth(count) == 0 and count.z == 0 then return { epoch, 0, 0 } end
 
 local now, max = clock(ARGV[1]), tonumber(ARGV[2])
 local expiry, aging, may_drop = whole(now + tonumber(ARGV[3])), tonumber(ARGV[4]), tonumber(ARGV[5])
-local nonce, worker = ARGV[6], ARGV[7]
+local token, worker = ARGV[6], ARGV[7]
 local rings, lists, heads = {}, {}, {}
 -- A bucket's fractions are not exact.
 local ALMOST = 1 - 1e-6
@@ -193,6 +193,7 @@ local function serve(priority)
     end
     may_drop = may_drop - 1
     add('z', -1)
+    add_tenant(tenant, 1)
   end
   if list.left == 0 then end_turn(priority, tenant, false) end
 end
@@ -264,48 +265,54 @@ end
 -- together at the end.
 local met = {}
 
-local function take_plainly(entry, tenant, at)
-  ids[at], seqs[at] = string.match(entry, '^(%S+) (%d+ )')
-  owners[at], counting[at] = tenant, false
+-- Where neither policies nor stale entries need a look: what a turn of `serve` does for each entry. A pattern would cost
+-- twice as much.
+local function take_plainly(entry)
+  local id_end = string.find(entry, ' ', 1, true)
+  local seq_end = string.find(entry, ' ', id_end + 1, true)
+  claimed = claimed + 1
+  ids[claimed], seqs[claimed] = string.sub(entry, 1, id_end - 1), string.sub(entry, id_end + 1, seq_end)
 end
 
--- The same as a turn of `serve`, where neither policies nor stale entries need a look; and if no other tenant and no
--- lower priority waits, all turns that are left. Returns how many jobs it took.
+local function took_plainly(priority, jobs)
+  add(WAITING[priority], -jobs)
+  count.tick = (count.tick + jobs) % 4
+end
+
+-- A turn of a tenant that is met once.
+local function serve_once(priority, ring, tenant, key)
+  local entry = redis.call('LPOP', key)
+  ring.head = ring.head + 1
+  if not entry then return end
+  take_plainly(entry)
+  took_plainly(priority, 1)
+  met[#met + 1] = { ring = ring, tenant = tenant, key = key }
+end
+
+-- All turns that are left, where no other tenant and no lower priority waits.
+local function serve_alone(priority, ring, tenant, list)
+  local jobs = math.min(max - claimed, list.left)
+  for _, entry in ipairs(redis.call('LPOP', list.key, jobs)) do take_plainly(entry) end
+  list.left = list.left - jobs
+  took_plainly(priority, jobs)
+  end_turn(priority, tenant, list.left > 0)
+end
+
 local function serve_plainly(priority)
   local ring = ring_of(priority)
   local tenant = ring.names[ring.head]
-  local jobs = 1
-  heads[priority] = nil
   local key = list_key(priority, tenant)
-  if not ring.whole and not lists[key] then
-    local entry = redis.call('LPOP', key)
-    if entry then
-      take_plainly(entry, tenant, claimed + 1)
-      met[#met + 1] = { ring = ring, tenant = tenant, key = key }
-    else
-      jobs = 0
-    end
-    ring.head = ring.head + 1
-  else
-    local list = list_of(priority, tenant)
-    if list.part == 1 and list.left > 0 and ring.head == #ring.names and nothing_below(priority) then
-      jobs = math.min(max - claimed, list.left)
-      for i, entry in ipairs(redis.call('LPOP', list.key, jobs)) do take_plainly(entry, tenant, claimed + i) end
-      list.left = list.left - jobs
-    elseif list.left > 0 then
-      take_plainly(take_first(list), tenant, claimed + 1)
-    else
-      jobs = 0
-    end
-    ring.head = ring.head + 1
-    if list.left > 0 then ring.names[#ring.names + 1] = tenant end
+  heads[priority] = nil
+  if not ring.whole and not lists[key] then return serve_once(priority, ring, tenant, key) end
+  local list = list_of(priority, tenant)
+  if list.part == 1 and list.left > 0 and ring.head == #ring.names and nothing_below(priority) then
+    return serve_alone(priority, ring, tenant, list)
   end
-  if jobs > 0 then
-    add(WAITING[priority], -jobs)
-    add_tenant(tenant, -jobs)
-    count.tick = (count.tick + jobs) % 4
+  if list.left > 0 then
+    take_plainly(take_first(list))
+    took_plainly(priority, 1)
   end
-  return jobs
+  end_turn(priority, tenant, list.left > 0)
 end
 
 -- Those of `met` who have more go to the end of their rings. In a slot that is being moved a command over several keys fails
@@ -326,7 +333,7 @@ while claimed < max and may_drop > 0 do
   if not priority then break end
   local id, seq, tenant, rule
   if policies == 0 and count.z == 0 then
-    claimed = claimed + serve_plainly(priority)
+    serve_plainly(priority)
   else
     id, seq, tenant, rule = serve(priority)
   end
@@ -334,7 +341,6 @@ while claimed < max and may_drop > 0 do
     claimed = claimed + 1
     ids[claimed], seqs[claimed], owners[claimed], counting[claimed] = id, seq, tenant, rule
     add(WAITING[priority], -1)
-    add_tenant(tenant, -1)
     count.tick = (count.tick + 1) % 4
     if weights then
       base = ahead[priority + 1]
@@ -381,15 +387,14 @@ end
 -- The leases, all at once.
 if claimed > 0 then
   local holders, leases, records = {}, {}, redis.call('HMGET', JOBS, unpack(ids))
-  local token, holder, at = nonce .. ':', '  ' .. worker, #answer
-  for i, id in ipairs(ids) do
-    local rule = counting[i]
-    if is_current(records[i], seqs[i]) then
-      local place = #leases + 1
-      answer[at + place], answer[at + place + 1] = id, records[i]
+  local plain, at, place = holder_of(token, '', worker), #answer, 1
+  for i = 1, claimed do
+    local id, record, rule = ids[i], records[i], counting[i]
+    if is_current(record, seqs[i]) then
+      answer[at + place], answer[at + place + 1] = id, record
       leases[place], leases[place + 1] = expiry, id
-      holders[place] = id
-      holders[place + 1] = token .. whole((place + 1) / 2) .. (rule and ' ' .. owners[i] .. ' ' .. worker or holder)
+      holders[place], holders[place + 1] = id, rule and holder_of(token, owners[i], worker) or plain
+      place = place + 2
     elseif rule then
       rule.held = rule.held - 1
     end

@@ -7,12 +7,9 @@
 -- ARGV[3…] 4 per job: id, token, the epoch its claim saw, 1 if the server restarted since
 -- Returns  one number per job: 1 extended, 0 lost, 2 gone together with the data (the caller may restore it)
 -- Complexity: O(jobs * log(leased)); the caller sends at most 500 jobs
+--@ clock.lua
 local part = KEYS[1]
-local now = tonumber(ARGV[1])
-if not now then
-  local t = redis.call('TIME')
-  now = t[1] * 1000 + math.floor(t[2] / 1000)
-end
+local now = clock(ARGV[1])
 local expiry = now + tonumber(ARGV[2])
 local epoch = redis.call('HGET', part, 'epoch')
 local ids, leases, answers = {}, {}, {}

@@ -7,13 +7,14 @@
 --                                 failures> <lost leases>" unless both are 0 (they count only without a ledger), a line
 --                                 feed, and what only clients read (see src/record.rs). The sequence is that of its list
 --                                 entry, 0 if it is scheduled
---   T:x                    hash   the holder of each leased job by id: "<token> <tenant or nothing> <worker>"; see
---                                 policies.lua about the tenant
+--   T:x                    hash   the holder of each leased job by id: "<token> <tenant or nothing> <worker>" and spaces;
+--                                 see policies.lua about the tenant. The jobs of one claim have one token
 --   T:w:<priority>:<tenant> list  entries "<id> <sequence> <waiting since>"
 --   T:r:<priority>         list   the ring: each tenant with a non-empty list once; its head is served next
 --   T:l                    zset   leases by expiry, ms
 --   T:s                    zset   scheduled jobs by due time, ms
---   T:t                    hash   waiting + scheduled jobs by tenant
+--   T:t                    hash   by tenant, what the lengths of its lists don't tell: its scheduled jobs, less the stale
+--                                 entries. So those together are its waiting and scheduled jobs
 --   T:wake                 channel, told when there is something to claim again
 -- What policies add to them is described in policies.lua.
 --
@@ -32,12 +33,7 @@ local function ring_key(priority) return part .. ':r:' .. priority end
 -- A whole number as text. Much cheaper than leaving it to Lua or Redis, which format every number as a fraction.
 local function whole(number) return string.format('%d', number) end
 
--- Redis' own clock in ms. `given` is empty except in tests.
-local function clock(given)
-  if given ~= '' then return tonumber(given) end
-  local t = redis.call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
-end
+--@ clock.lua
 
 -- The counters are read once, changed in `count`, and written once by `save`.
 local NAMES = { 'seq', 'tick', 'i', 'z', 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', 'w7', 'w8', 'w9' }
@@ -90,11 +86,9 @@ local function charge(charged, failure, loss)
   return ' ' .. whole((failures or 0) + failure) .. ' ' .. whole((losses or 0) + loss)
 end
 
--- Whether the lease is the one with this token, and the tenant whose concurrency it counts for, if any.
-local function held_by(holder, token)
-  if not holder or string.find(holder, token, 1, true) ~= 1 or string.byte(holder, #token + 1) ~= 32 then return false end
-  return true, string.match(holder, '^(%S+) ', #token + 2)
-end
+-- Redis looks for a field of a small hash from its beginning, unless a value is longer than 64 bytes: then it keeps a table.
+-- `tenant` is '' if the lease counts towards no limit.
+local function holder_of(token, tenant, worker) return string.format('%-65s', token .. ' ' .. tenant .. ' ' .. worker) end
 
 local function into_ring(priority, tenant)
   redis.call('RPUSH', ring_key(priority), tenant)
@@ -130,6 +124,7 @@ end
 
 -- One command for each step, however many tenants there are.
 local function save_tenants()
+  if not next(tenants) then return end
   local names, set, gone = {}, {}, {}
   for tenant, by in pairs(tenants) do
     if by ~= 0 then names[#names + 1] = tenant end
@@ -138,7 +133,7 @@ local function save_tenants()
   local held = redis.call('HMGET', TENANTS, unpack(names))
   for i, tenant in ipairs(names) do
     local jobs = tonumber(held[i] or 0) + tenants[tenant]
-    if jobs > 0 then
+    if jobs ~= 0 then
       set[#set + 1] = tenant
       set[#set + 1] = whole(jobs)
     elseif held[i] then

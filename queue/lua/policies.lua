@@ -24,6 +24,12 @@ local NEVER = 9007199254740991
 
 local function policy_key(tenant) return part .. ':p:' .. tenant end
 
+-- Whether the lease is the one with this token, and the tenant whose concurrency it counts for, if any.
+local function held_by(holder, token)
+  if not holder or string.find(holder, token, 1, true) ~= 1 or string.byte(holder, #token + 1) ~= 32 then return false end
+  return true, string.match(holder, '^(%S+) ', #token + 2)
+end
+
 -- Puts a parked tenant back into the rings that it left. Returns whether there were any.
 local function unpark(tenant, priorities)
   redis.call('ZREM', PARKED, tenant)

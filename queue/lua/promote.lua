@@ -15,6 +15,7 @@ local texts = #ids > 0 and redis.call('HMGET', JOBS, unpack(ids))
 for i, id in ipairs(ids) do
   local seq, priority, _, tenant, body, charged = read(texts[i])
   if seq == '0' then
+    add_tenant(tenant, -1)
     -- It waits since it was due, not since this script got to it. Scores come back as text, "1.7e+12" at worst.
     local since = string.format('%.0f', tonumber(due[2 * i]))
     records[#records + 1] = id

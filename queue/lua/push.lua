@@ -30,8 +30,9 @@ local function tenant_full(tenant)
   if not limits[tenant] then
     limits[tenant] = tonumber(redis.call('HGET', policy_key(tenant), 'depth')) or NEVER
     waits[tenant] = tonumber(redis.call('HGET', TENANTS, tenant)) or 0
+    for priority = 0, 9 do waits[tenant] = waits[tenant] + redis.call('LLEN', list_key(priority, tenant)) end
   end
-  return waits[tenant] + (tenants[tenant] or 0) >= limits[tenant]
+  return waits[tenant] >= limits[tenant]
 end
 
 for i = 5, #ARGV, 5 do ids[#ids + 1] = ARGV[i] end
@@ -60,6 +61,7 @@ for i, id in ipairs(ids) do
     if later then
       due[#due + 1] = ARGV[at + 3]
       due[#due + 1] = id
+      add_tenant(tenant, 1)
       scheduled = scheduled + 1
     else
       seq = enter_list(id, priority, tenant, since, false)
@@ -67,7 +69,7 @@ for i, id in ipairs(ids) do
     end
     records[#records + 1] = id
     records[#records + 1] = record(seq, priority, since, tenant, ARGV[at + 4])
-    add_tenant(tenant, 1)
+    if waits[tenant] then waits[tenant] = waits[tenant] + 1 end
   end
   answers[i] = answer
 end

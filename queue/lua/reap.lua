@@ -32,7 +32,6 @@ for i = #expired, 1, -1 do
     freed = true
     local counted = string.match(holder, '^%S+ (%S+) ')
     if counted then counts[counted] = (counts[counted] or 0) + 1 end
-    add_tenant(tenant, 1)
     answer[#answer + 1] = id
   end
 end

@@ -11,13 +11,10 @@
 -- ARGV[7…] names of queues
 -- Returns  how many workers are known
 -- Complexity: O(queues * log n + forgotten)
+--@ clock.lua
 local registry = KEYS[1]
 local workers, records, queues = registry .. ':w', registry .. ':i', registry .. ':q'
-local now = tonumber(ARGV[1])
-if not now then
-  local t = redis.call('TIME')
-  now = t[1] * 1000 + math.floor(t[2] / 1000)
-end
+local now = clock(ARGV[1])
 local keep = tonumber(ARGV[4])
 if ARGV[6] ~= '' then
   redis.call('ZADD', workers, now, ARGV[6])

@@ -27,11 +27,11 @@ for i = #ARGV - 2, 3, -3 do
     if ARGV[2] == '1' then charged = charge(charged, 1, 0) end
     if delay > 0 then
       redis.call('ZADD', SCHEDULE, now + delay, id)
+      add_tenant(tenant, 1)
     else
       seq = enter_list(id, priority, tenant, since, true)
     end
     redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, body, charged))
-    add_tenant(tenant, 1)
   end
   answers[i / 3] = ours and 1 or 0
 end

@@ -16,6 +16,7 @@ for i = 1, #ARGV, 2 do
     if seq ~= '0' and redis.call('HEXISTS', HOLDERS, id) == 0 then
       add('w' .. old, -1)
       add('z', 1)
+      add_tenant(tenant, -1)
       seq = enter_list(id, priority, tenant, since, false)
     end
     redis.call('HSET', JOBS, id, record(seq, priority, since, tenant, body, charged))

@@ -34,7 +34,7 @@ for i = 4, #ARGV, 6 do
     local counts = policies >= 2 and redis.call('HEXISTS', policy_key(tenant), 'conc') == 1
     if counts then redis.call('HINCRBY', policy_key(tenant), 'n', 1) end
     redis.call('HSET', JOBS, id, record(0, priority, since, tenant, body, charged))
-    redis.call('HSET', HOLDERS, id, token .. ' ' .. (counts and tenant or '') .. ' ')
+    redis.call('HSET', HOLDERS, id, holder_of(token, counts and tenant or '', ''))
     redis.call('ZADD', LEASES, expiry, id)
   end
   answers[#answers + 1] = answer

@@ -10,12 +10,9 @@
 -- ARGV[5…] 3 per queue: its name, how many ended, how many of these are dead
 -- Returns  how many queues were told of
 -- Complexity: O(queues)
+--@ clock.lua
 local DAY = 86400000
-local now = tonumber(ARGV[1])
-if not now then
-  local t = redis.call('TIME')
-  now = t[1] * 1000 + math.floor(t[2] / 1000)
-end
+local now = clock(ARGV[1])
 local periods = {
   { math.floor(now / tonumber(ARGV[2])), tonumber(ARGV[3]), 's' },
   { math.floor(now / DAY), tonumber(ARGV[4]), 'd' },

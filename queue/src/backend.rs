@@ -124,7 +124,7 @@ impl BackendConfig for QueueBackend {
 
 fn into_task(job: Job) -> Task<Job> {
     // One job may be here twice, when it was lost and claimed again while its first run has not ended yet; apalis
-    // panics on equal ids. A token is unique.
+    // panics on equal ids. Two claims of a job differ in their token.
     let lease = job.lease.lease_ref();
     let id = TaskId::from_string(format!("{}/{}", lease.id, lease.token.as_str()));
     let priority = usize::from(job.envelope.priority.get());

@@ -97,6 +97,13 @@ pub struct LeaseRef {
     pub epoch: Epoch,
 }
 
+impl LeaseRef {
+    /// What tells this lease from all others.
+    pub(crate) fn key(&self) -> (JobId, LeaseToken) {
+        (self.id, self.token.clone())
+    }
+}
+
 /// Names one life of a partition's data: it changes when the data was lost (`FLUSHALL`, empty restart) and when the
 /// server restarted. A job that is unknown in the *same* life was finished or cancelled by somebody else; one
 /// unknown in *another* life may have been lost, so its lease is registered again.
@@ -113,7 +120,7 @@ pub struct Epoch {
 pub struct Claim {
     /// The job.
     pub envelope: Arc<Envelope>,
-    /// Proof of this claim.
+    /// Proof of this claim; the jobs that were claimed with it have the same.
     pub token: LeaseToken,
     /// Where the job lives.
     pub partition: u16,
@@ -126,6 +133,11 @@ pub struct Claim {
 }
 
 impl Claim {
+    /// What tells its lease from all others.
+    pub(crate) fn key(&self) -> (JobId, LeaseToken) {
+        (self.envelope.id, self.token.clone())
+    }
+
     /// What ack, release and heartbeat take.
     pub fn lease_ref(&self) -> LeaseRef {
         LeaseRef {

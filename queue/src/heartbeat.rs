@@ -48,11 +48,14 @@ pub struct Heartbeat {
     _stop: Arc<DropGuard>,
 }
 
+/// By job and claim: a job that was lost may be claimed again while its first run has not ended yet.
+type Leases = HashMap<(JobId, LeaseToken), Weak<LeaseState>>;
+
 struct Registry {
     lease: Duration,
     nudge: Arc<Notify>,
     /// Weak: a job that was dropped without ack or release must not be kept alive for ever.
-    leases: Mutex<HashMap<LeaseToken, Weak<LeaseState>>>,
+    leases: Mutex<Leases>,
 }
 
 impl std::fmt::Debug for Heartbeat {
@@ -90,7 +93,7 @@ impl Heartbeat {
     /// Keeps a claimed job's lease alive from now on.
     pub fn register(&self, claim: &Claim) -> Lease {
         let lease = Lease::new(claim, self.registry.lease, Arc::clone(&self.registry.nudge));
-        self.registry.lock().insert(claim.token.clone(), Arc::downgrade(&lease.state));
+        self.registry.lock().insert(claim.key(), Arc::downgrade(&lease.state));
         lease
     }
 
@@ -101,7 +104,7 @@ impl Heartbeat {
             claims.iter().map(|claim| Lease::new(claim, self.registry.lease, Arc::clone(nudge))).collect();
         let mut registered = self.registry.lock();
         for (claim, lease) in claims.iter().zip(&leases) {
-            registered.insert(claim.token.clone(), Arc::downgrade(&lease.state));
+            registered.insert(claim.key(), Arc::downgrade(&lease.state));
         }
         drop(registered);
         leases
@@ -110,7 +113,7 @@ impl Heartbeat {
     /// Ends the heartbeats of one lease, because it was acked or given back. [`Lease::valid`] fails from now on.
     pub fn end(&self, lease: &Lease) {
         lease.state.end();
-        self.registry.lock().remove(&lease.state.with_ref(|lease| lease.token.clone()));
+        self.registry.lock().remove(&lease.state.with_ref(|lease| lease.key()));
     }
 
     /// Ends the heartbeats of every lease that this process holds on a job.
@@ -136,7 +139,7 @@ impl Heartbeat {
 }
 
 impl Registry {
-    fn lock(&self) -> MutexGuard<'_, HashMap<LeaseToken, Weak<LeaseState>>> {
+    fn lock(&self) -> MutexGuard<'_, Leases> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -208,7 +211,7 @@ impl Registry {
                 // An ack that was under way makes the job unknown as well.
                 Beat::Lost if state.is_over() => {}
                 Beat::Lost => {
-                    self.lock().remove(&lease.token);
+                    self.lock().remove(&lease.key());
                     state.lose();
                     metrics::counter!("queue_leases_lost_total", "queue" => lease.queue.to_string())
                         .increment(1);

@@ -119,13 +119,19 @@ impl Queue {
     pub async fn tenant_depth(&self, queue: &QueueName, tenant: &TenantId) -> Result<u64, QueueError> {
         let mut pipeline = redis::pipe();
         for partition in 0..self.config().partitions {
-            let key = format!("{}:t", partition_key(self.config(), queue, partition));
-            pipeline.cmd("HGET").arg(key).arg(tenant.as_str());
+            let key = partition_key(self.config(), queue, partition);
+            pipeline.cmd("HGET").arg(format!("{key}:t")).arg(tenant.as_str());
+            for level in 0..Priority::LEVELS {
+                pipeline.cmd("LLEN").arg(format!("{key}:w:{level}:{tenant}"));
+            }
         }
-        self.shared.link.pipeline(&pipeline).await?.iter().try_fold(0, |sum, value| match value {
-            Value::Nil => Ok(sum),
-            value => Ok(sum + reply::number(value)?.unsigned_abs()),
-        })
+        let sum =
+            self.shared.link.pipeline(&pipeline).await?.iter().try_fold(0, |sum, value| match value {
+                Value::Nil => Ok::<_, QueueError>(sum),
+                value => Ok(sum + reply::number(value)?),
+            })?;
+        // The lengths are not of one moment.
+        Ok(u64::try_from(sum).unwrap_or_default())
     }
 
     /// Leased jobs with the end of their lease in unix ms of Redis' clock, soonest first per partition; at most

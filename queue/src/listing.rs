@@ -100,7 +100,7 @@ impl Queue {
     }
 }
 
-/// The worker in a holder, which is `<token> <tenant or nothing> <worker>`. A restored lease names none.
+/// The worker in a holder, which is `<token> <tenant or nothing> <worker>` and spaces. A restored lease names none.
 fn owner_of(holder: &str) -> Option<String> {
-    holder.splitn(3, ' ').nth(2).filter(|owner| !owner.is_empty()).map(str::to_owned)
+    holder.splitn(3, ' ').nth(2).map(str::trim_end).filter(|owner| !owner.is_empty()).map(str::to_owned)
 }

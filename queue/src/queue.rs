@@ -254,7 +254,7 @@ impl Queue {
         }
         let config = self.config();
         let nonce = nonce();
-        let tokens = String::from_utf8_lossy(&nonce).into_owned();
+        let token = LeaseToken(String::from_utf8_lossy(&nonce).into());
         let args = [
             self.now(),
             text(max.min(MAX_CLAIM)),
@@ -276,16 +276,13 @@ impl Queue {
             return Ok(Claimed::without_policies());
         }
         let mut claims = Vec::with_capacity(reply.len() / CLAIM_FIELDS);
-        let mut number = 0;
         while !reply.is_empty() {
             let id: JobId = reply.parsed("a job id")?;
             let record = reply.bytes()?;
-            number += 1;
-            let token = LeaseToken(format!("{tokens}:{number}").into());
             match read_record(&record, id, queue) {
                 Ok(envelope) => claims.push(Claim {
                     envelope: Arc::new(envelope),
-                    token,
+                    token: token.clone(),
                     partition,
                     queue: queue.clone(),
                     epoch: epoch.clone(),

@@ -2,10 +2,11 @@
 
 use std::sync::LazyLock;
 
-/// The lines of a script that stand for other files.
-const INCLUDES: [(&str, &str); 2] = [
+/// The lines of a script that stand for other files. A file's own such lines come after it.
+const INCLUDES: [(&str, &str); 3] = [
     ("--@ partition.lua\n", include_str!("../lua/partition.lua")),
     ("--@ policies.lua\n", include_str!("../lua/policies.lua")),
+    ("--@ clock.lua\n", include_str!("../lua/clock.lua")),
 ];
 
 /// A script's text and the hash under which Redis keeps it.

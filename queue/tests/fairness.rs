@@ -19,7 +19,6 @@ end
 if redis.call('RPUSH', list, unpack(entries)) == many then redis.call('RPUSH', part .. ':r:' .. priority, tenant) end
 redis.call('HINCRBY', part, 'w' .. priority, many)
 redis.call('HSET', part, 'seq', first + many + 1)
-redis.call('HINCRBY', part .. ':t', tenant, many)
 return many";
 
 async fn fill(stage: &Stage, tenant: &str, count: usize) {

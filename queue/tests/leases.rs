@@ -329,3 +329,14 @@ async fn a_record_that_cannot_be_read_is_dropped_and_blocks_nothing() {
     assert_eq!(ids(&stage.claim(9).await), [all[0].id, all[2].id]);
     assert_eq!(stage.queue.missing(&[(name(), all[1].id)]).await.unwrap(), [all[1].id]);
 }
+
+#[tokio::test]
+async fn few_leases_are_found_as_fast_as_many() {
+    let stage = Stage::new().await;
+    stage.queue.push(&jobs(3)).await.unwrap();
+    assert_eq!(stage.claim(2).await.len(), 2);
+    let mut raw = stage.raw().await;
+    let encoding: String =
+        redis::cmd("OBJECT").arg(&["ENCODING", "{flotilla:ingest:0}:x"]).query_async(&mut raw).await.unwrap();
+    assert_eq!(encoding, "hashtable", "a listpack is searched from its beginning");
+}

@@ -6,8 +6,8 @@ mod support;
 use std::{collections::HashMap, time::Duration};
 
 use queue::{
-    Claim, Claimer, ClaimerConfig, Envelope, Gates, Heartbeat, HeartbeatConfig, Mode, PolicySet, Pushed,
-    Queue, QueuePolicy, Rate, TenantId, TenantPolicy,
+    Claim, Claimer, ClaimerConfig, Envelope, Gates, Heartbeat, HeartbeatConfig, Mode, PolicySet, Priority,
+    Pushed, Queue, QueuePolicy, Rate, TenantId, TenantPolicy,
 };
 use support::{Stage, eventually, ids, job, jobs, name, worker};
 use tokio_util::sync::CancellationToken;
@@ -416,4 +416,38 @@ async fn maximum_depths_refuse_new_jobs_but_not_accepted_ones() {
     assert_eq!(stage.queue.depth(&name()).await.unwrap(), 4);
     assert_eq!(stage.queue.push_accepted(&[small[2].clone()]).await.unwrap(), [Pushed::Queued]);
     assert_eq!(stage.queue.push(&small).await.unwrap(), [Pushed::Present; 3]);
+}
+
+#[tokio::test]
+async fn a_tenants_depth_counts_its_jobs_and_not_what_they_leave_behind() {
+    let stage = Stage::new().await;
+    set_tenant(&stage, "acme", TenantPolicy { max_depth: Some(3), ..TenantPolicy::default() }, 1).await;
+    let (queue, tenant) = (&stage.queue, TenantId::new("acme").unwrap());
+    let is_full = async |depth: u64| {
+        assert_eq!(queue.tenant_depth(&name(), &tenant).await.unwrap(), depth);
+        depth == 3 && queue.push(&[job("acme", 5)]).await.unwrap() == [Pushed::TenantFull]
+    };
+    let later = Envelope { run_at_ms: Some(i64::MAX / 4096), ..job("acme", 5) };
+    let (first, second) = (job("acme", 5), job("acme", 5));
+    assert_eq!(
+        queue.push(&[first.clone(), second.clone(), later.clone()]).await.unwrap(),
+        [Pushed::Queued; 3]
+    );
+    assert!(is_full(3).await);
+    // Both leave an entry behind in a list.
+    queue.forget(&[(name(), first.id)]).await.unwrap();
+    queue.reprioritise(&[(name(), second.id, Priority::HIGHEST)]).await.unwrap();
+    assert!(!is_full(2).await);
+    assert_eq!(queue.push(&[job("acme", 1)]).await.unwrap(), [Pushed::Queued]);
+    assert!(is_full(3).await);
+    queue.forget(&[(name(), later.id)]).await.unwrap();
+    let claims = stage.claim(10).await;
+    assert_eq!(claims.len(), 2);
+    assert!(!is_full(0).await);
+    // Given back: to its list, and to the schedule.
+    let back = [(claims[0].lease_ref(), Duration::ZERO), (claims[1].lease_ref(), Duration::from_secs(60))];
+    assert_eq!(queue.release(&back).await.unwrap(), [true, true]);
+    assert!(!is_full(2).await);
+    assert_eq!(queue.push(&[job("acme", 5)]).await.unwrap(), [Pushed::Queued]);
+    assert!(is_full(3).await);
 }
