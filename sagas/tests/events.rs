@@ -113,7 +113,7 @@ async fn what_could_still_be_overtaken_is_not_shown() {
     let stage = Stage::new().await;
     let ((a, of_a), (b, of_b)) = (stage.document("a", 1).await, stage.document("b", 1).await);
     let (mut early, mut late) =
-        (stage.postgres.pool().begin().await.unwrap(), stage.postgres.pool().begin().await.unwrap());
+        (stage.postgres.begin().await.unwrap(), stage.postgres.begin().await.unwrap());
     draw(&mut early).await;
     show(&mut late, b, Some(of_b[0])).await;
     late.commit().await.unwrap();
@@ -127,7 +127,7 @@ async fn what_could_still_be_overtaken_is_not_shown() {
     // What was committed after a cursor of now was taken comes after it.
     assert!(stage.page(&now, 10).await.iter().any(|event| event.version == of_a[0]), "{now}");
 
-    let mut lost = stage.postgres.pool().begin().await.unwrap();
+    let mut lost = stage.postgres.begin().await.unwrap();
     show(&mut lost, a, None).await;
     lost.rollback().await.unwrap();
     stage.quiet().await;
@@ -138,11 +138,11 @@ async fn what_could_still_be_overtaken_is_not_shown() {
 async fn the_events_of_a_document_come_in_the_order_of_its_changes() {
     let stage = Stage::new().await;
     let (document, versions) = stage.document("a", 2).await;
-    let mut first_to_begin = stage.postgres.pool().begin().await.unwrap();
+    let mut first_to_begin = stage.postgres.begin().await.unwrap();
     draw(&mut first_to_begin).await;
-    let mut between = stage.postgres.pool().begin().await.unwrap();
+    let mut between = stage.postgres.begin().await.unwrap();
     draw(&mut between).await;
-    let mut first_to_publish = stage.postgres.pool().begin().await.unwrap();
+    let mut first_to_publish = stage.postgres.begin().await.unwrap();
     show(&mut first_to_publish, document, Some(versions[0])).await;
     first_to_publish.commit().await.unwrap();
     show(&mut first_to_begin, document, Some(versions[1])).await;

@@ -47,6 +47,9 @@ pub struct Args {
     /// Tiny sizes: shows that everything works, measures nothing
     #[arg(long)]
     quick: bool,
+    /// Only the latencies, at so many sagas a second instead of half of what a drain reaches
+    #[arg(long)]
+    rate: Option<f64>,
     /// Rounds, of which a figure is the median
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -79,6 +82,9 @@ struct Drained {
 /// Runs the workload. Sides take turns in every round.
 pub async fn measure(args: &Args) -> anyhow::Result<Vec<Figure>> {
     let (rounds, jobs) = if args.quick { (1, 400) } else { (args.rounds.max(1), args.jobs) };
+    if let Some(rate) = args.rate {
+        return Bench::start().await?.paced(args, rate, jobs).await;
+    }
     let (mut drained, mut stores, mut loops) = (vec![], vec![], vec![]);
     for round in 1..=rounds {
         say(format!("round {round}: three-step"));

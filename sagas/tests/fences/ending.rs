@@ -145,8 +145,7 @@ async fn protocol_20_a_begin_that_was_given_up_takes_no_later_write_with_it() {
         sqlx::query("SELECT 1").execute(postgres.pool()).await.unwrap();
         services.postgres().pause().await.unwrap();
         let given_up =
-            tokio::time::timeout(std::time::Duration::from_millis(300), postgres.pool().begin_with(begin))
-                .await;
+            tokio::time::timeout(std::time::Duration::from_millis(300), postgres.begin_with(begin)).await;
         services.postgres().resume().await.unwrap();
         assert!(given_up.is_err(), "it was answered while the server was paused");
         let tenant = if begin == "BEGIN" { "one" } else { "two" };

@@ -138,9 +138,9 @@ async fn a_role_that_holds_no_keys_until_the_end_needs_no_right_to_read_jobs() {
         sqlx::query(statement).execute(ledger.postgres.pool()).await.unwrap();
     }
     let call = |until: &'static str| {
-        let pool = ledger.postgres.pool().clone();
+        let postgres = ledger.postgres.clone();
         async move {
-            let mut tx = pool.begin().await.unwrap();
+            let mut tx = postgres.begin().await.unwrap();
             sqlx::query("SET LOCAL ROLE app").execute(&mut *tx).await.unwrap();
             let done = sqlx::query(
                 "SELECT enqueue('report', '{}', 'acme', idempotency_key => $1, idempotency_until => $1)",

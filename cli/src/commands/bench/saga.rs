@@ -14,6 +14,9 @@ pub struct Args {
     /// Rounds, of which a figure is the median
     #[arg(long, default_value_t = 3)]
     rounds: u32,
+    /// Only the latencies, at so many sagas a second instead of half of what a drain reaches
+    #[arg(long)]
+    rate: Option<u32>,
     /// Worker processes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     workers: u8,
@@ -31,6 +34,10 @@ pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
     .collect();
     if args.quick {
         forwarded.push("--quick".to_owned());
+    }
+    if let Some(rate) = args.rate {
+        forwarded.extend(["--rate".to_owned(), rate.to_string()]);
+        return program::run("saga", &forwarded).await;
     }
     let mut report = program::run("saga", &forwarded).await?;
     let documents = if args.quick { 100 } else { 5000 };

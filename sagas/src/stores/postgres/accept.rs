@@ -145,7 +145,7 @@ impl Postgres {
         if jobs.iter().all(is_plain) {
             return self.accept_plain(jobs, dispatched).await;
         }
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let replies = self.accept_in(&mut tx, jobs, dispatched).await?;
         tx.commit().await?;
         Ok(replies)

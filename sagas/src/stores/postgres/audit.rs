@@ -231,7 +231,7 @@ const SEARCH_IN_SERVER: i64 = 16 << 20;
 
 impl Postgres {
     async fn audit_snapshot(&self) -> Result<Transaction<'static, Db>, sqlx::Error> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         sqlx::raw_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY").execute(&mut *tx).await?;
         sqlx::raw_sql(LIMITS).execute(&mut *tx).await?;
         Ok(tx)
@@ -398,7 +398,7 @@ impl Postgres {
     /// Withdraws a staged version whose saga is not under way; the janitor removes its points and cache entry. `false`: it
     /// is not such a version (any more).
     pub(crate) async fn mend_orphan(&self, version: Uuid, sweep_after: Duration) -> Result<bool, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let done = sqlx::query(
             "UPDATE document_versions v SET state = 'abandoned', body = NULL, sweep_after = now() + make_interval(secs => $2)
              WHERE v.id = $1 AND v.state = 'staged'
@@ -419,7 +419,7 @@ impl Postgres {
 
     /// Writes the chunk rows of a published version anew. `false`: it is not published any more.
     pub(crate) async fn mend_chunks(&self, version: Uuid, chunks: &[String]) -> Result<bool, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let published = sqlx::query(
             "SELECT FROM document_versions WHERE id = $1 AND state = 'published' FOR NO KEY UPDATE",
         )

@@ -203,7 +203,7 @@ impl Postgres {
         seal: bool,
         dispatched: bool,
     ) -> Result<Created, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let callback = batch.callback.as_ref().map(|callback| self.seal_job(&callback.job)).transpose()?;
         if let Some(refused) = insert(&mut tx, batch, callback.as_ref()).await? {
             return Ok(refused);
@@ -220,7 +220,7 @@ impl Postgres {
 
     /// Seals a batch: it takes no more members, and completes once all have ended. An empty one completes at once.
     pub async fn seal_batch(&self, id: BatchId, tenant: Option<&str>) -> Result<Changed, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let changed = match lock(&mut tx, id, tenant).await? {
             Changed::Done => self::seal(&mut tx, id).await.map(|()| Changed::Done)?,
             // Whatever has finished was sealed before.
@@ -234,7 +234,7 @@ impl Postgres {
     /// Cancels a batch: seals it, and from this commit on its unfinished members will be cancelled, whoever dies. What
     /// calls this goes through the members itself ([`cancel_members`](Self::cancel_members)); the collector ends what is left.
     pub async fn cancel_batch(&self, id: BatchId, tenant: Option<&str>) -> Result<Changed, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let changed = lock(&mut tx, id, tenant).await?;
         if changed == Changed::Done {
             cancel_locked(&mut tx, id).await?;

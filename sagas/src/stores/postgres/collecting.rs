@@ -62,7 +62,7 @@ impl Postgres {
     /// Folds a batch's events into its counts; if that completes it, finishes it and enqueues its callback, all in one
     /// transaction: whatever dies, the callback is enqueued exactly once. A batch that another collector holds is left to it.
     pub async fn fold_batch(&self, id: BatchId) -> Result<Folded, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let held = sqlx::query("SELECT FROM batches WHERE id = $1 FOR NO KEY UPDATE SKIP LOCKED")
             .bind(id.0)
             .fetch_optional(&mut *tx)
@@ -135,7 +135,7 @@ impl Postgres {
 
     /// Cancelled batches with members that may not have heard of it, and the batches in them.
     pub async fn batches_to_cancel(&self, limit: i64) -> Result<Vec<BatchId>, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         // A batch in a cancelled one is cancelled like its other members.
         let inner: Vec<Uuid> = sqlx::query_scalar(
             "SELECT i.id FROM batches i JOIN batches o ON o.id = i.outer_batch
@@ -166,7 +166,7 @@ impl Postgres {
         after: Uuid,
         limit: i64,
     ) -> Result<CancelledPage, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let ids: Vec<Uuid> = sqlx::query_scalar(
             "SELECT id FROM jobs WHERE batch_id = $1 AND id > $2 AND state IN ('waiting', 'running') AND cancel_requested_at IS NULL
              ORDER BY id LIMIT $3 FOR NO KEY UPDATE",

@@ -31,7 +31,7 @@ impl Postgres {
         data: Option<&Value>,
         pivot: i16,
     ) -> Result<Turn, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(Turn::LeaseLost);
         }

@@ -202,7 +202,7 @@ impl Postgres {
         &self,
         filter: &DeadLetterFilter,
     ) -> Result<(Vec<(String, String, i64)>, DateTime<Utc>), StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let now = sqlx::query_scalar("SELECT now()").fetch_one(&mut *tx).await?;
         let sql = format!(
             "SELECT kind, class, count(*) FROM dead_letters
@@ -227,7 +227,7 @@ impl Postgres {
     /// Enqueues the dead job again as a new job that keeps the original's order number. The letter's row is locked
     /// meanwhile, so that two people can't replay it twice.
     pub async fn replay(&self, id: Uuid, how: &Replay) -> Result<Resolved, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let row = sqlx::query(
             "SELECT l.id, l.state, j.id AS job, j.kind, j.queue, j.priority, j.tenant, j.payload, j.payload_key_id, j.max_attempts, j.timeout_ms,
                     j.doc_order, j.batch_id, d.key AS document
@@ -293,7 +293,7 @@ impl Postgres {
 
     /// Closes a dead letter without a replay.
     pub async fn discard(&self, id: Uuid, actor: &str, reason: &str) -> Result<Resolved, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let done = sqlx::query(
             "UPDATE dead_letters SET state = 'discarded', resolved_at = now(), resolved_by = $2, note = $3
              WHERE (id = $1 OR job_id = $1) AND state = 'open'",

@@ -30,7 +30,7 @@ impl Postgres {
         order: i64,
         sweep_after: Duration,
     ) -> Result<(Published, Vec<Doomed>), StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let row =
             sqlx::query("SELECT current_order, deleted_order FROM documents WHERE id = $1 FOR NO KEY UPDATE")
                 .bind(document)
@@ -106,7 +106,7 @@ impl Postgres {
 
     /// Removes the text of erased versions. `false`: the fence refused.
     pub async fn erase_text(&self, job: JobId, fence: Fence, versions: &[Uuid]) -> Result<bool, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         sqlx::query("SELECT FROM document_versions WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE")
             .bind(versions)
             .execute(&mut *tx)

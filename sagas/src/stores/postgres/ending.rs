@@ -271,7 +271,7 @@ impl Postgres {
         verdict: &Verdict,
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
         }
@@ -338,7 +338,7 @@ impl Postgres {
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
         let Parking { verdict, error, past_pivot, progress } = *parking;
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
         }
@@ -373,7 +373,7 @@ impl Postgres {
     /// Gives a job back, uncharged: the process stops, or nobody here can run it. The log stays as it is: a run that has
     /// come further is given back by [`suspend`](Self::suspend). `false`: the fence refused.
     pub async fn release(&self, run: &Run, delay: Duration, unroutable: bool) -> Result<bool, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
         }

@@ -26,7 +26,7 @@ impl Postgres {
     /// Opens a fenced transaction; steps pass their context's job and fence. `None`: the job is somebody else's by now, and
     /// the step ends with [`StepError::LeaseLost`](crate::StepError::LeaseLost).
     pub async fn fenced(&self, job: JobId, fence: Fence) -> Result<Option<Fenced>, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let alive = lock_alive(&mut tx, &[(job, fence)]).await?;
         Ok((!alive.is_empty()).then_some(Fenced(tx)))
     }

@@ -71,7 +71,7 @@ impl Sweeps {
 impl Postgres {
     /// Versions whose sweep is due, at most `limit`.
     pub async fn due_sweeps(&self, limit: i64) -> Result<Sweeps, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let rows = sqlx::query(
             "SELECT id, collection, chunk_count, sweeps > 0 OR state = 'abandoned' AS last FROM document_versions
              WHERE sweep_after <= now() ORDER BY sweep_after LIMIT $1 FOR UPDATE SKIP LOCKED",

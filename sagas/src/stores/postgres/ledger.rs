@@ -27,7 +27,7 @@ impl Postgres {
     /// Cancels a job of `tenant` (PROTOCOL.md 14). A waiting job without effects ends here and now; its entry in Redis is
     /// dropped at the take.
     pub async fn cancel(&self, job: JobId, tenant: Option<&str>) -> Result<Cancel, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let row: Option<(String, bool, bool)> = sqlx::query_as(
             "SELECT j.state, EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id AND s.state IN ('running', 'compensating')),
                     EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id AND s.state = 'running'

@@ -41,7 +41,7 @@ use std::{collections::HashMap, str::FromStr, time::Duration};
 
 use queue::JobId;
 use sqlx::{
-    PgConnection, PgPool, Row,
+    PgConnection, PgPool, Postgres as Db, Row, Transaction,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use uuid::Uuid;
@@ -111,9 +111,12 @@ impl Postgres {
             .max_connections(config.max_connections)
             .acquire_timeout(config.call_timeout)
             .idle_timeout(Duration::from_secs(300))
-            // In place of sqlx' own question whether the connection lives, at the same price.
             .test_before_acquire(false)
-            .before_acquire(|connection, _| Box::pin(outside_transaction(connection)))
+            .before_acquire(|connection, used| {
+                Box::pin(
+                    async move { Ok(used.idle_for < ASK_AFTER || outside_transaction(connection).await?) },
+                )
+            })
             .connect_lazy_with(options);
         Ok(Self { pool, call_timeout: config.call_timeout, cipher: PayloadCipher::default() })
     }
@@ -125,7 +128,24 @@ impl Postgres {
         Ok(this)
     }
 
-    /// The pool, for read-only tools and tests.
+    /// Begins a transaction, in a task of its own: one whose `BEGIN` was given up before its answer came (a time-out, a lease
+    /// that was lost) would stay open on its connection without sqlx knowing of it, and what the next user writes would be
+    /// lost with it, or refused if it began read-only.
+    pub async fn begin(&self) -> Result<Transaction<'static, Db>, sqlx::Error> {
+        self.begin_with("BEGIN").await
+    }
+
+    /// As [`begin`](Self::begin), with a statement in place of `BEGIN`.
+    #[expect(clippy::disallowed_methods, reason = "this is the way that is left")]
+    pub async fn begin_with(&self, statement: &'static str) -> Result<Transaction<'static, Db>, sqlx::Error> {
+        let pool = self.pool.clone();
+        // It fails to end only together with the runtime.
+        tokio::spawn(async move { pool.begin_with(statement).await })
+            .await
+            .map_err(|_| sqlx::Error::WorkerCrashed)?
+    }
+
+    /// The pool, for read-only tools and tests; transactions are begun by [`begin`](Self::begin).
     pub fn pool(&self) -> &PgPool {
         &self.pool
     }
@@ -220,9 +240,10 @@ impl Postgres {
     }
 }
 
-/// Whether a pooled connection lives and is in no transaction. A `BEGIN` that was given up before its answer came (a time-out, a
-/// lease that was lost) leaves one open of which sqlx knows nothing: what the next user writes would be lost with it, or refused
-/// if it began read-only. Such a connection is closed. Within a transaction `now()` stands still; a simple query has one time.
+/// A connection that has answered within this time lives.
+const ASK_AFTER: Duration = Duration::from_secs(1);
+
+/// Whether a pooled connection lives and is in no transaction: within one `now()` stands still, and a simple query has one time.
 async fn outside_transaction(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
     let row = sqlx::raw_sql("SELECT now() = statement_timestamp()").fetch_one(connection).await?;
     row.try_get(0)

@@ -73,7 +73,7 @@ impl Postgres {
     /// Lets a parked run go on from its log: its job waits again, and the next take grants a new fence. The budgets that
     /// may have run out begin anew. Of two who ask at once one is told that the run is not parked any more.
     pub async fn retry_parked(&self, saga: Uuid, actor: &str) -> Result<Handled, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let Some(parked) = lock_parked(&mut tx, saga).await? else { return Ok(Handled::Unknown) };
         if parked.state != "parked" {
             return Ok(Handled::Not(parked.state));
@@ -103,7 +103,7 @@ impl Postgres {
     /// Before it, readers saw nothing: the job ends as the run's verdict says, where another attempt counts as none, so
     /// that it is dead with a dead letter; a staged version goes to the janitor at once.
     pub async fn resolve_parked(&self, saga: Uuid, actor: &str, reason: &str) -> Result<Handled, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         sqlx::query("SELECT FROM document_versions WHERE saga_id = $1 FOR NO KEY UPDATE")
             .bind(saga)
             .execute(&mut *tx)

@@ -53,7 +53,7 @@ impl Postgres {
     /// is missed by asking for what came after the last one seen.
     pub async fn policies_since(&self, revision: i64) -> Result<PolicyChanges, StoreError> {
         // Both tables as of one moment.
-        let mut tx = self.pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await?;
+        let mut tx = self.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await?;
         let queues = sqlx::query(sqlx::AssertSqlSafe(format!(
             "SELECT {QUEUE} FROM queue_policies WHERE revision > $1 ORDER BY revision"
         )))
@@ -81,7 +81,7 @@ impl Postgres {
         action: &str,
         edit: impl FnOnce(&mut QueuePolicy) + Send,
     ) -> Result<QueueRow, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         lock(&mut tx).await?;
         let row =
             sqlx::query(sqlx::AssertSqlSafe(format!("SELECT {QUEUE} FROM queue_policies WHERE queue = $1")))
@@ -134,7 +134,7 @@ impl Postgres {
         edit: impl FnOnce(&mut Option<TenantPolicy>) + Send,
     ) -> Result<Option<TenantRow>, StoreError> {
         let place = queue.map_or(EVERY, QueueName::as_str);
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         lock(&mut tx).await?;
         let known: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM tenants WHERE id = $1)")
             .bind(tenant.as_str())

@@ -88,7 +88,7 @@ impl Batch for PublishBatch {
     const DEPENDENCY: Dependency = Dependency::Postgres;
 
     async fn flush(&self, items: &[Self::Item]) -> Result<Vec<Published>, StoreError> {
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = self.0.begin().await?;
         let mut documents =
             lock_documents(&mut tx, items.iter().map(|item| item.document_id).collect()).await?;
         lock_versions(

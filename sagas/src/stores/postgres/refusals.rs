@@ -23,7 +23,7 @@ fn names(places: &[Place]) -> (Vec<&str>, Vec<&str>) {
 impl Postgres {
     /// Has SQL's enqueue refuse jobs for some places until a time from now, and take them again for others.
     pub async fn refuse(&self, full: &[Place], free: &[Place], lasting: Duration) -> Result<(), StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         // Both in one order, because several relays write the same rows.
         let (queues, tenants) = names(full);
         sqlx::query(

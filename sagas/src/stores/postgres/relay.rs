@@ -35,7 +35,7 @@ impl Postgres {
     /// The oldest undispatched jobs, at most `limit`, without those of the queues in `full`: their jobs, however many,
     /// must not hold up the others.
     pub async fn undispatched(&self, limit: i64, full: &[String]) -> Result<Batch, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
             "SELECT {ENVELOPE} FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting' AND queue <> ALL ($2)
              ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED"

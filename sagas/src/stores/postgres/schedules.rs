@@ -220,7 +220,7 @@ impl Postgres {
     /// Schedules whose tick is due, at most `limit`, without those that another process has in hand. `now` stands for
     /// Postgres' clock; only tests give it.
     pub async fn due_schedules(&self, now: Option<DateTime<Utc>>, limit: i64) -> Result<Due, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let now: DateTime<Utc> =
             sqlx::query_scalar("SELECT coalesce($1, now())").bind(now).fetch_one(&mut *tx).await?;
         let schedules = sqlx::query_as(sqlx::AssertSqlSafe(format!(

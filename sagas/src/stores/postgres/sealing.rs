@@ -207,7 +207,7 @@ impl Postgres {
         let Some(current) = self.cipher.current() else {
             return Err(broken("nothing can be sealed", "FLOTILLA_ENCRYPTION_KEYS is not set"));
         };
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         // Letters and their jobs have an order of their own; jobs are locked in id order (PROTOCOL.md 3).
         let jobs = sqlx::query(
             "SELECT j.id, j.tenant, j.payload, j.payload_key_id FROM jobs j

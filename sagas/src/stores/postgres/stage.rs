@@ -94,7 +94,7 @@ impl Batch for StageBatch {
     const DEPENDENCY: Dependency = Dependency::Postgres;
 
     async fn flush(&self, items: &[Self::Item]) -> Result<Vec<bool>, StoreError> {
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = self.0.begin().await?;
         let held: Vec<_> = items.iter().map(|item| (item.saga.job_id, item.saga.fence)).collect();
         let alive = lock_alive(&mut tx, &held).await?;
         let live: Vec<&Stage> =
@@ -287,7 +287,7 @@ impl Postgres {
         version: Uuid,
         sweep_after: std::time::Duration,
     ) -> Result<bool, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         sqlx::query("SELECT FROM document_versions WHERE id = $1 FOR NO KEY UPDATE")
             .bind(version)
             .execute(&mut *tx)

@@ -153,7 +153,6 @@ impl Postgres {
     /// still: an earlier one that was put off and is due by now waits for it, so it must not wait for that.
     async fn take(&self, ids: &[JobId], worker: &WorkerId) -> Result<HashMap<JobId, TakenJob>, StoreError> {
         let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
-        let mut tx = self.pool.begin().await?;
         let rows = sqlx::query(
             "WITH due AS (
                 SELECT j.id, j.runs_alone, j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost FROM jobs j
@@ -172,6 +171,11 @@ impl Postgres {
                     dispatched_at = coalesce(dispatched_at, now())
                 FROM due WHERE j.id = due.id
                 RETURNING j.*, due.was_lost, due.runs_alone AS was_alone
+             ), lost AS (
+                -- As towards the poison limit: whoever was beside it may have killed the worker, or nobody. The array makes it a
+                -- look-up for each, of which there are few.
+                UPDATE sagas SET lost_compensating = lost_compensating + 1
+                WHERE state = 'compensating' AND job_id = ANY (ARRAY(SELECT t.id FROM taken t WHERE t.was_lost AND t.was_alone))
              )
              SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.payload_key_id, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
@@ -187,31 +191,22 @@ impl Postgres {
         )
         .bind(&ids)
         .bind(worker.to_string())
-        .fetch_all(&mut *tx)
+        .fetch_all(&self.pool)
         .await?;
+        crate::fault_point!("engine.take.inside");
         let mut taken = HashMap::with_capacity(rows.len());
-        let mut lost_compensating: Vec<Uuid> = vec![];
         for row in &rows {
             let mut job = taken_job(row, &self.cipher)?;
             if let Some(saga) = job.saga.as_mut()
                 && saga.compensating
                 && row.try_get("was_lost")?
-                // As towards the poison limit: whoever was beside it may have killed the worker, or nobody.
                 && row.try_get("was_alone")?
             {
+                // The statement sees the row as it was before.
                 saga.lost_compensating += 1;
-                lost_compensating.push(saga.id);
             }
             taken.insert(job.id, job);
         }
-        if !lost_compensating.is_empty() {
-            sqlx::query("UPDATE sagas SET lost_compensating = lost_compensating + 1 WHERE id = ANY($1)")
-                .bind(&lost_compensating)
-                .execute(&mut *tx)
-                .await?;
-        }
-        crate::fault_point!("engine.take.inside");
-        tx.commit().await?;
         Ok(taken)
     }
 

@@ -126,7 +126,7 @@ impl Postgres {
     /// Waits for a time. Its row is made by the first call for this run and name; what later calls say of the time changes
     /// nothing.
     pub async fn await_timer(&self, run: &Run, name: &str, due: Due) -> Result<Awaited<()>, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(Awaited::LeaseLost);
         }
@@ -150,7 +150,7 @@ impl Postgres {
         name: &str,
         within: Duration,
     ) -> Result<Awaited<Value>, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(Awaited::LeaseLost);
         }
@@ -187,7 +187,7 @@ impl Postgres {
         batch: &NewBatch,
         jobs: &[NewJob],
     ) -> Result<Awaited<Vec<ChildEnd>>, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(Awaited::LeaseLost);
         }
@@ -225,7 +225,7 @@ impl Postgres {
         run: &Run,
         batch: BatchId,
     ) -> Result<Awaited<()>, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         // A batch's row is locked before all others.
         batches::cancel_in(&mut tx, batch).await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
@@ -310,7 +310,7 @@ impl Postgres {
         name: &str,
         payload: &Value,
     ) -> Result<Signalled, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let row: Option<(String, String)> = sqlx::query_as(
             "SELECT tenant, state FROM jobs WHERE id = $1 AND ($2::text IS NULL OR tenant = $2) FOR NO KEY UPDATE",
         )
@@ -382,7 +382,7 @@ impl Postgres {
         progress: Option<(i16, &Value, &[String])>,
         steps: &[StepRecord],
     ) -> Result<Option<Duration>, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(None);
         }
@@ -460,7 +460,7 @@ impl Postgres {
         next_step: i16,
         data: &Value,
     ) -> Result<Option<bool>, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let alive = lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?;
         let Some(alive) = alive.get(&run.job_id) else { return Ok(None) };
         let begun = sqlx::query(
