@@ -141,8 +141,11 @@ async fn protocol_20_a_begin_that_was_given_up_takes_no_later_write_with_it() {
     let postgres = sagas::stores::postgres::Postgres::connect(&config).await.unwrap();
     postgres.migrate_up().await.unwrap();
     for begin in ["BEGIN", "BEGIN READ ONLY"] {
-        // The connection is there, so that only the answer to the BEGIN is missing.
+        // The connection is there, so that only the answer to the BEGIN is missing. It goes back by a task of its own.
         sqlx::query("SELECT 1").execute(postgres.pool()).await.unwrap();
+        while postgres.pool().num_idle() == 0 {
+            tokio::task::yield_now().await;
+        }
         services.postgres().pause().await.unwrap();
         let given_up =
             tokio::time::timeout(std::time::Duration::from_millis(300), postgres.begin_with(begin)).await;
