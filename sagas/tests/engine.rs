@@ -276,3 +276,33 @@ async fn a_result_that_grows_too_large_after_the_pivot_parks_the_job_because_its
     assert!(error.contains("70002 bytes") && error.contains("65536"), "{error}");
     assert_eq!(*stage.undone.lock().unwrap(), 0);
 }
+
+#[tokio::test]
+async fn protocol_15_a_begun_run_whose_kind_nobody_knows_any_more_is_parked_with_its_effects() {
+    let later = Err(StepError::Snooze(Duration::from_secs(60)));
+    let stage =
+        Stage::new(vec![Ok(json!({ "did": 1 })), later], JobRetry::default(), EngineSettings::default())
+            .await;
+    let id = stage.enqueue(|_| ()).await;
+    assert!(matches!(stage.deliver(id).await, Ended::Release(_)));
+    let settings = EngineSettings { unroutable_after: Duration::ZERO, ..EngineSettings::default() };
+    let breakers = Breakers::new([], CancellationToken::new());
+    let stranger =
+        Engine::new(stage.postgres.clone(), breakers, WorkerId::new("w"), settings, Registry::default());
+    let mut stage = stage;
+    let engine = std::mem::replace(&mut stage.engine, stranger);
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    let error = job.last_error.unwrap_or_default();
+    assert_eq!(job.state, "parked", "{error}");
+    assert!(error.contains("scripted") && error.contains("begun by v1"), "{error}");
+    let saga = stage.postgres.sagas_of(id).await.unwrap().remove(0);
+    assert_eq!(saga.state, "parked");
+    // It goes on where it was, where its kind is known.
+    stage.postgres.retry_parked(saga.id, "someone").await.unwrap();
+    stage.engine = engine;
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.result), ("succeeded", Some(json!({ "did": 1 }))));
+    assert_eq!(*stage.undone.lock().unwrap(), 0);
+}

@@ -32,7 +32,7 @@ use crate::{
     results::MAX_RESULT,
     stores::postgres::{
         Postgres,
-        ending::{CompleteBatch, Failure, Run, Verdict},
+        ending::{CompleteBatch, Failure, Parking, Run, Verdict},
         stage::BeginBatch,
         take::TakenJob,
     },
@@ -323,13 +323,13 @@ impl Engine {
     }
 
     /// A kind that this worker does not know goes back uncharged, for a newer worker; it is dead only when none has
-    /// come for long (PROTOCOL.md 15).
+    /// come for long (PROTOCOL.md 15). If a run had begun, its effects may stand: then it is parked.
     async fn unroutable(&self, delivery: Delivery) -> Result<Ended, StoreError> {
         let job = &delivery.job;
         let run = Run {
             job_id: job.id,
             fence: job.fence,
-            saga_id: None,
+            saga_id: job.saga.as_ref().map(|open| open.id),
             worker: self.worker.clone(),
             started_at: chrono::Utc::now(),
         };
@@ -361,10 +361,19 @@ impl Engine {
                     ),
                 ),
             };
-            let kept = self
-                .postgres
-                .in_time(self.postgres.finish(&run, &Verdict::Dead { failure: failure(&error) }, &[]))
-                .await?;
+            let kept = match &job.saga {
+                Some(open) => {
+                    let error = format!("{error}; its run was begun by v{}", open.definition_version);
+                    tracing::error!(saga = %open.id, job = %job.id, error, "saga parked: it needs a person");
+                    let past_pivot = open.pivot_begun;
+                    let parking = Parking { verdict: None, error: &error, past_pivot, progress: None };
+                    self.postgres.in_time(self.postgres.park(&run, &parking, &[])).await?
+                }
+                None => {
+                    let verdict = Verdict::Dead { failure: failure(&error) };
+                    self.postgres.in_time(self.postgres.finish(&run, &verdict, &[])).await?
+                }
+            };
             delivery.lease.note_dead();
             return Ok(if kept { Ended::Ack } else { Ended::Abandoned });
         }

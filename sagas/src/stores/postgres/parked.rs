@@ -88,7 +88,7 @@ impl Postgres {
         .await?;
         sqlx::query(
             "UPDATE jobs SET state = 'waiting', worker = NULL, finished_at = NULL, run_at = now(), dispatched_at = NULL,
-                    lost_alone = 0 WHERE id = $1",
+                    lost_alone = 0, unroutable_since = NULL WHERE id = $1",
         )
         .bind(parked.job_id)
         .execute(&mut *tx)
