@@ -78,7 +78,7 @@ pub async fn measure(args: Args, context: &Context) -> anyhow::Result<Report> {
         let same = (name("the ledger's table"), same);
         let batched = Figure::new("enqueue.batched", "jobs/s", rate, times.clone(), same);
         let bare = Figure::new(
-            "enqueue.batched",
+            "enqueue.batched.bare",
             "jobs/s",
             rate,
             times,
