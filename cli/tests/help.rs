@@ -19,6 +19,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("worker", &["--queues", "--concurrency", "--addr", "--drain-grace"]),
     ("tenants create", &[]),
     ("tenants show", &[]),
+    ("tenants class", &[]),
     ("keys create", &["--name"]),
     ("keys revoke", &[]),
     (

@@ -4,7 +4,11 @@ use std::collections::HashSet;
 
 use metrics::gauge;
 use queue::{Queue, QueueError};
-use sagas::{StoreError, audit::FindingKind, stores::postgres::Postgres};
+use sagas::{
+    StoreError,
+    audit::FindingKind,
+    stores::postgres::{Postgres, classes::ClassCount},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -18,11 +22,13 @@ pub(crate) struct Stats {
     settings: MaintainSettings,
     /// Kinds and classes with a gauge: one whose last dead letter was dealt with must go to 0.
     dead: HashSet<(String, String)>,
+    /// Queues and classes of tenants with a gauge, likewise.
+    classes: HashSet<(String, String)>,
 }
 
 impl Stats {
     pub fn new(postgres: Postgres, queue: Queue, settings: MaintainSettings) -> Self {
-        Self { postgres, queue, settings, dead: HashSet::new() }
+        Self { postgres, queue, settings, dead: HashSet::new(), classes: HashSet::new() }
     }
 
     /// Runs until `shutdown`. While a store is down its gauges keep their last values.
@@ -33,6 +39,9 @@ impl Stats {
             }
             if let Err(error) = self.ledger().await {
                 tracing::debug!(%error, "the ledger's gauges are stale");
+            }
+            if let Err(error) = self.classes().await {
+                tracing::debug!(%error, "the gauges of classes of tenants are stale");
             }
             if !pause(self.settings.stats_every, &shutdown).await {
                 return;
@@ -77,4 +86,28 @@ impl Stats {
         }
         Ok(())
     }
+    /// What one process of the fleet has counted, if tenants have classes.
+    async fn classes(&mut self) -> Result<(), StoreError> {
+        let (limit, postgres) = (self.postgres.call_timeout(), &self.postgres);
+        within(limit, postgres.count_classes(self.settings.stats_every * 3)).await?;
+        let mut gone = std::mem::take(&mut self.classes);
+        for count in within(limit, postgres.class_counts()).await? {
+            let place = (count.queue.clone(), count.class.clone());
+            set_class_gauges(&place, &count);
+            gone.remove(&place);
+            self.classes.insert(place);
+        }
+        for place in gone {
+            set_class_gauges(&place, &ClassCount::default());
+        }
+        Ok(())
+    }
+}
+
+fn set_class_gauges((queue, class): &(String, String), count: &ClassCount) {
+    let labels = [("queue", queue.clone()), ("tenant_class", class.clone())];
+    gauge!("queue_class_depth", &labels).set(count.waiting as f64);
+    gauge!("queue_class_oldest_age_seconds", &labels).set(count.oldest_s.unwrap_or_default());
+    gauge!("queue_class_in_flight", &labels).set(count.running as f64);
+    gauge!("queue_class_ended_last_minute", &labels).set(count.ended as f64);
 }

@@ -21,6 +21,17 @@ pub fn describe() {
     describe_gauge!("queue_depth", "Jobs that are ready to be claimed.");
     describe_gauge!("queue_oldest_age_seconds", Unit::Seconds, "How long the oldest ready job has waited.");
     describe_gauge!("queue_in_flight", "Jobs that are leased to workers.");
+    describe_gauge!("queue_class_depth", "Jobs of a class of tenants that may run.");
+    describe_gauge!(
+        "queue_class_oldest_age_seconds",
+        Unit::Seconds,
+        "How long the oldest of a class of tenants has waited."
+    );
+    describe_gauge!("queue_class_in_flight", "Jobs of a class of tenants that run.");
+    describe_gauge!(
+        "queue_class_ended_last_minute",
+        "Jobs of a class of tenants that ended within a minute before they were counted."
+    );
     describe_gauge!("queue_scheduled", "Jobs that wait for their time.");
     describe_counter!("queue_jobs_claimed_total", "Jobs that this process claimed.");
     describe_counter!("queue_jobs_acked_total", "Jobs whose end this process told to the queue.");

@@ -14,6 +14,11 @@ use nix::{
     unistd::Pid,
 };
 
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
 use crate::{Faults, SHORT, wait_until};
 
 /// Lines of a worker's log that a failed test shows.
@@ -106,6 +111,15 @@ impl WorkerProcess {
     /// Where it serves `/healthz`, `/readyz` and `/metrics`: `http://127.0.0.1:PORT`.
     pub fn health_url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port.number())
+    }
+
+    /// What it reports, by the plainest of requests.
+    pub async fn metrics(&self) -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port.number())).await?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer)
     }
 
     /// All that it has written so far.

@@ -4,7 +4,6 @@
 use e2e::{Fleet, LONG, TENANT, WorkerProcess, text, wait_until};
 use sagas::stores::vectors::Point;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use uuid::Uuid;
 
 impl Audited {
@@ -42,7 +41,7 @@ impl Audited {
         .await;
         for worker in workers {
             wait_until("each worker reports it", LONG, async || {
-                let metrics = metrics_of(worker).await.map_err(|e| e.to_string())?;
+                let metrics = worker.metrics().await.map_err(|e| e.to_string())?;
                 let gauge = |kind: &str| {
                     let name = format!("audit_drift{{kind=\"{kind}\"}} ");
                     metrics.lines().find_map(|line| line.strip_prefix(&name)?.parse::<f64>().ok())
@@ -58,16 +57,6 @@ impl Audited {
             .await;
         }
     }
-}
-
-/// What a worker reports, by the plainest of requests.
-async fn metrics_of(worker: &WorkerProcess) -> std::io::Result<String> {
-    let addr = worker.health_url().replace("http://", "");
-    let mut stream = tokio::net::TcpStream::connect(addr).await?;
-    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await?;
-    Ok(answer)
 }
 
 struct Audited(Fleet);

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, io::IsTerminal, time::Duration};
 
 use queue::{Queue, QueueName, QueueStats, Rates};
-use sagas::stores::postgres::{Postgres, inspect::JobCounts};
+use sagas::stores::postgres::{Postgres, classes::ClassCount, inspect::JobCounts};
 use serde::Serialize;
 
 use crate::{
@@ -28,6 +28,8 @@ struct Stats {
     jobs: JobCounts,
     undispatched: i64,
     dead_letters: Vec<DeadLetters>,
+    /// As of the last count; nothing where no tenant has a class.
+    tenant_classes: Vec<ClassCount>,
     parked_sagas: i64,
 }
 
@@ -75,6 +77,7 @@ async fn collect(queues: &[QueueName], postgres: &Postgres, queue: &Queue) -> an
         undispatched: postgres.undispatched_count().await?,
         dead_letters: dead.into_iter().map(|(kind, class, open)| DeadLetters { kind, class, open }).collect(),
         parked_sagas: postgres.parked_count().await?,
+        tenant_classes: postgres.class_counts().await?,
     })
 }
 
@@ -142,6 +145,21 @@ fn described(stats: &Stats) -> String {
             dead.add_row([(&one.kind).into(), (&one.class).into(), output::number(one.open)]);
         }
         text = format!("{text}\n{}", output::tidy(&dead));
+    }
+    if !stats.tenant_classes.is_empty() {
+        let mut classes = output::table(&["QUEUE", "CLASS", "READY", "RUNNING", "OLDEST", "ENDED/MIN"]);
+        for one in &stats.tenant_classes {
+            let oldest = one.oldest_s.map(|s| span(Duration::from_secs_f64(s.max(0.0)))).unwrap_or_default();
+            classes.add_row([
+                (&one.queue).into(),
+                (&one.class).into(),
+                output::number(one.waiting),
+                output::number(one.running),
+                oldest.into(),
+                output::number(one.ended),
+            ]);
+        }
+        text = format!("{text}\n{}", output::tidy(&classes));
     }
     text
 }

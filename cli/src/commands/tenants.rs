@@ -1,7 +1,11 @@
 //! `flotilla tenants`: owners of documents and jobs.
 
 use queue::{QueueName, TenantId, TenantPolicy};
-use sagas::stores::postgres::{Postgres, policies::TenantRow};
+use sagas::stores::postgres::{
+    Postgres,
+    classes::{Classified, MAX_CLASSES},
+    policies::TenantRow,
+};
 use serde_json::json;
 
 use super::queues::{self, Limits};
@@ -22,6 +26,14 @@ pub enum Command {
     Show {
         /// Its name
         tenant: TenantId,
+    },
+    /// Put a tenant into a class, a label of metrics; `default` takes it out again
+    Class {
+        /// Its name
+        tenant: TenantId,
+        /// 1 to 64 characters of A-Z a-z 0-9 _ . -
+        #[arg(value_parser = class_name)]
+        class: String,
     },
     /// List tenants' policies
     List,
@@ -79,7 +91,25 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             };
             context.out.data(&found, || {
                 let limit = found.max_waiting.map_or("the producer's default".to_owned(), |n| n.to_string());
-                output::fields(&[("tenant", Some(found.id.clone())), ("waiting jobs at most", Some(limit))])
+                output::fields(&[
+                    ("tenant", Some(found.id.clone())),
+                    ("class", Some(found.class.clone())),
+                    ("waiting jobs at most", Some(limit)),
+                ])
+            })?;
+        }
+        Command::Class { tenant, class } => {
+            match postgres.set_class(tenant.as_str(), &class, &actor()).await? {
+                Classified::Done => {}
+                Classified::UnknownTenant => return Err(unknown(&tenant).into()),
+                Classified::TooMany => {
+                    let why =
+                        format!("there are {MAX_CLASSES} classes already, and each is a label of metrics");
+                    return Err(Refused(why).into());
+                }
+            }
+            context.out.data(&json!({ "tenant": tenant, "class": class }), || {
+                format!("{tenant} is counted as {class}")
             })?;
         }
         Command::List => show(context, &rows_of(&postgres, None).await?)?,
@@ -159,6 +189,12 @@ fn show(context: &Context, rows: &[TenantRow]) -> anyhow::Result<()> {
         }
         output::rows(&table, "nothing is set: nothing is held back")
     })
+}
+
+/// A class has the same characters as a tenant.
+fn class_name(text: &str) -> Result<String, &'static str> {
+    let name = TenantId::new(text).map_err(|_| "1 to 64 characters of A-Z a-z 0-9 _ . - are allowed")?;
+    Ok(name.to_string())
 }
 
 /// The error for a tenant that isn't there.

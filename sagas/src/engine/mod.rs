@@ -361,18 +361,15 @@ impl Engine {
                     ),
                 ),
             };
-            let kept = match &job.saga {
-                Some(open) => {
-                    let error = format!("{error}; its run was begun by v{}", open.definition_version);
-                    tracing::error!(saga = %open.id, job = %job.id, error, "saga parked: it needs a person");
-                    let past_pivot = open.pivot_begun;
-                    let parking = Parking { verdict: None, error: &error, past_pivot, progress: None };
-                    self.postgres.in_time(self.postgres.park(&run, &parking, &[])).await?
-                }
-                None => {
-                    let verdict = Verdict::Dead { failure: failure(&error) };
-                    self.postgres.in_time(self.postgres.finish(&run, &verdict, &[])).await?
-                }
+            let kept = if let Some(open) = &job.saga {
+                let error = format!("{error}; its run was begun by v{}", open.definition_version);
+                tracing::error!(saga = %open.id, job = %job.id, error, "saga parked: it needs a person");
+                let past_pivot = open.pivot_begun;
+                let parking = Parking { verdict: None, error: &error, past_pivot, progress: None };
+                self.postgres.in_time(self.postgres.park(&run, &parking, &[])).await?
+            } else {
+                let verdict = Verdict::Dead { failure: failure(&error) };
+                self.postgres.in_time(self.postgres.finish(&run, &verdict, &[])).await?
             };
             delivery.lease.note_dead();
             return Ok(if kept { Ended::Ack } else { Ended::Abandoned });

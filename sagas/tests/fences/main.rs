@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod batches;
+mod classes;
 mod control;
 mod document_order;
 mod encryption;

@@ -8,6 +8,7 @@ pub mod accept;
 pub mod audit;
 pub mod auditing;
 pub mod batches;
+pub mod classes;
 pub mod collecting;
 pub mod compensation;
 pub mod control;

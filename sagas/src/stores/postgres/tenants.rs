@@ -1,19 +1,20 @@
 //! Tenants and their API keys.
 
 use sha2::{Digest, Sha256};
-use sqlx::Row;
 use uuid::Uuid;
 
 use super::Postgres;
 use crate::error::StoreError;
 
 /// A tenant's settings.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, serde::Serialize, sqlx::FromRow)]
 pub struct Tenant {
     /// Its name.
     pub id: String,
     /// Waiting jobs at which enqueue answers 429; `None`: the producer's default.
     pub max_waiting: Option<i64>,
+    /// The label under which its jobs are counted.
+    pub class: String,
 }
 
 fn digest(key: &str) -> Vec<u8> {
@@ -32,12 +33,10 @@ impl Postgres {
 
     /// The tenant, if it exists.
     pub async fn tenant(&self, id: &str) -> Result<Option<Tenant>, StoreError> {
-        let row = sqlx::query("SELECT id, max_waiting FROM tenants WHERE id = $1")
+        Ok(sqlx::query_as("SELECT id, max_waiting, class FROM tenants WHERE id = $1")
             .bind(id)
             .fetch_optional(&self.pool)
-            .await?;
-        row.map(|row| Ok(Tenant { id: row.try_get("id")?, max_waiting: row.try_get("max_waiting")? }))
-            .transpose()
+            .await?)
     }
 
     /// Stores an API key's hash; the key itself is the caller's to show once.
@@ -64,14 +63,12 @@ impl Postgres {
 
     /// The tenant that an API key speaks for.
     pub async fn tenant_of_key(&self, key: &str) -> Result<Option<Tenant>, StoreError> {
-        let row = sqlx::query(
-            "SELECT t.id, t.max_waiting FROM api_keys k JOIN tenants t ON t.id = k.tenant
+        Ok(sqlx::query_as(
+            "SELECT t.id, t.max_waiting, t.class FROM api_keys k JOIN tenants t ON t.id = k.tenant
              WHERE k.key_hash = $1 AND k.revoked_at IS NULL",
         )
         .bind(digest(key))
         .fetch_optional(&self.pool)
-        .await?;
-        row.map(|row| Ok(Tenant { id: row.try_get("id")?, max_waiting: row.try_get("max_waiting")? }))
-            .transpose()
+        .await?)
     }
 }
