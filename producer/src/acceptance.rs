@@ -41,10 +41,9 @@ pub(crate) struct Acceptor {
 impl Acceptor {
     /// One transaction for all jobs, then one push. With `push`, Redis gets them at once if it is there.
     async fn attempt(&self, jobs: &[NewJob]) -> Result<Vec<Accepted>, Failure> {
-        // A pooled connection is tried before it is handed out. So what fails here has begun nothing, and callers get a
-        // prompt and certain answer while the ledger is down.
-        match tokio::time::timeout(self.settings.connect_within, self.postgres.pool().acquire()).await {
-            Ok(Ok(connection)) => drop(connection),
+        // What fails here has begun nothing, so that callers get a prompt and certain answer while the ledger is down.
+        match tokio::time::timeout(self.settings.connect_within, self.postgres.reach()).await {
+            Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 tracing::warn!(%error, "the ledger can't be reached");
                 return Err(Failure::NotBegun);

@@ -75,8 +75,9 @@ impl Stats {
             let left = drift.by_kind.get(kind.name()).copied().unwrap_or_default();
             gauge!("audit_drift", "kind" => kind.name()).set(left as f64);
         }
+        let counts = within(limit, postgres.dead_letter_counts()).await?;
         let mut gone = std::mem::take(&mut self.dead);
-        for (kind, class, count) in within(limit, postgres.dead_letter_counts()).await? {
+        for (kind, class, count) in counts {
             gauge!("dead_letters", "kind" => kind.clone(), "class" => class.clone()).set(count as f64);
             gone.remove(&(kind.clone(), class.clone()));
             self.dead.insert((kind, class));
@@ -89,9 +90,12 @@ impl Stats {
     /// What one process of the fleet has counted, if tenants have classes.
     async fn classes(&mut self) -> Result<(), StoreError> {
         let (limit, postgres) = (self.postgres.call_timeout(), &self.postgres);
-        within(limit, postgres.count_classes(self.settings.stats_every * 3)).await?;
+        if let Err(error) = within(limit, postgres.count_classes(self.settings.stats_every * 3)).await {
+            tracing::warn!(%error, "classes of tenants were not counted; what is reported of them is old");
+        }
+        let counts = within(limit, postgres.class_counts()).await?;
         let mut gone = std::mem::take(&mut self.classes);
-        for count in within(limit, postgres.class_counts()).await? {
+        for count in counts {
             let place = (count.queue.clone(), count.class.clone());
             set_class_gauges(&place, &count);
             gone.remove(&place);

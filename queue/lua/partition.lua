@@ -86,7 +86,7 @@ local function charge(charged, failure, loss)
   return ' ' .. whole((failures or 0) + failure) .. ' ' .. whole((losses or 0) + loss)
 end
 
--- Redis looks for a field of a small hash from its beginning, unless a value is longer than 64 bytes: then it keeps a table.
+-- Redis looks for a field of a small hash from its beginning, unless a value is longer than 64 bytes (by default): then it keeps a table.
 -- `tenant` is '' if the lease counts towards no limit.
 local function holder_of(token, tenant, worker) return string.format('%-65s', token .. ' ' .. tenant .. ' ' .. worker) end
 

@@ -49,6 +49,12 @@ async fn each_class_is_counted_and_only_when_it_is_time() {
     sqlx::query("UPDATE class_counting SET next_at = now()").execute(ledger.postgres.pool()).await.unwrap();
     assert!(ledger.postgres.count_classes(Duration::from_secs(60)).await.unwrap());
     assert!(!ledger.postgres.count_classes(OFTEN).await.unwrap());
+
+    // What was counted for the last class doesn't come back with the next.
+    ledger.postgres.set_class("big", "default", "someone").await.unwrap();
+    ledger.postgres.set_class("big", "silver", "someone").await.unwrap();
+    assert_eq!(ledger.postgres.class_counts().await.unwrap(), []);
+    assert!(ledger.postgres.count_classes(OFTEN).await.unwrap());
 }
 
 #[tokio::test]

@@ -69,6 +69,11 @@ impl Postgres {
         if done.rows_affected() == 0 {
             return Ok(Classified::UnknownTenant);
         }
+        if others == 0 && class == DEFAULT_CLASS {
+            // Nobody counts any more, and the next class must not bring back what was counted for the last.
+            sqlx::query("DELETE FROM class_counts").execute(&mut *tx).await?;
+            sqlx::query("UPDATE class_counting SET next_at = now()").execute(&mut *tx).await?;
+        }
         record_in(&mut tx, actor, "tenants.class", tenant, &json!({ "class": class })).await?;
         tx.commit().await?;
         Ok(Classified::Done)

@@ -99,6 +99,11 @@ impl Postgres {
         let saga =
             NewSaga { data: serde_json::json!({ "doomed": doomed, "document": document }), ..saga.clone() };
         super::stage::insert_sagas(&mut tx, &[&saga]).await?;
+        // The tombstone is the pivot: whoever doesn't know this kind's steps reads it here.
+        sqlx::query("UPDATE sagas SET pivot_at = now() WHERE id = $1")
+            .bind(saga.id)
+            .execute(&mut *tx)
+            .await?;
         crate::fault_point!("delete.tombstone.inside");
         tx.commit().await?;
         Ok((Published::Yes, doomed))

@@ -330,7 +330,7 @@ impl Postgres {
         Ok(true)
     }
 
-    /// Parks a run whose effects can't be undone, or finished past the pivot, without a person. `false`: the fence refused.
+    /// Parks a run whose effects can't be undone, or finished past the pivot, without a person, or whose kind nobody knows. `false`: the fence refused.
     pub async fn park(
         &self,
         run: &Run,

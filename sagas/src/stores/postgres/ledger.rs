@@ -31,7 +31,7 @@ impl Postgres {
         let row: Option<(String, bool, bool)> = sqlx::query_as(
             "SELECT j.state, EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id AND s.state IN ('running', 'compensating')),
                     EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id AND s.state = 'running'
-                              AND (s.pivot_at IS NOT NULL OR (s.kind = 'delete' AND s.next_step > 0)))
+                              AND s.pivot_at IS NOT NULL)
              FROM jobs j WHERE j.id = $1 AND ($2::text IS NULL OR j.tenant = $2) FOR NO KEY UPDATE OF j",
         )
         .bind(job.0)

@@ -146,6 +146,20 @@ impl Postgres {
             .map_err(|_| sqlx::Error::WorkerCrashed)?
     }
 
+    /// Whether the server answers now: what fails here has begun nothing. Connections that are found dead are closed.
+    pub async fn reach(&self) -> Result<(), sqlx::Error> {
+        loop {
+            let mut connection = self.pool.acquire().await?;
+            match outside_transaction(&mut connection).await {
+                Ok(true) => return Ok(()),
+                // Once the pool has none that was made before, it makes one, or says why it can't.
+                Ok(false) => {}
+                Err(error) => tracing::debug!(%error, "a connection to Postgres is dead"),
+            }
+            connection.close_on_drop();
+        }
+    }
+
     /// The pool, for read-only tools and tests; transactions are begun by [`begin`](Self::begin).
     pub fn pool(&self) -> &PgPool {
         &self.pool

@@ -61,7 +61,7 @@ impl Parked {
     }
 
     /// Whether its effect is seen by readers. Runs are parked on the way forward only past their pivot, but for those
-    /// whose data can't be read, which say so.
+    /// whose data can't be read, or whose kind nobody knows, which say so.
     fn past_pivot(&self) -> bool {
         let forward = self.verdict.as_ref().is_none_or(|verdict| verdict.get("end").is_none());
         forward
