@@ -174,6 +174,13 @@ local function take_first(list)
   return list.entries[list.head - 1]
 end
 
+-- An entry's id, and its sequence with the space behind it. A pattern would cost twice as much.
+local function cut(entry)
+  local id_end = string.find(entry, ' ', 1, true)
+  local seq_end = string.find(entry, ' ', id_end + 1, true)
+  return string.sub(entry, 1, id_end - 1), string.sub(entry, id_end + 1, seq_end)
+end
+
 -- `seq` with the space behind it.
 local function is_current(text, seq) return text and string.find(text, seq, 1, true) == 1 end
 
@@ -185,7 +192,7 @@ local function serve(priority)
   local list = list_of(priority, tenant)
   heads[priority] = nil
   while list.left > 0 and may_drop > 0 do
-    local id, seq = string.match(take_first(list), '^(%S+) (%d+ )')
+    local id, seq = cut(take_first(list))
     -- Without a stale entry in the whole partition this one needs no look; all records are read together afterwards.
     if count.z == 0 or is_current(redis.call('HGET', JOBS, id), seq) then
       served(priority, tenant, rule, list.left > 0)
@@ -265,13 +272,10 @@ end
 -- together at the end.
 local met = {}
 
--- Where neither policies nor stale entries need a look: what a turn of `serve` does for each entry. A pattern would cost
--- twice as much.
+-- Where neither policies nor stale entries need a look: what a turn of `serve` does for each entry.
 local function take_plainly(entry)
-  local id_end = string.find(entry, ' ', 1, true)
-  local seq_end = string.find(entry, ' ', id_end + 1, true)
   claimed = claimed + 1
-  ids[claimed], seqs[claimed] = string.sub(entry, 1, id_end - 1), string.sub(entry, id_end + 1, seq_end)
+  ids[claimed], seqs[claimed] = cut(entry)
 end
 
 local function took_plainly(priority, jobs)

@@ -9,6 +9,7 @@
 -- Complexity: O(jobs * log(leased)); the caller sends at most 500 jobs
 --@ clock.lua
 local part = KEYS[1]
+--@ policies.lua
 local now = clock(ARGV[1])
 local expiry = now + tonumber(ARGV[2])
 local epoch = redis.call('HGET', part, 'epoch')
@@ -20,7 +21,7 @@ for i, id in ipairs(ids) do
   local token, life, restarted = ARGV[4 * i], ARGV[4 * i + 1], ARGV[4 * i + 2] == '1'
   local answer = 0
   if holders[i] then
-    if string.sub(holders[i], 1, #token + 1) == token .. ' ' then
+    if held_by(holders[i], token) then
       answer = 1
       leases[#leases + 1] = expiry
       leases[#leases + 1] = id

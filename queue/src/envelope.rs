@@ -133,11 +133,6 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// What tells its lease from all others.
-    pub(crate) fn key(&self) -> (JobId, LeaseToken) {
-        (self.envelope.id, self.token.clone())
-    }
-
     /// What ack, release and heartbeat take.
     pub fn lease_ref(&self) -> LeaseRef {
         LeaseRef {

@@ -93,7 +93,7 @@ impl Heartbeat {
     /// Keeps a claimed job's lease alive from now on.
     pub fn register(&self, claim: &Claim) -> Lease {
         let lease = Lease::new(claim, self.registry.lease, Arc::clone(&self.registry.nudge));
-        self.registry.lock().insert(claim.key(), Arc::downgrade(&lease.state));
+        self.registry.lock().insert(lease.key(), Arc::downgrade(&lease.state));
         lease
     }
 
@@ -103,8 +103,8 @@ impl Heartbeat {
         let leases: Vec<Lease> =
             claims.iter().map(|claim| Lease::new(claim, self.registry.lease, Arc::clone(nudge))).collect();
         let mut registered = self.registry.lock();
-        for (claim, lease) in claims.iter().zip(&leases) {
-            registered.insert(claim.key(), Arc::downgrade(&lease.state));
+        for lease in &leases {
+            registered.insert(lease.key(), Arc::downgrade(&lease.state));
         }
         drop(registered);
         leases
@@ -113,7 +113,7 @@ impl Heartbeat {
     /// Ends the heartbeats of one lease, because it was acked or given back. [`Lease::valid`] fails from now on.
     pub fn end(&self, lease: &Lease) {
         lease.state.end();
-        self.registry.lock().remove(&lease.state.with_ref(|lease| lease.key()));
+        self.registry.lock().remove(&lease.key());
     }
 
     /// Ends the heartbeats of every lease that this process holds on a job.

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     envelope::{Claim, Epoch, LeaseRef},
-    ids::JobId,
+    ids::{JobId, LeaseToken},
 };
 
 /// The lease is not ours any more: it expired and the job went to somebody else, or the job was finished or given
@@ -78,6 +78,11 @@ impl Lease {
     /// What the queue's ack, release and heartbeat take.
     pub fn lease_ref(&self) -> LeaseRef {
         self.state.with_ref(|lease| lease.clone())
+    }
+
+    /// What tells it from all others.
+    pub(crate) fn key(&self) -> (JobId, LeaseToken) {
+        self.state.with_ref(|lease| lease.key())
     }
 
     /// How long the lease certainly lasts, by this machine's monotonic clock: counted from the moment *before* the
