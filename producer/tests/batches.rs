@@ -36,7 +36,7 @@ use tower::ServiceExt;
 /// Takes and ends a job well, as a worker does.
 async fn succeed(stage: &Stage, id: JobId) {
     let worker = WorkerId::new("w");
-    let take = TakeBatch { postgres: stage.postgres.clone(), worker: worker.clone() };
+    let take = TakeBatch::new(stage.postgres.clone(), worker.clone());
     let taken = take.flush(&[TakeItem { id, fast: None }]).await.unwrap().remove(0);
     let Take::Taken(job) = taken else { panic!("{taken:?}") };
     let run = Run { job_id: id, fence: job.fence, saga_id: None, worker, started_at: chrono::Utc::now() };
@@ -273,7 +273,7 @@ async fn neither_redis_nor_the_ledger_holds_a_sealed_payload_in_plain() {
     // A worker with the key gets what was enqueued.
     for claim in stage.claim("report", 10).await {
         let fast = claim.envelope.fast.clone().map(|fast| serde_json::from_value(fast).unwrap());
-        let take = TakeBatch { postgres: postgres.clone(), worker: WorkerId::new("w") };
+        let take = TakeBatch::new(postgres.clone(), WorkerId::new("w"));
         let taken = take.flush(&[TakeItem { id: claim.envelope.id, fast }]).await.unwrap().remove(0);
         let Take::Taken(job) = taken else { panic!("{taken:?}") };
         assert_eq!(job.payload, json!({ "card": SECRET }));

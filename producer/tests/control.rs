@@ -39,7 +39,7 @@ async fn flushall(stage: &Stage) {
 
 /// Takes a job and ends it, as a worker does.
 async fn succeed(stage: &Stage, id: JobId, result: Value) {
-    let batch = TakeBatch { postgres: stage.postgres.clone(), worker: WorkerId::new("w") };
+    let batch = TakeBatch::new(stage.postgres.clone(), WorkerId::new("w"));
     let taken = match batch.flush(&[TakeItem { id, fast: None }]).await.unwrap().remove(0) {
         Take::Taken(job) => job,
         other => panic!("not taken: {other:?}"),
@@ -119,7 +119,7 @@ async fn rule_17_what_redis_did_not_hear_of_the_relay_tells_it() {
 async fn a_running_job_keeps_its_priority_and_says_so() {
     let stage = Stage::new().await;
     let ids = enqueue(&stage, 1).await;
-    let batch = TakeBatch { postgres: stage.postgres.clone(), worker: WorkerId::new("w") };
+    let batch = TakeBatch::new(stage.postgres.clone(), WorkerId::new("w"));
     batch.flush(&[TakeItem { id: ids[0], fast: None }]).await.unwrap();
     assert_eq!(stage.client.change(&ids, None, priority(9)).await.unwrap(), [Changed::Running]);
     let run_at = chrono::DateTime::<Utc>::MAX_UTC;

@@ -160,7 +160,7 @@ impl Stage {
         self.queue.push(&[envelope]).await.unwrap();
         let claim = self.queue.claim(&name(), &WorkerId::new("w"), 1).await.unwrap().remove(0);
         let lease = self.heartbeat.register(&claim);
-        let batch = TakeBatch { postgres: self.postgres.clone(), worker: WorkerId::new("w") };
+        let batch = TakeBatch::new(self.postgres.clone(), WorkerId::new("w"));
         let job = match batch.flush(&[TakeItem { id: new.id, fast: None }]).await.unwrap().remove(0) {
             Take::Taken(job) => Arc::new(*job),
             other => panic!("not taken: {other:?}"),

@@ -22,7 +22,7 @@ use sagas::{
         Postgres, PostgresConfig,
         accept::NewJob,
         inspect::JobView,
-        take::{Take, TakeBatch, TakeItem, TakenJob},
+        take::{Take, TakeItem, TakenJob},
     },
 };
 use serde_json::{Value, json};
@@ -37,6 +37,7 @@ struct Scripted {
     steps: Vec<Arc<dyn Step<Value>>>,
     retry: JobRetry,
     pivot: usize,
+    repeatable: bool,
 }
 
 impl Saga for Scripted {
@@ -56,8 +57,14 @@ impl Saga for Scripted {
     fn needs(&self) -> &[Dependency] {
         &[Dependency::Postgres]
     }
-    fn prepare(&self, _: &TakenJob) -> Result<Value, StepError> {
+    fn prepare(&self, job: &TakenJob) -> Result<Value, StepError> {
+        if job.payload == json!("bad") {
+            return Err(StepError::permanent("bad_payload", "bad"));
+        }
         Ok(json!({}))
+    }
+    fn repeatable(&self) -> bool {
+        self.repeatable
     }
     fn attempts(&self) -> JobRetry {
         self.retry
@@ -111,6 +118,20 @@ fn name() -> QueueName {
 impl Stage {
     /// A saga of two steps, `work` and `pivot`, of which `pivot` is the pivot.
     async fn new(lines: Vec<Result<Value, StepError>>, retry: JobRetry, settings: EngineSettings) -> Self {
+        Self::of(lines, retry, settings, false).await
+    }
+
+    /// The same, as a saga whose `prepare` gives the same each time.
+    async fn repeatable(lines: Vec<Result<Value, StepError>>) -> Self {
+        Self::of(lines, JobRetry::default(), EngineSettings::default(), true).await
+    }
+
+    async fn of(
+        lines: Vec<Result<Value, StepError>>,
+        retry: JobRetry,
+        settings: EngineSettings,
+        repeatable: bool,
+    ) -> Self {
         let services = TestServices::builder().postgres().redis_queue().start().await.unwrap();
         let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
         postgres.migrate_up().await.unwrap();
@@ -123,7 +144,7 @@ impl Stage {
             Arc::new(Work { name, script: Arc::clone(&script), undone: Arc::clone(&undone) })
                 as Arc<dyn Step<Value>>
         };
-        let saga = Scripted { steps: vec![step("work"), step("pivot")], retry, pivot: 1 };
+        let saga = Scripted { steps: vec![step("work"), step("pivot")], retry, pivot: 1, repeatable };
         let breakers = Breakers::new([], CancellationToken::new());
         let registry = Registry::default().with(saga);
         let engine = Engine::new(postgres.clone(), breakers, WorkerId::new("w"), settings, registry);
@@ -149,15 +170,26 @@ impl Stage {
         self.queue.push(&[envelope]).await.unwrap();
         let claim = self.queue.claim(&name(), &WorkerId::new("w"), 1).await.unwrap().remove(0);
         let lease = self.heartbeat.register(&claim);
-        let batch = TakeBatch { postgres: self.postgres.clone(), worker: WorkerId::new("w") };
-        let job = match batch.flush(&[TakeItem { id, fast: None }]).await.unwrap().remove(0) {
-            Take::Taken(job) => Arc::new(*job),
-            other => panic!("not taken: {other:?}"),
-        };
+        let job = Arc::new(self.take(id).await);
         let (cancel, stop) = (CancellationToken::new(), CancellationToken::new());
         let ended = self.engine.run(Delivery { job, lease: lease.clone(), cancel, stop }).await;
         self.queue.ack(&[lease.lease_ref()]).await.unwrap();
         ended
+    }
+
+    async fn take(&self, id: JobId) -> TakenJob {
+        match self.engine.take().flush(&[TakeItem { id, fast: None }]).await.unwrap().remove(0) {
+            Take::Taken(job) => *job,
+            other => panic!("not taken: {other:?}"),
+        }
+    }
+
+    async fn cancel(&self, id: JobId) {
+        sqlx::query("UPDATE jobs SET cancel_requested_at = now() WHERE id = $1")
+            .bind(id.0)
+            .execute(self.postgres.pool())
+            .await
+            .unwrap();
     }
 
     async fn job(&self, id: JobId) -> JobView {
@@ -305,4 +337,64 @@ async fn protocol_15_a_begun_run_whose_kind_nobody_knows_any_more_is_parked_with
     let job = stage.job(id).await;
     assert_eq!((job.state.as_str(), job.result), ("succeeded", Some(json!({ "did": 1 }))));
     assert_eq!(*stage.undone.lock().unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_repeatable_run_begins_with_its_take_and_is_the_same_run_after_a_crash() {
+    let stage = Stage::repeatable(vec![Err(StepError::LeaseLost), Ok(json!({ "seen": 2 }))]).await;
+    let id = stage.enqueue(|_| ()).await;
+    // Its worker loses it in the first step, of which the log knows nothing.
+    assert_eq!(stage.deliver(id).await, Ended::Abandoned);
+    let begun = stage.postgres.sagas_of(id).await.unwrap().remove(0);
+    assert_eq!((begun.state.as_str(), begun.definition_version, begun.next_step), ("running", 1, 0));
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.result), ("succeeded", Some(json!({ "seen": 2 }))));
+    let runs = stage.postgres.sagas_of(id).await.unwrap();
+    assert_eq!(runs.len(), 1, "{runs:?}");
+    assert_eq!((runs[0].id, runs[0].state.as_str()), (begun.id, "completed"));
+}
+
+#[tokio::test]
+async fn a_repeatable_run_that_no_delivery_logged_is_undone_when_a_step_may_have_run_and_only_then() {
+    let stage = Stage::repeatable(vec![Err(StepError::LeaseLost)]).await;
+    let (begun, fresh) = (stage.enqueue(|_| ()).await, stage.enqueue(|_| ()).await);
+    assert_eq!(stage.deliver(begun).await, Ended::Abandoned);
+    for (id, undone) in [(begun, 1), (fresh, 0)] {
+        stage.cancel(id).await;
+        assert_eq!(stage.deliver(id).await, Ended::Ack);
+        assert_eq!(stage.job(id).await.state, "cancelled");
+        assert_eq!(std::mem::take(&mut *stage.undone.lock().unwrap()), undone);
+        let runs = stage.postgres.sagas_of(id).await.unwrap();
+        assert_eq!(runs.iter().map(|run| run.state.as_str()).collect::<Vec<_>>(), ["compensated"]);
+    }
+}
+
+#[tokio::test]
+async fn a_repeatable_run_whose_job_can_not_be_read_ends_dead_with_its_run() {
+    let stage = Stage::repeatable(vec![]).await;
+    // At the first delivery, and at one that follows a worker's death.
+    for lost in [false, true] {
+        let id = stage.enqueue(|job| job.payload = json!("bad")).await;
+        if lost {
+            stage.take(id).await;
+        }
+        assert_eq!(stage.deliver(id).await, Ended::Ack);
+        let letter = stage.postgres.dead_letter(id.0).await.unwrap().unwrap();
+        let run = stage.postgres.sagas_of(id).await.unwrap().remove(0);
+        assert_eq!((letter.class.as_str(), letter.saga_id), ("bad_payload", Some(run.id)));
+        assert_eq!((run.state.as_str(), stage.job(id).await.state.as_str()), ("compensated", "dead"));
+    }
+}
+
+#[tokio::test]
+async fn a_repeatable_job_gets_a_new_run_for_each_attempt() {
+    let stage = Stage::repeatable(vec![fails()]).await;
+    let id = stage.enqueue(|_| ()).await;
+    assert!(matches!(stage.deliver(id).await, Ended::Release(_)));
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let mut states: Vec<_> =
+        stage.postgres.sagas_of(id).await.unwrap().into_iter().map(|run| run.state).collect();
+    states.sort();
+    assert_eq!(states, ["compensated", "completed"]);
 }

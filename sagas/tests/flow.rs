@@ -219,7 +219,7 @@ impl Stage {
         self.queue.push(&[queue::Envelope { run_at_ms: None, ..envelope }]).await.unwrap();
         let claim = self.queue.claim(&queue_name(), &worker, 1).await.unwrap().remove(0);
         let lease = self.heartbeat.register(&claim);
-        let batch = TakeBatch { postgres: self.postgres.clone(), worker };
+        let batch = TakeBatch::new(self.postgres.clone(), worker);
         let job = match batch.flush(&[TakeItem { id, fast: None }]).await.unwrap().remove(0) {
             Take::Taken(job) => Arc::new(*job),
             other => panic!("not taken: {other:?}"),

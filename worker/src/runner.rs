@@ -47,8 +47,7 @@ impl Runner {
         limits: CallLimits,
         stop: CancellationToken,
     ) -> Self {
-        let batch = TakeBatch { postgres: engine.postgres().clone(), worker: engine.worker().clone() };
-        let take = Coalescer::spawn(batch, Limits::default());
+        let take = Coalescer::spawn(engine.take(), Limits::default());
         Self {
             engine,
             take,

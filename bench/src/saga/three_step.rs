@@ -156,7 +156,11 @@ impl Saga for ThreeStep {
     fn prepare(&self, job: &TakenJob) -> Result<Draft, StepError> {
         let request = Request::deserialize(&job.payload)
             .map_err(|error| StepError::permanent("bad_payload", format!("payload: {error}")))?;
-        Ok(Draft { number: request.number, id: Uuid::now_v7() })
+        Ok(Draft { number: request.number, id: job.id.0 })
+    }
+
+    fn repeatable(&self) -> bool {
+        true
     }
 }
 

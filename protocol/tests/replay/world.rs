@@ -218,7 +218,7 @@ impl World {
         let lease = held.lease.clone();
         match action {
             Action::Take { .. } => {
-                let batch = TakeBatch { postgres: self.postgres.clone(), worker: worker_id(worker) };
+                let batch = TakeBatch::new(self.postgres.clone(), worker_id(worker));
                 let item = TakeItem { id: self.id(job), fast: None };
                 match batch.flush(&[item]).await.unwrap().remove(0) {
                     Take::Taken(taken) => {

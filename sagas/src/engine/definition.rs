@@ -257,6 +257,13 @@ pub trait Saga: Send + Sync + 'static {
     /// Reads the job's request. An error is the job's own fault and makes it dead.
     fn prepare(&self, job: &TakenJob) -> Result<Self::Data, StepError>;
 
+    /// Whether [`prepare`](Self::prepare) gives the same data, or the same error, whenever and wherever this version is asked
+    /// for the same job: no new ids, no clocks, no look at anything else. Then the log needs no data until there is more
+    /// than that, and a job's first run begins with its take, which saves a commit.
+    fn repeatable(&self) -> bool {
+        false
+    }
+
     /// How often, and how far apart, jobs of this kind are tried.
     fn attempts(&self) -> JobRetry {
         JobRetry::default()

@@ -32,9 +32,10 @@ use crate::{
     results::MAX_RESULT,
     stores::postgres::{
         Postgres,
-        ending::{CompleteBatch, Failure, Parking, Run, Verdict},
+        compensation::TurnBatch,
+        ending::{CompleteBatch, Failure, FinishBatch, Parking, Run, Verdict},
         stage::BeginBatch,
-        take::TakenJob,
+        take::{TakeBatch, TakenJob},
     },
 };
 
@@ -98,6 +99,8 @@ pub struct Delivery {
 #[async_trait]
 pub(crate) trait AnySaga: Send + Sync {
     fn needs(&self) -> &[Dependency];
+    /// Whether the take may write a run's first row.
+    fn begins_with_take(&self) -> bool;
     fn points(&self) -> Vec<String>;
     async fn drive(&self, engine: &Engine, delivery: Delivery) -> Result<Ended, StoreError>;
 }
@@ -112,6 +115,8 @@ pub struct Engine {
     reporter: Reporter,
     begin: Coalescer<BeginBatch>,
     complete: Coalescer<CompleteBatch>,
+    turn: Coalescer<TurnBatch>,
+    finish: Coalescer<FinishBatch>,
     sagas: Arc<Versions>,
 }
 
@@ -190,7 +195,7 @@ fn check<S: Saga>(saga: &S) {
 }
 
 impl Engine {
-    /// An engine that runs the registered sagas. Needs a tokio runtime, on which it starts two tasks that end with its last
+    /// An engine that runs the registered sagas. Needs a tokio runtime, on which it starts tasks that end with its last
     /// clone.
     pub fn new(
         postgres: Postgres,
@@ -206,6 +211,8 @@ impl Engine {
             reporter: Reporter::new(postgres.clone()),
             begin: Coalescer::spawn(BeginBatch(postgres.clone()), Limits::default()),
             complete: Coalescer::spawn(CompleteBatch(postgres.clone()), Limits::default()),
+            turn: Coalescer::spawn(TurnBatch(postgres.clone()), Limits::default()),
+            finish: Coalescer::spawn(FinishBatch(postgres.clone()), Limits::default()),
             postgres,
             sagas: Arc::new(registry.sagas),
         }
@@ -224,6 +231,15 @@ impl Engine {
     /// The breakers, for those who pause queues.
     pub fn breakers(&self) -> &Breakers {
         &self.breakers
+    }
+
+    /// The take of this engine's worker.
+    pub fn take(&self) -> TakeBatch {
+        let begins = self.sagas.iter().filter_map(|(kind, versions)| {
+            let (version, newest) = versions.last_key_value()?;
+            newest.begins_with_take().then_some((*kind, *version))
+        });
+        TakeBatch::new(self.postgres.clone(), self.worker.clone()).beginning(begins.collect())
     }
 
     /// What must answer for jobs of this kind to be worth claiming. Jobs of unknown kinds need the ledger alone.

@@ -22,8 +22,8 @@ use crate::{
     fault::without,
     results::fits,
     stores::postgres::{
-        compensation::Turn,
-        ending::{Completion, Failure, Parking, Run, Verdict},
+        compensation::{Turn, Turning},
+        ending::{Completion, Ending, Failure, Parking, Run, Verdict},
         stage::NewSaga,
         take::{OpenSaga, StepRecord},
     },
@@ -50,6 +50,11 @@ impl<S: Saga> AnySaga for Registered<S> {
             }
         }
         points
+    }
+
+    fn begins_with_take(&self) -> bool {
+        let itself = self.0.steps().first().is_some_and(|step| step.commits() == Commits::Begin);
+        self.0.repeatable() && !itself
     }
 
     async fn drive(&self, engine: &Engine, delivery: Delivery) -> Result<Ended, StoreError> {
@@ -130,7 +135,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         let ctx = StepContext::new(
             delivery.job,
             saga_id,
-            open.is_some(),
+            open.as_ref().is_some_and(|open| !open.fresh),
             engine.worker.clone(),
             delivery.lease,
             engine.postgres.clone(),
@@ -144,16 +149,28 @@ impl<'a, S: Saga> Drive<'a, S> {
     }
 
     async fn run(mut self) -> Result<Ended, StoreError> {
-        let Some(open) = self.open.take() else { return self.first_delivery().await };
+        let open = match self.open.take() {
+            Some(open) if !open.fresh => open,
+            open => return self.first_delivery(open.is_some()).await,
+        };
         let next: usize = open.next_step.unsigned_abs().into();
         let past_pivot = next > self.saga.pivot() || open.pivot_begun;
-        let data: S::Data = match serde_json::from_value(open.data.clone()) {
-            Ok(data) => data,
-            Err(error) => {
-                let error = format!("the saga's data can't be read: {error}");
-                let parking = Parking { verdict: None, error: &error, past_pivot, progress: None };
-                return self.park_at(&parking).await;
-            }
+        let data: S::Data = match open.data {
+            Some(data) => match serde_json::from_value(data) {
+                Ok(data) => data,
+                Err(error) => {
+                    let error = format!("the saga's data can't be read: {error}");
+                    let parking = Parking { verdict: None, error: &error, past_pivot, progress: None };
+                    return self.park_at(&parking).await;
+                }
+            },
+            None => match self.saga.prepare(&self.ctx.job) {
+                Ok(data) => data,
+                // It failed so before, and no step has run.
+                Err(error) => {
+                    return self.finish(self.ctx.run(), Verdict::Dead { failure: failure(&error) }).await;
+                }
+            },
         };
         (self.done, self.pivot_begun) = (open.done, open.pivot_begun);
         if open.compensating {
@@ -182,7 +199,8 @@ impl<'a, S: Saga> Drive<'a, S> {
         self.forward(data, next).await
     }
 
-    async fn first_delivery(self) -> Result<Ended, StoreError> {
+    /// A run of which no step can have run: either it has its first row, or it has none yet.
+    async fn first_delivery(self, begun: bool) -> Result<Ended, StoreError> {
         let verdict = if self.is_poison() {
             Verdict::Dead { failure: self.poison() }
         } else if self.ctx.job.cancel_requested {
@@ -190,7 +208,8 @@ impl<'a, S: Saga> Drive<'a, S> {
         } else {
             match self.saga.prepare(&self.ctx.job) {
                 Ok(data) => {
-                    if self.saga.steps().first().is_none_or(|step| step.commits() != Commits::Begin)
+                    if !begun
+                        && self.saga.steps().first().is_none_or(|step| step.commits() != Commits::Begin)
                         && let Err(error) = self.begin(&data).await
                     {
                         return self.failed(&data, 0, error).await;
@@ -200,7 +219,8 @@ impl<'a, S: Saga> Drive<'a, S> {
                 Err(error) => Verdict::Dead { failure: failure(&error) },
             }
         };
-        self.finish(&Run { saga_id: None, ..self.ctx.run() }, &verdict).await
+        let run = self.ctx.run();
+        self.finish(Run { saga_id: run.saga_id.filter(|_| begun), ..run }, verdict).await
     }
 
     /// The saga's first row, for sagas whose first step doesn't write it.
@@ -500,19 +520,22 @@ impl<'a, S: Saga> Drive<'a, S> {
             Verdict::Cancelled => "cancelled on request".to_owned(),
             Verdict::Superseded => "superseded by a later job".to_owned(),
         };
-        let (run, postgres, kept) = (self.ctx.run(), &self.engine.postgres, encode(data)?);
-        let pivot = i16::try_from(self.saga.pivot()).unwrap_or(i16::MAX);
+        let turning = Arc::new(Turning {
+            run: self.ctx.run(),
+            verdict,
+            error: reason,
+            data: Some(encode(data)?),
+            pivot: i16::try_from(self.saga.pivot()).unwrap_or(i16::MAX),
+        });
         let begun = self
             .ctx
-            .call(Dependency::Postgres, |_| async {
-                if without("engine.turn") {
-                    return Ok(Turn::Back);
-                }
-                postgres.begin_compensation(&run, &verdict, &reason, Some(&kept), pivot).await
+            .call(Dependency::Postgres, |deadline| {
+                let call = self.engine.turn.call(Arc::clone(&turning), deadline);
+                async { if without("engine.turn") { Ok(Turn::Back) } else { call.await } }
             })
             .await;
         match begun {
-            Ok(Turn::Back) => self.backward(data, verdict).await,
+            Ok(Turn::Back) => self.backward(data, turning.verdict.clone()).await,
             Ok(Turn::LeaseLost) | Err(StepError::LeaseLost) => self.refused().await,
             // The pivot had committed and only its answer failed, or the decision is not committed: the next delivery goes on
             // from the log.
@@ -541,7 +564,7 @@ impl<'a, S: Saga> Drive<'a, S> {
                 }
             }
         }
-        self.finish(&self.ctx.run(), &verdict).await
+        self.finish(self.ctx.run(), verdict).await
     }
 
     /// Undoes all branches of a group at once, and waits for all of them.
@@ -627,12 +650,13 @@ impl<'a, S: Saga> Drive<'a, S> {
     }
 
     /// Ends the job as the verdict says.
-    async fn finish(&self, run: &Run, verdict: &Verdict) -> Result<Ended, StoreError> {
-        let records = self.ctx.steps_so_far();
+    async fn finish(&self, run: Run, verdict: Verdict) -> Result<Ended, StoreError> {
+        let ending = Arc::new(Ending { run, verdict, steps: self.ctx.steps_so_far() });
         let done = self
             .ctx
-            .call(Dependency::Postgres, |_| self.engine.postgres.finish(run, verdict, &records))
+            .call(Dependency::Postgres, |deadline| self.engine.finish.call(Arc::clone(&ending), deadline))
             .await;
+        let verdict = &ending.verdict;
         match done {
             Ok(true) => {
                 self.count(verdict.status());

@@ -121,6 +121,10 @@ impl Saga for Embed {
         Ok(Selection { request: Request::read(&job.payload)?, enqueued: 0 })
     }
 
+    fn repeatable(&self) -> bool {
+        true
+    }
+
     fn result(&self, data: &Selection) -> Value {
         json!({ "enqueued": data.enqueued })
     }

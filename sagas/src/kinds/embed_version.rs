@@ -94,6 +94,10 @@ impl Saga for EmbedVersion {
         Ok(Embedding { version: request.version, vectors_hash: None })
     }
 
+    fn repeatable(&self) -> bool {
+        true
+    }
+
     fn result(&self, data: &Embedding) -> Value {
         json!({ "vectors_hash": data.vectors_hash })
     }

@@ -121,7 +121,7 @@ impl Stage {
     pub async fn take(&self) -> (queue::Claim, TakenJob) {
         let claim =
             self.queue.claim(&ingest_queue(), &worker(), 1).await.unwrap().pop().expect("a job waits");
-        let batch = TakeBatch { postgres: self.stores.postgres.clone(), worker: worker() };
+        let batch = TakeBatch::new(self.stores.postgres.clone(), worker());
         let item = TakeItem { id: claim.envelope.id, fast: None };
         match batch.flush(&[item]).await.unwrap().pop().unwrap() {
             Take::Taken(job) => (claim, *job),

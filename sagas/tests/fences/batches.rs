@@ -456,7 +456,7 @@ async fn end_somehow(ledger: &Ledger, members: &[NewJob], turn: usize) {
         coalescing::Batch,
         stores::postgres::take::{Take, TakeBatch, TakeItem},
     };
-    let batch = TakeBatch { postgres: ledger.postgres.clone(), worker: WorkerId::new("w") };
+    let batch = TakeBatch::new(ledger.postgres.clone(), WorkerId::new("w"));
     let items: Vec<TakeItem> = members.iter().map(|job| TakeItem { id: job.id, fast: None }).collect();
     loop {
         let Ok(takes) = batch.flush(&items).await else { continue };

@@ -61,7 +61,7 @@ impl Ledger {
 
     /// What a worker gets for each of these jobs, in their order.
     pub async fn takes(&self, worker: &str, ids: &[JobId]) -> Vec<Take> {
-        let batch = TakeBatch { postgres: self.postgres.clone(), worker: WorkerId::new(worker) };
+        let batch = TakeBatch::new(self.postgres.clone(), WorkerId::new(worker));
         let items: Vec<TakeItem> = ids.iter().map(|id| TakeItem { id: *id, fast: None }).collect();
         batch.flush(&items).await.unwrap()
     }

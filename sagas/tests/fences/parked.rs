@@ -101,7 +101,7 @@ async fn a_run_parked_past_its_pivot_goes_on_forward_from_where_it_stood() {
     assert!(ledger.postgres.park(&run_of(&job, Some(saga.id)), &parking, &[]).await.unwrap());
     assert_eq!(ledger.postgres.retry_parked(saga.id, "a test").await.unwrap(), done(&job, "waiting"));
     let open = ledger.take("v", job.id).await.saga.expect("the same run");
-    assert_eq!((open.compensating, open.next_step, open.data, open.verdict), (false, 3, data, None));
+    assert_eq!((open.compensating, open.next_step, open.data, open.verdict), (false, 3, Some(data), None));
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use sagas::stores::postgres::take::TakenJob;
 use sagas::{
     coalescing::Batch,
     error::Class,
@@ -10,9 +11,13 @@ use sagas::{
         postgres::{compensation::Turn, ending::Verdict, stage::StageBatch},
     },
 };
+use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use crate::ledger::{HOUR, Ledger, retry, run_of, stage_of};
+use crate::{
+    ledger::{HOUR, Ledger, retry, run_of, stage_of},
+    lock_order::until_someone_waits,
+};
 
 #[tokio::test]
 async fn protocol_06_the_decision_to_compensate_outlives_the_worker_that_made_it() {
@@ -60,7 +65,60 @@ async fn protocol_20_a_job_given_back_after_a_stage_without_an_answer_goes_on_fr
     let given_back = ledger.postgres.suspend(&run, Duration::ZERO, Some((0, &data, &[])), &[]).await.unwrap();
     assert_eq!(given_back, Some(Duration::ZERO));
     let open = ledger.take("another", job.id).await.saga.expect("the open run");
-    assert_eq!((open.next_step, open.data), (stage.saga.next_step, stage.saga.data.clone()));
+    assert_eq!((open.next_step, open.data), (stage.saga.next_step, Some(stage.saga.data.clone())));
+}
+
+/// Does `work` while the holder of the job's fence writes as `sql` says, and commits only when `work` waits for the job. The
+/// parameters of `sql` are the run and the job.
+async fn during_a_write<T>(
+    ledger: &Ledger,
+    job: &TakenJob,
+    saga: Uuid,
+    sql: &'static str,
+    work: impl Future<Output = T>,
+) -> T {
+    let mut holder = PgConnection::connect_with(&ledger.postgres.pool().connect_options()).await.unwrap();
+    let mut tx = holder.begin().await.unwrap();
+    sqlx::query("SELECT FROM jobs WHERE id = $1 FOR NO KEY UPDATE")
+        .bind(job.id.0)
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    sqlx::query(sql).bind(saga).bind(job.id.0).execute(&mut *tx).await.unwrap();
+    let mut work = std::pin::pin!(work);
+    until_someone_waits(ledger, &mut work).await;
+    tx.commit().await.unwrap();
+    work.await
+}
+
+const BEGINS: &str =
+    "INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, next_step, data, fence)
+                      SELECT $1, id, kind, 1, tenant, 'running', 1, '{}', fence FROM jobs WHERE id = $2";
+
+#[tokio::test]
+async fn protocol_06_a_run_that_commits_while_its_job_is_taken_again_is_not_missed() {
+    let ledger = Ledger::start().await;
+    let job = ledger.take("w", ledger.ingest("a").await).await;
+    let saga = Uuid::now_v7();
+    let again = during_a_write(&ledger, &job, saga, BEGINS, ledger.take("another", job.id)).await;
+    assert_eq!(again.saga.map(|open| open.id), Some(saga), "a second run would begin beside it");
+}
+
+#[tokio::test]
+async fn protocol_20_a_run_that_commits_while_it_is_turned_back_goes_on_from_its_log() {
+    let ledger = Ledger::start().await;
+    let job = ledger.take("w", ledger.ingest("a").await).await;
+    let (saga, verdict) = (Uuid::now_v7(), retry(Duration::ZERO));
+    let run = run_of(&job, Some(saga));
+    // The first step's answer was lost.
+    let turning = ledger.postgres.begin_compensation(&run, &verdict, "", None, 1);
+    assert_eq!(during_a_write(&ledger, &job, saga, BEGINS, turning).await.unwrap(), Turn::TooLate);
+    // And the pivot's.
+    let passes = "UPDATE sagas SET next_step = 2 WHERE id = $1 AND job_id = $2";
+    let turning = ledger.postgres.begin_compensation(&run, &verdict, "", None, 1);
+    assert_eq!(during_a_write(&ledger, &job, saga, passes, turning).await.unwrap(), Turn::TooLate);
+    let open = ledger.take("another", job.id).await.saga.expect("the open run");
+    assert_eq!((open.id, open.next_step, open.compensating), (saga, 2, false));
 }
 
 #[tokio::test]

@@ -11,13 +11,13 @@ use crate::itself::{misses, passes};
 /// File and function of each fenced write, and the test that fails without its fence.
 const TESTS: &[(&str, &str)] = &[
     (
-        "compensation.rs begin_compensation",
+        "compensation.rs turn_all",
         "stale_writes::protocol_02_begin_compensation_with_a_stale_fence_writes_nothing",
     ),
     ("deletion.rs bury", "stale_writes::protocol_02_bury_with_a_stale_fence_writes_nothing"),
     ("deletion.rs erase_text", "stale_writes::protocol_02_erase_text_with_a_stale_fence_writes_nothing"),
     ("ending.rs complete_all", "stale_writes::protocol_02_complete_with_a_stale_fence_writes_nothing"),
-    ("ending.rs finish", "stale_writes::protocol_02_finish_with_a_stale_fence_writes_nothing"),
+    ("ending.rs finish_all", "stale_writes::protocol_02_finish_with_a_stale_fence_writes_nothing"),
     ("ending.rs park", "stale_writes::protocol_02_park_with_a_stale_fence_writes_nothing"),
     ("ending.rs release", "stale_writes::protocol_02_release_with_a_stale_fence_writes_nothing"),
     (

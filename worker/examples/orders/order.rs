@@ -83,6 +83,10 @@ impl Saga for Order {
             .map_err(|error| StepError::permanent("bad_payload", format!("payload: {error}")))
     }
 
+    fn repeatable(&self) -> bool {
+        true
+    }
+
     fn result(&self, data: &Basket) -> Value {
         json!({ "charge": data.charge })
     }

@@ -51,6 +51,10 @@ impl Saga for PackedOrder {
         self.first.prepare(job)
     }
 
+    fn repeatable(&self) -> bool {
+        self.first.repeatable()
+    }
+
     fn result(&self, data: &Basket) -> Value {
         self.first.result(data)
     }

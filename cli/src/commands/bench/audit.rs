@@ -117,7 +117,7 @@ async fn publish(stores: &Stores, numbers: std::ops::Range<u32>, dimensions: usi
         })
         .collect();
     postgres.accept(&jobs, true).await?;
-    let take = TakeBatch { postgres: postgres.clone(), worker: WorkerId::new("bench") };
+    let take = TakeBatch::new(postgres.clone(), WorkerId::new("bench"));
     let items: Vec<TakeItem> = jobs.iter().map(|job| TakeItem { id: job.id, fast: None }).collect();
     let mut made = vec![];
     for taken in take.flush(&items).await? {

@@ -1,13 +1,22 @@
 //! The decision to compensate, committed before the first compensating call (PROTOCOL.md 6).
 
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use async_trait::async_trait;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::{
     Postgres,
     ending::{Run, Verdict},
-    lock_alive,
 };
-use crate::error::StoreError;
+use crate::{
+    coalescing::Batch,
+    error::{Dependency, StoreError},
+};
 
 /// What became of the decision to compensate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,9 +29,39 @@ pub enum Turn {
     LeaseLost,
 }
 
+/// A run that is to go backward.
+#[derive(Debug, Clone)]
+pub struct Turning {
+    /// The run.
+    pub run: Run,
+    /// How the job ends then.
+    pub verdict: Verdict,
+    /// What turned it.
+    pub error: String,
+    /// The data as it is now: a compensation that is delivered again has what the first one had. `None`: as the log has it.
+    pub data: Option<Value>,
+    /// The pivot's place among the steps.
+    pub pivot: i16,
+}
+
+/// The coalesced decision.
+#[derive(Debug, Clone)]
+pub struct TurnBatch(pub Postgres);
+
+#[async_trait]
+impl Batch for TurnBatch {
+    type Item = Arc<Turning>;
+    type Reply = Turn;
+    const OP: &'static str = "turn";
+    const DEPENDENCY: Dependency = Dependency::Postgres;
+
+    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<Turn>, StoreError> {
+        self.0.turn_all(&items.iter().map(AsRef::as_ref).collect::<Vec<_>>()).await
+    }
+}
+
 impl Postgres {
-    /// Turns a run backward, for good, unless the log says that its `pivot` (the step's place) is done. Keeps the data as it is
-    /// now, if given: a compensation that is delivered again has what the first one had.
+    /// Turns a run backward, for good, unless the log says that its pivot is done.
     pub async fn begin_compensation(
         &self,
         run: &Run,
@@ -31,33 +70,66 @@ impl Postgres {
         data: Option<&Value>,
         pivot: i16,
     ) -> Result<Turn, StoreError> {
-        let mut tx = self.begin().await?;
-        if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
-            return Ok(Turn::LeaseLost);
-        }
-        let past_pivot: bool = sqlx::query_scalar(
-            "SELECT EXISTS (SELECT FROM sagas WHERE id = $1 AND state = 'running' AND next_step > $2)",
-        )
-        .bind(run.saga_id)
-        .bind(pivot)
-        .fetch_one(&mut *tx)
-        .await?;
-        if past_pivot {
-            return Ok(Turn::TooLate);
-        }
-        sqlx::query(
-            "UPDATE sagas SET state = 'compensating', verdict = $2, error = $3, updated_at = now(), fence = $4, data = coalesce($5, data)
-             WHERE id = $1 AND state IN ('running', 'compensating')",
-        )
-        .bind(run.saga_id)
-        .bind(json!(verdict))
-        .bind(error)
-        .bind(run.fence.0)
-        .bind(data)
-        .execute(&mut *tx)
+        let (run, verdict, error) = (run.clone(), verdict.clone(), error.to_owned());
+        let one = Turning { run, verdict, error, data: data.cloned(), pivot };
+        Ok(self.turn_all(&[&one]).await?.remove(0))
+    }
+
+    /// [`begin_compensation`](Self::begin_compensation) for many, in one statement; answers in their order.
+    async fn turn_all(&self, items: &[&Turning]) -> Result<Vec<Turn>, StoreError> {
+        let rows: Vec<(Uuid, bool)> = sqlx::query_as(crate::fenced_sql!(
+            "WITH alive AS (
+                SELECT held.* FROM jobs j
+                JOIN unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::jsonb[], $5::text[], $6::jsonb[], $7::smallint[])
+                     AS held (id, fence, saga, verdict, error, data, pivot) ON held.id = j.id
+                WHERE j.fence = held.fence AND j.state = 'running'
+                ORDER BY j.id FOR NO KEY UPDATE OF j
+             ), turned AS (
+                UPDATE sagas s SET state = 'compensating', verdict = alive.verdict, error = alive.error, updated_at = now(),
+                       fence = alive.fence, data = coalesce(alive.data, s.data)
+                FROM alive
+                WHERE s.id = alive.saga AND (s.state = 'compensating' OR (s.state = 'running' AND s.next_step <= alive.pivot))
+                RETURNING s.id
+             )
+             SELECT alive.id, turned.id IS NOT NULL FROM alive LEFT JOIN turned ON turned.id = alive.saga",
+            "j.fence = held.fence AND j.state = 'running'"
+        ))
+        .bind(items.iter().map(|item| item.run.job_id.0).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.run.fence.0).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.run.saga_id).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| json!(item.verdict)).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.error.as_str()).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.data.as_ref()).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.pivot).collect::<Vec<_>>())
+        .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.turn.inside");
-        tx.commit().await?;
-        Ok(Turn::Back)
+        let alive: HashMap<Uuid, bool> = rows.into_iter().collect();
+        let unturned: Vec<Uuid> = items
+            .iter()
+            .filter(|item| alive.get(&item.run.job_id.0) == Some(&false))
+            .filter_map(|item| item.run.saga_id)
+            .collect();
+        let begun = if unturned.is_empty() { HashSet::new() } else { self.begun(&unturned).await? };
+        Ok(items
+            .iter()
+            .map(|item| match alive.get(&item.run.job_id.0) {
+                Some(true) => Turn::Back,
+                Some(false) if item.run.saga_id.is_some_and(|saga| begun.contains(&saga)) => Turn::TooLate,
+                // The first step did not commit the run: there is nothing to turn.
+                Some(false) => Turn::Back,
+                None => Turn::LeaseLost,
+            })
+            .collect())
+    }
+
+    /// Which of these runs the log knows: past the pivot, or begun by a step whose answer was lost, in which case the statement
+    /// above did not see them while it waited for their jobs.
+    async fn begun(&self, sagas: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {
+        let known: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM sagas WHERE id = ANY($1)")
+            .bind(sagas)
+            .fetch_all(&self.pool)
+            .await?;
+        Ok(known.into_iter().collect())
     }
 }

@@ -1,7 +1,7 @@
 //! How a run ends when not by its pivot: completed, released, retried, cancelled, superseded, dead or parked.
 //! A job becomes dead here and nowhere else (PROTOCOL.md 12).
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -62,6 +62,29 @@ impl Verdict {
             Self::Superseded => "superseded",
         }
     }
+
+    /// The job's state afterwards.
+    pub(super) fn state(&self) -> &'static str {
+        match self {
+            Self::Retry { .. } => "waiting",
+            Self::Dead { .. } => "dead",
+            Self::Cancelled => "cancelled",
+            Self::Superseded => "succeeded",
+        }
+    }
+
+    /// How the job ended beyond its state.
+    fn outcome(&self) -> Option<&'static str> {
+        matches!(self, Self::Superseded).then_some("superseded")
+    }
+
+    /// What is charged.
+    fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Retry { failure, .. } | Self::Dead { failure } => Some(failure),
+            Self::Cancelled | Self::Superseded => None,
+        }
+    }
 }
 
 /// Who ends what.
@@ -77,6 +100,33 @@ pub struct Run {
     pub worker: WorkerId,
     /// When this delivery began.
     pub started_at: DateTime<Utc>,
+}
+
+/// The end of a run whose effects are undone, or that has none.
+#[derive(Debug, Clone)]
+pub struct Ending {
+    /// The run.
+    pub run: Run,
+    /// How its job ends.
+    pub verdict: Verdict,
+    /// The run's steps in this delivery.
+    pub steps: Vec<StepRecord>,
+}
+
+/// The coalesced end by a verdict. The reply is `false` where the fence refused.
+#[derive(Debug, Clone)]
+pub struct FinishBatch(pub Postgres);
+
+#[async_trait]
+impl Batch for FinishBatch {
+    type Item = Arc<Ending>;
+    type Reply = bool;
+    const OP: &'static str = "finish";
+    const DEPENDENCY: Dependency = Dependency::Postgres;
+
+    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<bool>, StoreError> {
+        self.0.finish_all(&items.iter().map(AsRef::as_ref).collect::<Vec<_>>()).await
+    }
 }
 
 /// Why and where a run is parked.
@@ -271,63 +321,24 @@ impl Postgres {
         verdict: &Verdict,
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
+        let one = Ending { run: run.clone(), verdict: verdict.clone(), steps: steps.to_vec() };
+        Ok(self.finish_all(&[&one]).await? == [true])
+    }
+
+    /// [`finish`](Self::finish) for many, in one transaction; answers in their order.
+    async fn finish_all(&self, items: &[&Ending]) -> Result<Vec<bool>, StoreError> {
         let mut tx = self.begin().await?;
-        if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
-            return Ok(false);
-        }
-        // A run whose first step failed has no row: its rollback left nothing to log steps for, or to point at.
-        let mut begun = run.clone();
-        if let Some(saga) = run.saga_id {
-            let ended = sqlx::query(
-                "UPDATE sagas SET state = 'compensated', verdict = $2, finished_at = now(), updated_at = now(), fence = $3
-                 WHERE id = $1",
-            )
-            .bind(saga)
-            .bind(json!(verdict))
-            .bind(run.fence.0)
-            .execute(&mut *tx)
-            .await?;
-            if ended.rows_affected() == 0 {
-                begun.saga_id = None;
-            } else {
-                insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
-            }
-        }
-        let run = &begun;
-        let job = run.job_id.0;
-        match verdict {
-            Verdict::Retry { failure, retry_in_ms } => {
-                charge(&mut tx, run, failure).await?;
-                sqlx::query(
-                    "UPDATE jobs SET state = 'waiting', run_at = now() + make_interval(secs => $2), worker = NULL, last_error = $3
-                     WHERE id = $1",
-                )
-                .bind(job)
-                .bind(Duration::from_millis(*retry_in_ms).as_secs_f64())
-                .bind(&failure.error)
-                .execute(&mut *tx)
-                .await?;
-            }
-            Verdict::Dead { failure } => {
-                charge(&mut tx, run, failure).await?;
-                die(&mut tx, run, failure).await?;
-            }
-            Verdict::Cancelled => {
-                sqlx::query("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = $1")
-                    .bind(job)
-                    .execute(&mut *tx)
-                    .await?;
-            }
-            Verdict::Superseded => {
-                sqlx::query("UPDATE jobs SET state = 'succeeded', outcome = 'superseded', finished_at = now() WHERE id = $1")
-                    .bind(job)
-                    .execute(&mut *tx)
-                    .await?;
-            }
+        let held: Vec<_> = items.iter().map(|item| (item.run.job_id, item.run.fence)).collect();
+        let alive = lock_alive(&mut tx, &held).await?;
+        let live: Vec<&Ending> =
+            items.iter().filter(|item| alive.contains_key(&item.run.job_id)).copied().collect();
+        if !live.is_empty() {
+            let logged = end_compensated(&mut tx, &live).await?;
+            settle(&mut tx, &live, &logged).await?;
         }
         crate::fault_point!("engine.finish.inside");
         tx.commit().await?;
-        Ok(true)
+        Ok(items.iter().map(|item| alive.contains_key(&item.run.job_id)).collect())
     }
 
     /// Parks a run whose effects can't be undone, or finished past the pivot, without a person, or whose kind nobody knows. `false`: the fence refused.
@@ -412,43 +423,83 @@ impl Postgres {
     }
 }
 
-/// Charges one attempt and keeps its record.
-pub(super) async fn charge(
+/// Ends runs in the log, with their steps. Answers with those that are there: a run whose first step failed has no row, as its
+/// rollback left nothing to log steps for, or to point at.
+async fn end_compensated(
     connection: &mut PgConnection,
-    run: &Run,
-    failure: &Failure,
-) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "WITH charged AS (UPDATE jobs SET attempts = attempts + 1 WHERE id = $1 RETURNING id, attempts)
-         INSERT INTO job_attempts (job_id, attempt, fence, worker, started_at, class, error)
-         SELECT id, attempts, $2, $3, $4, $5, $6 FROM charged",
+    items: &[&Ending],
+) -> Result<HashSet<Uuid>, sqlx::Error> {
+    let runs: Vec<(Uuid, &Ending)> =
+        items.iter().filter_map(|item| Some((item.run.saga_id?, *item))).collect();
+    if runs.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let ended: Vec<Uuid> = sqlx::query_scalar(
+        "UPDATE sagas s SET state = 'compensated', verdict = e.verdict, finished_at = now(), updated_at = now(), fence = e.fence
+         FROM unnest($1::uuid[], $2::jsonb[], $3::bigint[]) AS e (id, verdict, fence) WHERE s.id = e.id RETURNING s.id",
     )
-    .bind(run.job_id.0)
-    .bind(run.fence.0)
-    .bind(run.worker.to_string())
-    .bind(run.started_at)
-    .bind(failure.class.name())
-    .bind(&failure.error)
-    .execute(connection)
+    .bind(runs.iter().map(|(saga, _)| *saga).collect::<Vec<_>>())
+    .bind(runs.iter().map(|(_, item)| json!(item.verdict)).collect::<Vec<_>>())
+    .bind(runs.iter().map(|(_, item)| item.run.fence.0).collect::<Vec<_>>())
+    .fetch_all(&mut *connection)
     .await?;
-    Ok(())
+    let ended: HashSet<Uuid> = ended.into_iter().collect();
+    let steps: Vec<_> = runs
+        .iter()
+        .filter(|(saga, _)| ended.contains(saga))
+        .map(|(saga, item)| (*saga, item.run.fence, item.steps.as_slice()))
+        .collect();
+    insert_steps(connection, &steps).await?;
+    Ok(ended)
 }
 
-pub(super) async fn die(
+/// Ends jobs, or lets them wait for another attempt, as their verdicts say; charges the attempt of those that failed, and writes
+/// the dead letters, which point at the runs that are `logged`. The caller holds the jobs' rows.
+pub(super) async fn settle(
     connection: &mut PgConnection,
-    run: &Run,
-    failure: &Failure,
+    items: &[&Ending],
+    logged: &HashSet<Uuid>,
 ) -> Result<(), sqlx::Error> {
+    let failures: Vec<Option<&Failure>> = items.iter().map(|item| item.verdict.failure()).collect();
+    let retries = items.iter().map(|item| match item.verdict {
+        Verdict::Retry { retry_in_ms, .. } => Some(Duration::from_millis(retry_in_ms).as_secs_f64()),
+        _ => None,
+    });
     sqlx::query(
-        "WITH dead AS (UPDATE jobs SET state = 'dead', finished_at = now(), last_error = $2 WHERE id = $1 RETURNING *)
-         INSERT INTO dead_letters (id, job_id, saga_id, tenant, kind, queue, class, reason, error_chain, payload, payload_key_id, traceparent)
-         SELECT uuid7(), id, $3, tenant, kind, queue, $4, $2, $5, payload, payload_key_id, traceparent FROM dead",
+        "WITH e AS (
+            SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::text[], $5::timestamptz[], $6::text[], $7::text[],
+                                 $8::float8[], $9::text[], $10::text[], $11::text[], $12::jsonb[])
+                 AS e (id, saga, fence, worker, started_at, state, outcome, retry_in_s, class, code, error, chain)
+         ), done AS (
+            UPDATE jobs j SET
+                state = e.state, outcome = coalesce(e.outcome, j.outcome), last_error = coalesce(e.error, j.last_error),
+                attempts = j.attempts + (e.class IS NOT NULL)::integer,
+                run_at = coalesce(now() + make_interval(secs => e.retry_in_s), j.run_at),
+                worker = CASE WHEN e.state = 'waiting' THEN NULL ELSE j.worker END,
+                finished_at = CASE WHEN e.state = 'waiting' THEN NULL ELSE now() END
+            FROM e WHERE j.id = e.id RETURNING j.*
+         ), charged AS (
+            INSERT INTO job_attempts (job_id, attempt, fence, worker, started_at, class, error)
+            SELECT done.id, done.attempts, e.fence, e.worker, e.started_at, e.class, e.error
+            FROM done JOIN e ON e.id = done.id WHERE e.class IS NOT NULL
+         )
+         INSERT INTO dead_letters (id, job_id, saga_id, tenant, kind, queue, class, reason, error_chain, payload, payload_key_id,
+                                   traceparent)
+         SELECT uuid7(), done.id, e.saga, tenant, kind, queue, e.code, e.error, e.chain, payload, payload_key_id, traceparent
+         FROM done JOIN e ON e.id = done.id WHERE done.state = 'dead'",
     )
-    .bind(run.job_id.0)
-    .bind(&failure.error)
-    .bind(run.saga_id)
-    .bind(&failure.code)
-    .bind(json!(failure.chain))
+    .bind(items.iter().map(|item| item.run.job_id.0).collect::<Vec<_>>())
+    .bind(items.iter().map(|item| item.run.saga_id.filter(|saga| logged.contains(saga))).collect::<Vec<_>>())
+    .bind(items.iter().map(|item| item.run.fence.0).collect::<Vec<_>>())
+    .bind(items.iter().map(|item| item.run.worker.to_string()).collect::<Vec<_>>())
+    .bind(items.iter().map(|item| item.run.started_at).collect::<Vec<_>>())
+    .bind(items.iter().map(|item| item.verdict.state()).collect::<Vec<_>>())
+    .bind(items.iter().map(|item| item.verdict.outcome()).collect::<Vec<_>>())
+    .bind(retries.collect::<Vec<_>>())
+    .bind(failures.iter().map(|f| f.map(|f| f.class.name())).collect::<Vec<_>>())
+    .bind(failures.iter().map(|f| f.map(|f| f.code.as_str())).collect::<Vec<_>>())
+    .bind(failures.iter().map(|f| f.map(|f| f.error.as_str())).collect::<Vec<_>>())
+    .bind(failures.iter().map(|f| f.map(|f| json!(f.chain))).collect::<Vec<_>>())
     .execute(connection)
     .await?;
     Ok(())

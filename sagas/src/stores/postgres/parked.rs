@@ -1,5 +1,7 @@
 //! What a person does about a parked run: let it go on from its log, or close it.
 
+use std::collections::HashSet;
+
 use chrono::{DateTime, Utc};
 use queue::{JobId, WorkerId};
 use serde::Serialize;
@@ -9,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     Fence, Postgres,
-    ending::{Failure, Run, Verdict, charge, die},
+    ending::{Ending, Failure, Run, Verdict, settle},
     ledger::record_in,
 };
 use crate::error::{Class, StoreError};
@@ -185,31 +187,29 @@ async fn end_job(
     parked: &Parked,
     past_pivot: bool,
 ) -> Result<&'static str, sqlx::Error> {
-    let (state, outcome) = match parked.verdict() {
-        _ if past_pivot => ("succeeded", Some("resolved")),
-        Some(Verdict::Cancelled) => ("cancelled", None),
-        Some(Verdict::Superseded) => ("succeeded", Some("superseded")),
-        verdict => {
-            let run = Run {
-                job_id: JobId(parked.job_id),
-                fence: Fence(parked.fence),
-                saga_id: Some(saga),
-                worker: WorkerId::new(parked.worker.clone().unwrap_or_default()),
-                started_at: parked.taken_at.unwrap_or_default(),
-            };
-            let failure = failure_of(verdict, parked.error.clone().unwrap_or_default());
-            charge(connection, &run, &failure).await?;
-            die(connection, &run, &failure).await?;
-            return Ok("dead");
-        }
-    };
-    sqlx::query("UPDATE jobs SET state = $2, outcome = $3, finished_at = now() WHERE id = $1")
+    if past_pivot {
+        sqlx::query(
+            "UPDATE jobs SET state = 'succeeded', outcome = 'resolved', finished_at = now() WHERE id = $1",
+        )
         .bind(parked.job_id)
-        .bind(state)
-        .bind(outcome)
         .execute(connection)
         .await?;
-    Ok(state)
+        return Ok("succeeded");
+    }
+    let run = Run {
+        job_id: JobId(parked.job_id),
+        fence: Fence(parked.fence),
+        saga_id: Some(saga),
+        worker: WorkerId::new(parked.worker.clone().unwrap_or_default()),
+        started_at: parked.taken_at.unwrap_or_default(),
+    };
+    let verdict = match parked.verdict() {
+        Some(verdict @ (Verdict::Cancelled | Verdict::Superseded)) => verdict,
+        verdict => Verdict::Dead { failure: failure_of(verdict, parked.error.clone().unwrap_or_default()) },
+    };
+    let ending = Ending { run, verdict, steps: vec![] };
+    settle(connection, &[&ending], &HashSet::from([saga])).await?;
+    Ok(ending.verdict.state())
 }
 
 /// Why the job failed, and behind it why it could not be undone.

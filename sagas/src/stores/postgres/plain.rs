@@ -43,7 +43,7 @@ const UNREADABLE_FOR: Duration = Duration::from_secs(10);
 impl PlainLedger {
     /// The ledger as `worker` sees it.
     pub fn new(postgres: Postgres, worker: WorkerId) -> Self {
-        let take = TakeBatch { postgres: postgres.clone(), worker: worker.clone() };
+        let take = TakeBatch::new(postgres.clone(), worker.clone());
         Self {
             take: Coalescer::spawn(take, Limits::default()),
             complete: Coalescer::spawn(CompleteBatch(postgres.clone()), Limits::default()),

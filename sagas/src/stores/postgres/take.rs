@@ -68,14 +68,16 @@ pub struct TakenJob {
 pub struct OpenSaga {
     /// The run.
     pub id: Uuid,
+    /// Whether this very take began it, so that none of its steps can have run.
+    pub fresh: bool,
     /// Version of the definition that began it.
     pub definition_version: i32,
     /// Whether it has begun to compensate; then it never goes forward again.
     pub compensating: bool,
     /// First forward step that is not known to be done.
     pub next_step: i16,
-    /// The saga's typed data.
-    pub data: Value,
+    /// The saga's typed data. `None`: as [`Saga::prepare`](crate::Saga::prepare) makes it.
+    pub data: Option<Value>,
     /// Branches of the next step, a group, that are done.
     pub done: Vec<String>,
     /// Whether a pivot that doesn't commit itself may have begun; then the run only goes forward.
@@ -109,10 +111,22 @@ pub struct TakeItem {
 /// The coalesced take of one worker.
 #[derive(Debug, Clone)]
 pub struct TakeBatch {
-    /// The ledger.
-    pub postgres: Postgres,
-    /// Who takes.
-    pub worker: WorkerId,
+    postgres: Postgres,
+    worker: WorkerId,
+    begins: Vec<(&'static str, i32)>,
+}
+
+impl TakeBatch {
+    /// The take by `worker`, which begins no runs.
+    pub fn new(postgres: Postgres, worker: WorkerId) -> Self {
+        Self { postgres, worker, begins: vec![] }
+    }
+
+    /// Jobs of these kinds get their run's first row with their first take, in the version given.
+    #[must_use]
+    pub fn beginning(self, begins: Vec<(&'static str, i32)>) -> Self {
+        Self { begins, ..self }
+    }
 }
 
 /// How long a job waits whose document is busy, before it is looked at again.
@@ -131,7 +145,7 @@ impl Batch for TakeBatch {
             self.postgres.admit_fast(&fast).await?;
         }
         let ids: Vec<JobId> = items.iter().map(|item| item.id).collect();
-        let mut taken = self.postgres.take(&ids, &self.worker).await?;
+        let mut taken = self.postgres.take(&ids, &self.worker, &self.begins).await?;
         let refused: Vec<Uuid> = ids.iter().filter(|id| !taken.contains_key(id)).map(|id| id.0).collect();
         let mut waits =
             if refused.is_empty() { HashMap::new() } else { self.postgres.why_refused(&refused).await? };
@@ -151,13 +165,17 @@ impl Postgres {
     /// answer), and the unfinished saga comes along. Of one document's jobs only the first in
     /// order is taken, and none while another runs. One that was running when its worker was lost has its document's place
     /// still: an earlier one that was put off and is due by now waits for it, so it must not wait for that.
-    async fn take(&self, ids: &[JobId], worker: &WorkerId) -> Result<HashMap<JobId, TakenJob>, StoreError> {
-        let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+    async fn take(
+        &self,
+        ids: &[JobId],
+        worker: &WorkerId,
+        begins: &[(&'static str, i32)],
+    ) -> Result<HashMap<JobId, TakenJob>, StoreError> {
         let rows = sqlx::query(
             "WITH due AS (
                 SELECT j.id, j.runs_alone, j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost FROM jobs j
                 WHERE j.id = ANY($1) AND j.state IN ('waiting', 'running') AND j.run_at <= now()
-                  AND (j.state = 'running' OR NOT EXISTS (
+                  AND (j.document_id IS NULL OR j.state = 'running' OR NOT EXISTS (
                       SELECT FROM jobs o
                       WHERE o.document_id = j.document_id AND o.id <> j.id AND o.state IN ('waiting', 'running')
                         AND (o.state = 'running' OR (o.doc_order < j.doc_order AND o.run_at <= now()))))
@@ -176,38 +194,80 @@ impl Postgres {
                 -- look-up for each, of which there are few.
                 UPDATE sagas SET lost_compensating = lost_compensating + 1
                 WHERE state = 'compensating' AND job_id = ANY (ARRAY(SELECT t.id FROM taken t WHERE t.was_lost AND t.was_alone))
+             ), begun AS (
+                -- A job that was never taken before has no run, whatever another transaction is about to commit.
+                INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence)
+                SELECT run.id, t.id, t.kind, begins.version, t.tenant, 'running', t.fence
+                FROM taken t
+                JOIN unnest($3::text[], $4::integer[]) AS begins (kind, version) ON begins.kind = t.kind
+                JOIN unnest($1::uuid[], $5::uuid[]) AS run (job, id) ON run.job = t.id
+                WHERE t.fence = 1
+                RETURNING id, job_id, definition_version
              )
              SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.payload_key_id, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
-                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent, t.was_lost, t.was_alone,
+                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent,
                     extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s,
-                    s.id AS saga_id, s.definition_version, s.state AS saga_state, s.next_step, s.data, s.done, s.verdict,
-                    s.pivot_at IS NOT NULL AS pivot_begun, s.lost_compensating
-             FROM taken t LEFT JOIN LATERAL (
-                -- One look-up for each job that was taken before. As a plain join it is a scan of all runs that are under way,
-                -- and of those that ended since the last vacuum, whenever the statistics were made while few were.
-                SELECT * FROM sagas o WHERE o.job_id = t.id AND t.fence > 1 AND o.state IN ('running', 'compensating') LIMIT 1
-             ) s ON true",
+                    begun.id AS run, begun.definition_version
+             FROM taken t LEFT JOIN begun ON begun.job_id = t.id",
         )
-        .bind(&ids)
+        .bind(ids.iter().map(|id| id.0).collect::<Vec<_>>())
         .bind(worker.to_string())
+        .bind(begins.iter().map(|(kind, _)| *kind).collect::<Vec<_>>())
+        .bind(begins.iter().map(|(_, version)| *version).collect::<Vec<_>>())
+        .bind(ids.iter().map(|_| Uuid::now_v7()).collect::<Vec<_>>())
         .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.take.inside");
         let mut taken = HashMap::with_capacity(rows.len());
         for row in &rows {
-            let mut job = taken_job(row, &self.cipher)?;
-            if let Some(saga) = job.saga.as_mut()
-                && saga.compensating
-                && row.try_get("was_lost")?
-                && row.try_get("was_alone")?
-            {
-                // The statement sees the row as it was before.
-                saga.lost_compensating += 1;
-            }
+            let job = taken_job(row, &self.cipher)?;
             taken.insert(job.id, job);
         }
+        let again: Vec<Uuid> =
+            taken.values().filter(|job| job.fence > Fence(1)).map(|job| job.id.0).collect();
+        if !again.is_empty() {
+            for (job, open) in self.open_runs(&again).await? {
+                if let Some(job) = taken.get_mut(&job) {
+                    job.saga = Some(open);
+                }
+            }
+        }
         Ok(taken)
+    }
+
+    /// The unfinished runs of jobs that were taken before. Asked once the take is committed: the holder of an older fence may
+    /// have written until then, and a statement doesn't see what is committed while it waits for a row.
+    async fn open_runs(&self, jobs: &[Uuid]) -> Result<Vec<(JobId, OpenSaga)>, StoreError> {
+        // One look-up for each. As a plain condition it is a scan of all runs that are under way, and of those that ended since
+        // the last vacuum, whenever the statistics were made while few were.
+        let rows = sqlx::query(
+            "SELECT job_id, s.id, definition_version, state, next_step, data, done, verdict, pivot_at IS NOT NULL AS pivot_begun,
+                    lost_compensating
+             FROM unnest($1::uuid[]) AS again (id) CROSS JOIN LATERAL (
+                SELECT * FROM sagas o WHERE o.job_id = again.id AND o.state IN ('running', 'compensating') LIMIT 1
+             ) s",
+        )
+        .bind(jobs)
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter()
+            .map(|row| {
+                let open = OpenSaga {
+                    id: row.try_get("id")?,
+                    fresh: false,
+                    definition_version: row.try_get("definition_version")?,
+                    compensating: row.try_get::<&str, _>("state")? == "compensating",
+                    next_step: row.try_get("next_step")?,
+                    data: row.try_get("data")?,
+                    done: row.try_get("done")?,
+                    pivot_begun: row.try_get("pivot_begun")?,
+                    verdict: row.try_get("verdict")?,
+                    lost_compensating: row.try_get("lost_compensating")?,
+                };
+                Ok((JobId(row.try_get("job_id")?), open))
+            })
+            .collect()
     }
 
     /// How long each job that was not taken has to wait. Jobs that have ended are absent.
@@ -251,17 +311,18 @@ fn taken_job(row: &PgRow, cipher: &PayloadCipher) -> Result<TakenJob, sqlx::Erro
         Ok(payload) => (payload, None),
         Err(why) => (Value::Null, Some(why.to_string())),
     };
-    let saga = match row.try_get::<Option<Uuid>, _>("saga_id")? {
+    let saga = match row.try_get("run")? {
         Some(id) => Some(OpenSaga {
             id,
+            fresh: true,
             definition_version: row.try_get("definition_version")?,
-            compensating: row.try_get::<&str, _>("saga_state")? == "compensating",
-            next_step: row.try_get("next_step")?,
-            data: row.try_get("data")?,
-            done: row.try_get("done")?,
-            pivot_begun: row.try_get("pivot_begun")?,
-            verdict: row.try_get("verdict")?,
-            lost_compensating: row.try_get("lost_compensating")?,
+            compensating: false,
+            next_step: 0,
+            data: None,
+            done: vec![],
+            pivot_begun: false,
+            verdict: None,
+            lost_compensating: 0,
         }),
         None => None,
     };
