@@ -104,28 +104,28 @@ impl Postgres {
         .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.turn.inside");
-        let alive: HashMap<Uuid, bool> = rows.into_iter().collect();
+        let turned: HashMap<Uuid, bool> = rows.into_iter().collect();
+        let turned = |item: &Turning| turned.get(&item.run.job_id.0).copied();
         let unturned: Vec<Uuid> = items
             .iter()
-            .filter(|item| alive.get(&item.run.job_id.0) == Some(&false))
+            .filter(|item| turned(item) == Some(false))
             .filter_map(|item| item.run.saga_id)
             .collect();
-        let begun = if unturned.is_empty() { HashSet::new() } else { self.begun(&unturned).await? };
+        let known = if unturned.is_empty() { HashSet::new() } else { self.known_runs(&unturned).await? };
         Ok(items
             .iter()
-            .map(|item| match alive.get(&item.run.job_id.0) {
-                Some(true) => Turn::Back,
-                Some(false) if item.run.saga_id.is_some_and(|saga| begun.contains(&saga)) => Turn::TooLate,
-                // The first step did not commit the run: there is nothing to turn.
-                Some(false) => Turn::Back,
+            .map(|item| match turned(item) {
                 None => Turn::LeaseLost,
+                Some(false) if item.run.saga_id.is_some_and(|saga| known.contains(&saga)) => Turn::TooLate,
+                // Also where the first step did not commit the run: there is nothing to turn.
+                Some(_) => Turn::Back,
             })
             .collect())
     }
 
     /// Which of these runs the log knows: past the pivot, or begun by a step whose answer was lost, in which case the statement
     /// above did not see them while it waited for their jobs.
-    async fn begun(&self, sagas: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {
+    async fn known_runs(&self, sagas: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {
         let known: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM sagas WHERE id = ANY($1)")
             .bind(sagas)
             .fetch_all(&self.pool)
