@@ -110,15 +110,21 @@ impl Lease {
         self.state.dead.load(Ordering::Relaxed)
     }
 
-    /// Waits until the lease lasts at least `margin` more (at most half a lease), which is at once in normal times.
+    /// Whether the lease lasts at least `margin` more (at most half a lease).
+    pub fn lasts(&self, margin: Duration) -> bool {
+        let state = &self.state;
+        !state.is_over() && !self.is_lost() && self.remaining() >= margin.min(state.duration / 2)
+    }
+
+    /// Waits until the lease [`lasts`](Self::lasts) so long, which is at once in normal times.
     /// During an outage of Redis it waits until the lease is confirmed again, or [`LeaseLost`]. Put a deadline around
     /// it. Cancel-safe.
     pub async fn valid(&self, margin: Duration) -> Result<(), LeaseLost> {
-        let state = &self.state;
-        let margin = margin.min(state.duration / 2);
-        if !state.is_over() && !self.is_lost() && self.remaining() >= margin {
+        if self.lasts(margin) {
             return Ok(());
         }
+        let state = &self.state;
+        let margin = margin.min(state.duration / 2);
         let mut deadline = state.deadline.subscribe();
         loop {
             if state.is_over() || self.is_lost() {

@@ -14,7 +14,10 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{breaker::Breakers, reporter::Reporter};
+use super::{
+    breaker::{Breakers, State},
+    reporter::Reporter,
+};
 use crate::{
     error::{Class, Dependency, StepError, StoreError},
     stores::postgres::{
@@ -115,6 +118,8 @@ pub struct StepContext {
     /// When this delivery began.
     pub started_at: chrono::DateTime<chrono::Utc>,
     pub(super) lease: Lease,
+    /// The lease is lost.
+    lost: CancellationToken,
     pub(super) postgres: Postgres,
     pub(super) breakers: Breakers,
     pub(super) limits: CallLimits,
@@ -128,6 +133,8 @@ pub struct StepContext {
     /// Another branch of the group has failed for good.
     pub(super) group: CancellationToken,
     pub(super) compensating: bool,
+    /// Whether a try of a step is under way, which ends when the run has to end, and every call with it.
+    trying: AtomicBool,
     steps: Arc<Mutex<Vec<StepRecord>>>,
     budget: Budget,
     /// Calls so far, there and back.
@@ -158,6 +165,7 @@ impl StepContext {
             resumed,
             worker,
             started_at: chrono::Utc::now(),
+            lost: lease.lost(),
             lease,
             postgres,
             breakers,
@@ -168,6 +176,7 @@ impl StepContext {
             stop,
             group: CancellationToken::new(),
             compensating: false,
+            trying: AtomicBool::new(false),
             steps: Arc::default(),
             budget,
             #[cfg(feature = "faults")]
@@ -185,6 +194,7 @@ impl StepContext {
             worker: self.worker.clone(),
             started_at: self.started_at,
             lease: self.lease.clone(),
+            lost: self.lost.clone(),
             postgres: self.postgres.clone(),
             breakers: self.breakers.clone(),
             limits: self.limits,
@@ -194,6 +204,7 @@ impl StepContext {
             stop: self.stop.clone(),
             group: failed,
             compensating: self.compensating,
+            trying: AtomicBool::new(false),
             steps: Arc::clone(&self.steps),
             budget: Budget(Mutex::new(Times { job_until, step_until: job_until, waiting: false })),
             #[cfg(feature = "faults")]
@@ -249,7 +260,7 @@ impl StepContext {
     /// because the engine drops its future.
     pub fn token(&self) -> RunToken {
         RunToken {
-            lost: self.lease.lost(),
+            lost: self.lost.clone(),
             stop: self.stop.clone(),
             cancel: self.heeds_cancel().then(|| self.cancel.clone()),
             group: self.group.clone(),
@@ -299,7 +310,12 @@ impl StepContext {
                 crate::fault_point!(&format!("{point}.after"), &self.job.payload);
                 Ok::<T, StoreError>(done)
             };
-            let answer = self.unless_ended(async { Ok(timeout_at(deadline, call).await) }).await?;
+            let answer = timeout_at(deadline, call);
+            let answer = if self.trying.load(Ordering::Relaxed) {
+                answer.await
+            } else {
+                self.unless_ended(async { Ok(answer.await) }).await?
+            };
             let error = match answer {
                 Ok(Ok(value)) => return Ok(value),
                 Ok(Err(error)) if !matches!(error.class, Class::Unavailable | Class::Timeout) => {
@@ -347,9 +363,13 @@ impl StepContext {
 
     /// Waits for the breaker to close and the lease to be long enough; neither counts against the job's time.
     async fn ready(&self, dependency: Dependency) -> Result<(), StepError> {
+        let margin = self.limits.lease_margin * 2;
+        if self.breakers.state(dependency) == State::Closed && self.lease.lasts(margin) {
+            return Ok(());
+        }
         let ready = self.unless_ended(async {
             self.breakers.closed(dependency).await;
-            self.lease.valid(self.limits.lease_margin * 2).await.map_err(|_| StepError::LeaseLost)
+            self.lease.valid(margin).await.map_err(|_| StepError::LeaseLost)
         });
         self.budget.wait(self.unless_group_failed(ready)).await
     }
@@ -380,6 +400,17 @@ impl StepContext {
             // The job's own time is a hard cap (PROTOCOL.md 5), also for a step that calls nothing and never ends.
             times.step_until = if self.compensating { until } else { until.min(times.job_until) };
         }
+        self.trying.store(true, Ordering::Relaxed);
+        let done = self.until_timeout(timeout, work).await;
+        self.trying.store(false, Ordering::Relaxed);
+        done
+    }
+
+    async fn until_timeout<T>(
+        &self,
+        timeout: Duration,
+        work: impl Future<Output = Result<T, StepError>>,
+    ) -> Result<T, StepError> {
         let mut work = std::pin::pin!(work);
         loop {
             let until = {
@@ -440,7 +471,7 @@ impl StepContext {
     ) -> Result<T, StepError> {
         tokio::select! {
             biased;
-            () = self.lease.lost().cancelled_owned() => Err(StepError::LeaseLost),
+            () = self.lost.cancelled() => Err(StepError::LeaseLost),
             () = self.stop.cancelled() => Err(StepError::Stopping),
             () = self.cancel.cancelled(), if self.heeds_cancel() => Err(StepError::Cancelled),
             done = work => done,

@@ -435,7 +435,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         // A step that waits has neither succeeded nor failed; the log has the wait.
         if !matches!(outcome, Err(StepError::Snooze(_))) {
             ctx.record(StepRecord {
-                step: name.to_owned(),
+                step: name.into(),
                 compensation: false,
                 attempts,
                 started_at,
@@ -618,7 +618,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         let status = if outcome.is_ok() { "succeeded" } else { "failed" };
         counter!("saga_compensation_total", "step_name" => undo.name(), "status" => status).increment(1);
         ctx.record(StepRecord {
-            step: undo.name().to_owned(),
+            step: undo.name().into(),
             compensation: true,
             attempts,
             started_at,

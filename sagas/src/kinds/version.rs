@@ -371,7 +371,7 @@ impl Step<Draft> for PublishVersion {
         let mut steps = ctx.steps_so_far();
         let started_at = chrono::Utc::now();
         steps.push(StepRecord {
-            step: self.name().to_owned(),
+            step: self.name().into(),
             compensation: false,
             attempts: 1,
             started_at,

@@ -19,7 +19,7 @@ use crate::ledger::{HOUR, Ledger, failure, publish_of, retry, run_of, stage_of};
 fn step(name: &str) -> StepRecord {
     let now = chrono::Utc::now();
     StepRecord {
-        step: name.to_owned(),
+        step: name.to_owned().into(),
         compensation: false,
         attempts: 1,
         started_at: now,

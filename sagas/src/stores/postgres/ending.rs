@@ -175,32 +175,32 @@ impl Batch for CompleteBatch {
 
 /// Rows of `saga_steps` as columns, in the order of [`STEPS`]' parameters.
 #[derive(Default)]
-struct Steps {
+struct Steps<'a> {
     sagas: Vec<Uuid>,
     fences: Vec<i64>,
     seqs: Vec<i32>,
-    names: Vec<String>,
+    names: Vec<&'a str>,
     compensations: Vec<bool>,
     attempts: Vec<i32>,
     started: Vec<DateTime<Utc>>,
     ended: Vec<DateTime<Utc>>,
-    errors: Vec<Option<String>>,
+    errors: Vec<Option<&'a str>>,
 }
 
-impl Steps {
-    fn of<'a>(runs: impl Iterator<Item = (Uuid, Fence, &'a [StepRecord])>) -> Self {
+impl<'a> Steps<'a> {
+    fn of(runs: impl Iterator<Item = (Uuid, Fence, &'a [StepRecord])>) -> Self {
         let mut rows = Self::default();
         for (saga, fence, steps) in runs {
             for (seq, step) in (0..).zip(steps) {
                 rows.sagas.push(saga);
                 rows.fences.push(fence.0);
                 rows.seqs.push(seq);
-                rows.names.push(step.step.clone());
+                rows.names.push(&step.step);
                 rows.compensations.push(step.compensation);
                 rows.attempts.push(step.attempts);
                 rows.started.push(step.started_at);
                 rows.ended.push(step.ended_at);
-                rows.errors.push(step.error.clone());
+                rows.errors.push(step.error.as_deref());
             }
         }
         rows
@@ -311,6 +311,7 @@ impl Postgres {
         .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.complete.inside");
+        let ended: HashSet<Uuid> = ended.into_iter().collect();
         Ok(items.iter().map(|item| ended.contains(&item.job_id.0)).collect())
     }
 

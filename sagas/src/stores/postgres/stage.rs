@@ -1,5 +1,7 @@
 //! The stage: the saga's row, the staged version and its chunks, in one transaction with many others.
 
+use std::collections::HashSet;
+
 use async_trait::async_trait;
 use queue::JobId;
 use serde_json::Value;
@@ -245,6 +247,7 @@ impl Postgres {
         .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.begin.inside");
+        let alive: HashSet<Uuid> = alive.into_iter().collect();
         Ok(sagas.iter().map(|saga| alive.contains(&saga.job_id.0)).collect())
     }
 

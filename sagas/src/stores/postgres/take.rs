@@ -1,6 +1,6 @@
 //! The take: Postgres grants the fence (PROTOCOL.md 1).
 
-use std::{collections::HashMap, time::Duration};
+use std::{borrow::Cow, collections::HashMap, time::Duration};
 
 use async_trait::async_trait;
 use queue::{JobId, WorkerId};
@@ -357,7 +357,7 @@ fn taken_job(row: &PgRow, cipher: &PayloadCipher) -> Result<TakenJob, sqlx::Erro
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Name of the step.
-    pub step: String,
+    pub step: Cow<'static, str>,
     /// Whether this was its compensation.
     pub compensation: bool,
     /// Tries within this delivery.
