@@ -1,6 +1,6 @@
 //! The gauges that every process reports alike, read from the stores: how much waits, for how long, and what is stuck.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, hash::Hash};
 
 use metrics::gauge;
 use queue::{Queue, QueueError};
@@ -76,17 +76,16 @@ impl Stats {
             gauge!("audit_drift", "kind" => kind.name()).set(left as f64);
         }
         let counts = within(limit, postgres.dead_letter_counts()).await?;
-        let mut gone = std::mem::take(&mut self.dead);
-        for (kind, class, count) in counts {
-            gauge!("dead_letters", "kind" => kind.clone(), "class" => class.clone()).set(count as f64);
-            gone.remove(&(kind.clone(), class.clone()));
-            self.dead.insert((kind, class));
-        }
-        for (kind, class) in gone {
+        let place = |(kind, class, _): &(String, String, i64)| (kind.clone(), class.clone());
+        for (kind, class) in gone(&mut self.dead, counts.iter().map(place).collect()) {
             gauge!("dead_letters", "kind" => kind, "class" => class).set(0.0);
+        }
+        for (kind, class, count) in counts {
+            gauge!("dead_letters", "kind" => kind, "class" => class).set(count as f64);
         }
         Ok(())
     }
+
     /// What one process of the fleet has counted, if tenants have classes.
     async fn classes(&mut self) -> Result<(), StoreError> {
         let (limit, postgres) = (self.postgres.call_timeout(), &self.postgres);
@@ -94,22 +93,23 @@ impl Stats {
             tracing::warn!(%error, "classes of tenants were not counted; what is reported of them is old");
         }
         let counts = within(limit, postgres.class_counts()).await?;
-        let mut gone = std::mem::take(&mut self.classes);
-        for count in counts {
-            let place = (count.queue.clone(), count.class.clone());
-            set_class_gauges(&place, &count);
-            gone.remove(&place);
-            self.classes.insert(place);
+        let place = |count: &ClassCount| (count.queue.clone(), count.class.clone());
+        for (queue, class) in gone(&mut self.classes, counts.iter().map(place).collect()) {
+            set_class_gauges(&ClassCount { queue, class, ..ClassCount::default() });
         }
-        for place in gone {
-            set_class_gauges(&place, &ClassCount::default());
-        }
+        counts.iter().for_each(set_class_gauges);
         Ok(())
     }
 }
 
-fn set_class_gauges((queue, class): &(String, String), count: &ClassCount) {
-    let labels = [("queue", queue.clone()), ("tenant_class", class.clone())];
+/// What was `shown` and is not there `now`: its gauges would stay where they are.
+fn gone<K: Eq + Hash>(shown: &mut HashSet<K>, now: HashSet<K>) -> Vec<K> {
+    let before = std::mem::replace(shown, now);
+    before.into_iter().filter(|place| !shown.contains(place)).collect()
+}
+
+fn set_class_gauges(count: &ClassCount) {
+    let labels = [("queue", count.queue.clone()), ("tenant_class", count.class.clone())];
     gauge!("queue_class_depth", &labels).set(count.waiting as f64);
     gauge!("queue_class_oldest_age_seconds", &labels).set(count.oldest_s.unwrap_or_default());
     gauge!("queue_class_in_flight", &labels).set(count.running as f64);

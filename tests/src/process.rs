@@ -122,6 +122,11 @@ impl WorkerProcess {
         Ok(answer)
     }
 
+    /// The value of a gauge in what [`metrics`](Self::metrics) answered, by its name and labels: `name{label="value"}`.
+    pub fn gauge(metrics: &str, series: &str) -> Option<f64> {
+        metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
+    }
+
     /// All that it has written so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()

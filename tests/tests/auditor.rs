@@ -42,10 +42,8 @@ impl Audited {
         for worker in workers {
             wait_until("each worker reports it", LONG, async || {
                 let metrics = worker.metrics().await.map_err(|e| e.to_string())?;
-                let gauge = |kind: &str| {
-                    let name = format!("audit_drift{{kind=\"{kind}\"}} ");
-                    metrics.lines().find_map(|line| line.strip_prefix(&name)?.parse::<f64>().ok())
-                };
+                let gauge =
+                    |kind: &str| WorkerProcess::gauge(&metrics, &format!("audit_drift{{kind=\"{kind}\"}}"));
                 let right = expected.iter().all(|(kind, n)| gauge(kind) == Some(*n as f64));
                 let other = if expected.is_empty() {
                     gauge("point_extra") == Some(0.0)

@@ -10,8 +10,8 @@ async fn reports(worker: &WorkerProcess, queue: &str, class: &str, expected: [f6
     wait_until("the class is reported", SHORT, async || {
         let metrics = worker.metrics().await.map_err(|error| error.to_string())?;
         let gauge = |name: &str| {
-            let line = format!("{name}{{queue=\"{queue}\",tenant_class=\"{class}\"}} ");
-            metrics.lines().find_map(|found| found.strip_prefix(&line)?.parse::<f64>().ok())
+            let series = format!("{name}{{queue=\"{queue}\",tenant_class=\"{class}\"}}");
+            WorkerProcess::gauge(&metrics, &series)
         };
         if names.map(gauge) == expected.map(Some) { Ok(()) } else { Err(metrics) }
     })
