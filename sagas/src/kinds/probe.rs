@@ -74,6 +74,11 @@ impl Saga for Probe {
     fn prepare(&self, _: &TakenJob) -> Result<Nothing, StepError> {
         Ok(Nothing {})
     }
+
+    /// So that both ways to begin are there to be tried: with the take, and by a write of its own.
+    fn repeatable(&self) -> bool {
+        self.kind == KIND
+    }
 }
 
 struct Leave {
