@@ -161,12 +161,16 @@ impl Queue {
                     return Some(Work::Tokenise { round, texts });
                 }
             }
+            if state.ready.is_empty() {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
             let share = state.ready_tokens.div_ceil(self.engines).clamp(SMALLEST_SHARE, BATCH_TOKENS);
             let batch = state.take_batch(share);
+            // Empty if all that was ready belonged to dropped calls: others may wait behind them.
             if !batch.is_empty() {
                 return Some(Work::Embed(batch));
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -227,6 +231,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
+    use std::sync::{Arc, mpsc};
+    use std::time::Duration;
+
     use super::{BATCH_TOKENS, Queue, TEXTS_PER_TURN, Work};
     use crate::EmbedError;
 
@@ -288,6 +295,23 @@ mod tests {
         assert_eq!(tokenise(&queue, 10), ["kept0"]);
         let Some(Work::Embed(batch)) = queue.next() else { panic!("expected a batch") };
         assert_eq!(batch.len(), 1, "only the kept call's text is left");
+    }
+
+    #[test]
+    fn a_call_behind_a_dropped_one_is_not_left_waiting() {
+        let queue = Arc::new(Queue::new(1));
+        let dropped = queue.submit(texts("dropped", 100));
+        // So much is ready that no more is tokenised until some of it has been taken.
+        tokenise(&queue, BATCH_TOKENS);
+        drop(dropped);
+        let _kept = queue.submit(texts("kept", 1));
+        let (found, next) = mpsc::channel();
+        let engine = queue.clone();
+        let engine = std::thread::spawn(move || found.send(tokenise(&engine, 1)));
+        let names = next.recv_timeout(Duration::from_secs(20));
+        queue.close();
+        assert_eq!(names.as_deref(), Ok(["kept0".to_owned()].as_slice()));
+        engine.join().unwrap().unwrap();
     }
 
     #[test]
