@@ -230,6 +230,34 @@ async fn runs_and_their_steps_go_away_with_their_jobs() {
 }
 
 #[tokio::test]
+async fn values_out_of_range_are_refused_before_and_since_their_types_check_them() {
+    let (_services, postgres) = database().await;
+    one_job_with_a_run(&postgres).await;
+    for version in [19, 18] {
+        postgres.migrate_down(version).await.unwrap();
+        for sql in [
+            "UPDATE jobs SET kind = ''",
+            "UPDATE jobs SET kind = repeat('k', 65)",
+            "UPDATE jobs SET queue = 'a b'",
+            "UPDATE jobs SET priority = 10",
+            "UPDATE jobs SET max_attempts = 0",
+            "UPDATE jobs SET timeout_ms = 0",
+            "UPDATE sagas SET next_step = -1",
+            "UPDATE saga_steps SET seq = -1",
+            "UPDATE saga_steps SET direction = 'sideways'",
+            "UPDATE saga_steps SET state = 'started'",
+            "UPDATE saga_steps SET attempts = 0",
+        ] {
+            let error = sqlx::query(sql).execute(postgres.pool()).await.expect_err(sql);
+            let code = error.as_database_error().and_then(|e| e.code().map(std::borrow::Cow::into_owned));
+            assert_eq!(code.as_deref(), Some("23514"), "{version}: {sql}: {error}");
+        }
+        let kept = "UPDATE jobs SET kind = repeat('k', 64), queue = 'A_b-c.1', priority = 9, max_attempts = 1, timeout_ms = 1";
+        sqlx::query(kept).execute(postgres.pool()).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_job_has_a_tenant_who_stays() {
     let (_services, postgres) = database().await;
     one_job_with_a_run(&postgres).await;
