@@ -88,6 +88,24 @@ pub struct OpenSaga {
     pub lost_compensating: i32,
 }
 
+impl OpenSaga {
+    /// A run that has nothing but its first row.
+    fn begun(id: Uuid, definition_version: i32) -> Self {
+        Self {
+            id,
+            fresh: true,
+            definition_version,
+            compensating: false,
+            next_step: 0,
+            data: None,
+            done: vec![],
+            pivot_begun: false,
+            verdict: None,
+            lost_compensating: 0,
+        }
+    }
+}
+
 /// The answer for one job of a batch.
 #[derive(Debug, Clone)]
 pub enum Take {
@@ -171,6 +189,7 @@ impl Postgres {
         worker: &WorkerId,
         begins: &[(&'static str, i32)],
     ) -> Result<HashMap<JobId, TakenJob>, StoreError> {
+        let runs: HashMap<JobId, Uuid> = ids.iter().map(|id| (*id, Uuid::now_v7())).collect();
         let rows = sqlx::query(
             "WITH due AS (
                 SELECT j.id, j.runs_alone, j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost FROM jobs j
@@ -202,26 +221,27 @@ impl Postgres {
                 JOIN unnest($3::text[], $4::integer[]) AS begins (kind, version) ON begins.kind = t.kind
                 JOIN unnest($1::uuid[], $5::uuid[]) AS run (job, id) ON run.job = t.id
                 WHERE t.fence = 1
-                RETURNING id, job_id, definition_version
              )
              SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.payload_key_id, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
                     t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent,
-                    extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s,
-                    begun.id AS run, begun.definition_version
-             FROM taken t LEFT JOIN begun ON begun.job_id = t.id",
+                    extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s
+             FROM taken t",
         )
         .bind(ids.iter().map(|id| id.0).collect::<Vec<_>>())
         .bind(worker.to_string())
         .bind(begins.iter().map(|(kind, _)| *kind).collect::<Vec<_>>())
         .bind(begins.iter().map(|(_, version)| *version).collect::<Vec<_>>())
-        .bind(ids.iter().map(|_| Uuid::now_v7()).collect::<Vec<_>>())
+        .bind(ids.iter().map(|id| runs[id]).collect::<Vec<_>>())
         .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.take.inside");
         let mut taken = HashMap::with_capacity(rows.len());
         for row in &rows {
-            let job = taken_job(row, &self.cipher)?;
+            let mut job = taken_job(row, &self.cipher)?;
+            // As the statement has it: what it began need not be read back.
+            let version = begins.iter().find(|(kind, _)| job.fence == Fence(1) && *kind == job.kind);
+            job.saga = version.map(|(_, version)| OpenSaga::begun(runs[&job.id], *version));
             taken.insert(job.id, job);
         }
         let again: Vec<Uuid> =
@@ -311,21 +331,6 @@ fn taken_job(row: &PgRow, cipher: &PayloadCipher) -> Result<TakenJob, sqlx::Erro
         Ok(payload) => (payload, None),
         Err(why) => (Value::Null, Some(why.to_string())),
     };
-    let saga = match row.try_get("run")? {
-        Some(id) => Some(OpenSaga {
-            id,
-            fresh: true,
-            definition_version: row.try_get("definition_version")?,
-            compensating: false,
-            next_step: 0,
-            data: None,
-            done: vec![],
-            pivot_begun: false,
-            verdict: None,
-            lost_compensating: 0,
-        }),
-        None => None,
-    };
     Ok(TakenJob {
         id: JobId(id),
         kind: row.try_get("kind")?,
@@ -349,7 +354,7 @@ fn taken_job(row: &PgRow, cipher: &PayloadCipher) -> Result<TakenJob, sqlx::Erro
         unroutable_for: row
             .try_get::<Option<f64>, _>("unroutable_s")?
             .map(|s| Duration::from_secs_f64(s.max(0.0))),
-        saga,
+        saga: None,
     })
 }
 
