@@ -35,9 +35,11 @@ const BATCH: usize = 500;
 const ASK_EVERY: Duration = Duration::from_millis(50);
 const ENDED_WITHIN: Duration = Duration::from_secs(600);
 /// Files of the log that are made before a run, more than it fills.
-const WAL_SEGMENTS: usize = 20;
+const WAL_SEGMENTS: usize = 30;
 /// How often jobs are fed at a rate.
 const TICK: Duration = Duration::from_millis(10);
+/// For so long they are fed before any counts.
+const WARM_UP: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -237,35 +239,30 @@ impl Bench {
     }
 
     /// Feeds jobs at a rate, and tells how long each took from its enqueue to its end, and each compensation from the
-    /// failure to its end.
+    /// failure to its end. Those of the first seconds count in nothing: they find cold pools, and tables that have yet to grow.
     async fn paced(self, args: &Args, rate: f64, jobs: u64) -> anyhow::Result<Vec<Figure>> {
         let workers = self.workers(args, 0.0)?;
-        // The first jobs find cold pools; they count in nothing.
-        self.enqueue(0..FAILS_EACH - 1).await?;
-        self.ended(FAILS_EACH - 1).await?;
-        sqlx::raw_sql("TRUNCATE shop.rows, shop.vectors; DELETE FROM flotilla.jobs")
-            .execute(self.pool())
-            .await?;
-        let begun = Instant::now();
-        let mut ticks = tokio::time::interval(TICK);
-        let mut fed = 0;
-        while fed < jobs {
-            ticks.tick().await;
-            let due = ((begun.elapsed().as_secs_f64() * rate) as u64).min(jobs);
-            if due > fed {
-                self.enqueue(fed..due).await?;
-                fed = due;
-            }
-        }
+        let warm = ((rate * WARM_UP.as_secs_f64()) as u64).min(jobs);
+        self.feed(0..warm, rate).await?;
+        let since: String = sqlx::query_scalar("SELECT now()::text").fetch_one(self.pool()).await?;
+        let jobs = warm + jobs;
+        self.feed(warm..jobs, rate).await?;
         self.ended(jobs).await?;
         stop(workers).await?;
         self.check_rows(jobs).await?;
-        let times = self.times("SELECT extract(epoch FROM finished_at - created_at)::float8 FROM flotilla.jobs WHERE state = 'succeeded'").await?;
+        let times = self
+            .times(
+                "SELECT extract(epoch FROM finished_at - created_at)::float8 FROM flotilla.jobs
+                 WHERE state = 'succeeded' AND created_at >= $1::timestamptz",
+                &since,
+            )
+            .await?;
         let mut undone = self
             .times(
                 "SELECT extract(epoch FROM s.finished_at - p.ended_at)::float8
                  FROM flotilla.sagas s JOIN flotilla.saga_steps p ON p.saga_id = s.id AND p.state = 'failed'
-                 WHERE s.state = 'compensated'",
+                 WHERE s.state = 'compensated' AND s.created_at >= $1::timestamptz",
+                &since,
             )
             .await?;
         undone.sort_unstable();
@@ -281,8 +278,24 @@ impl Bench {
         ])
     }
 
-    async fn times(&self, sql: &'static str) -> anyhow::Result<Vec<Duration>> {
-        let seconds: Vec<f64> = sqlx::query_scalar(sql).fetch_all(self.pool()).await?;
+    /// Enqueues jobs as they fall due at the rate.
+    async fn feed(&self, numbers: std::ops::Range<u64>, rate: f64) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        let mut ticks = tokio::time::interval(TICK);
+        let mut fed = numbers.start;
+        while fed < numbers.end {
+            ticks.tick().await;
+            let due = (numbers.start + (begun.elapsed().as_secs_f64() * rate) as u64).min(numbers.end);
+            if due > fed {
+                self.enqueue(fed..due).await?;
+                fed = due;
+            }
+        }
+        Ok(())
+    }
+
+    async fn times(&self, sql: &'static str, since: &str) -> anyhow::Result<Vec<Duration>> {
+        let seconds: Vec<f64> = sqlx::query_scalar(sql).bind(since).fetch_all(self.pool()).await?;
         Ok(seconds.into_iter().map(|time| Duration::from_secs_f64(time.max(0.0))).collect())
     }
 
