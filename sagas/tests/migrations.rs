@@ -38,6 +38,9 @@ async fn schema(postgres: &Postgres) -> Vec<String> {
             SELECT format('type %s: %s', t.typname, t.typtype), t.typname
             FROM pg_type t WHERE t.typnamespace = 'flotilla'::regnamespace
             UNION ALL
+            SELECT format('constraint of type %s: %s', t.typname, pg_get_constraintdef(k.oid)), t.typname
+            FROM pg_constraint k JOIN pg_type t ON t.oid = k.contypid WHERE t.typnamespace = 'flotilla'::regnamespace
+            UNION ALL
             SELECT format('trigger %s: %s', t.tgname, pg_get_triggerdef(t.oid)), r.relname
             FROM pg_trigger t JOIN pg_class r ON r.oid = t.tgrelid
             WHERE r.relnamespace = 'flotilla'::regnamespace AND NOT t.tgisinternal
