@@ -90,7 +90,8 @@ impl Runner {
                 return self.run(*taken, &lease).await;
             }
             drop(company);
-            self.run_alone(*taken, &lease).await
+            // Rare, and as large as all else here: not part of every job's memory.
+            Box::pin(self.run_alone(*taken, &lease)).await
         }
         .instrument(span)
         .await;

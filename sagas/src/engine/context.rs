@@ -304,12 +304,13 @@ impl StepContext {
         loop {
             self.ready(dependency).await?;
             let deadline = self.deadline(dependency)?;
-            let call = async {
+            // Boxed: it is moved into one future after the other here.
+            let call = Box::pin(async {
                 crate::fault_point!(&format!("{point}.before"), &self.job.payload);
                 let done = call(deadline).await?;
                 crate::fault_point!(&format!("{point}.after"), &self.job.payload);
                 Ok::<T, StoreError>(done)
-            };
+            });
             let answer = timeout_at(deadline, call);
             let answer = if self.trying.load(Ordering::Relaxed) {
                 answer.await
@@ -326,7 +327,7 @@ impl StepContext {
             };
             let asking =
                 self.unless_ended(async { Ok(self.breakers.confirm_outage(dependency, &error).await) });
-            let outage = self.budget.wait(asking).await?;
+            let outage = Box::pin(self.budget.wait(asking)).await?;
             if outage {
                 continue;
             }
@@ -371,7 +372,7 @@ impl StepContext {
             self.breakers.closed(dependency).await;
             self.lease.valid(margin).await.map_err(|_| StepError::LeaseLost)
         });
-        self.budget.wait(self.unless_group_failed(ready)).await
+        Box::pin(self.budget.wait(self.unless_group_failed(ready))).await
     }
 
     /// Ends a wait when another branch has failed. Never a call: what it does can't be called back.

@@ -285,12 +285,13 @@ impl Engine {
             None => self.newest(&job.kind),
         };
         let done = match (saga, begun) {
-            _ if job.unreadable.is_some() => self.unreadable(delivery).await,
+            // Boxed: statements are large futures, and these are not of every run.
+            _ if job.unreadable.is_some() => Box::pin(self.unreadable(delivery)).await,
             (Some(saga), _) => saga.drive(self, delivery).await,
             (None, Some(version)) if self.sagas.contains_key(job.kind.as_str()) => {
-                self.other_version(delivery, version).await
+                Box::pin(self.other_version(delivery, version)).await
             }
-            (None, _) => self.unroutable(delivery).await,
+            (None, _) => Box::pin(self.unroutable(delivery)).await,
         };
         match done {
             Ok(ended) => ended,
