@@ -21,12 +21,15 @@ use sagas::{
     stores::postgres::{
         Postgres, PostgresConfig,
         accept::NewJob,
-        inspect::JobView,
+        ending::Run,
+        inspect::{JobView, SagaFilter},
+        ledger::Cancel,
         take::{Take, TakeItem, TakenJob},
     },
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 const KIND: &str = "scripted";
 
@@ -118,12 +121,17 @@ fn name() -> QueueName {
 impl Stage {
     /// A saga of two steps, `work` and `pivot`, of which `pivot` is the pivot.
     async fn new(lines: Vec<Result<Value, StepError>>, retry: JobRetry, settings: EngineSettings) -> Self {
-        Self::of(lines, retry, settings, false).await
+        Self::of(lines, retry, settings, false, 1).await
     }
 
     /// The same, as a saga whose `prepare` gives the same each time.
     async fn repeatable(lines: Vec<Result<Value, StepError>>) -> Self {
-        Self::of(lines, JobRetry::default(), EngineSettings::default(), true).await
+        Self::of(lines, JobRetry::default(), EngineSettings::default(), true, 1).await
+    }
+
+    /// The same without a pivot: nothing is said of a run before it ends.
+    async fn repeatable_without_pivot(lines: Vec<Result<Value, StepError>>) -> Self {
+        Self::of(lines, JobRetry::default(), EngineSettings::default(), true, 2).await
     }
 
     async fn of(
@@ -131,6 +139,7 @@ impl Stage {
         retry: JobRetry,
         settings: EngineSettings,
         repeatable: bool,
+        pivot: usize,
     ) -> Self {
         let services = TestServices::builder().postgres().redis_queue().start().await.unwrap();
         let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
@@ -144,7 +153,7 @@ impl Stage {
             Arc::new(Work { name, script: Arc::clone(&script), undone: Arc::clone(&undone) })
                 as Arc<dyn Step<Value>>
         };
-        let saga = Scripted { steps: vec![step("work"), step("pivot")], retry, pivot: 1, repeatable };
+        let saga = Scripted { steps: vec![step("work"), step("pivot")], retry, pivot, repeatable };
         let breakers = Breakers::new([], CancellationToken::new());
         let registry = Registry::default().with(saga);
         let engine = Engine::new(postgres.clone(), breakers, WorkerId::new("w"), settings, registry);
@@ -194,6 +203,15 @@ impl Stage {
 
     async fn job(&self, id: JobId) -> JobView {
         self.postgres.job(id, None).await.unwrap().unwrap()
+    }
+
+    /// Each run of a job that the log has a row of.
+    async fn logged(&self, id: JobId) -> Vec<(Uuid, String)> {
+        sqlx::query_as("SELECT id, state FROM sagas WHERE job_id = $1 ORDER BY created_at")
+            .bind(id.0)
+            .fetch_all(self.postgres.pool())
+            .await
+            .unwrap()
     }
 }
 
@@ -347,12 +365,71 @@ async fn a_repeatable_run_begins_with_its_take_and_is_the_same_run_after_a_crash
     assert_eq!(stage.deliver(id).await, Ended::Abandoned);
     let begun = stage.postgres.sagas_of(id).await.unwrap().remove(0);
     assert_eq!((begun.state.as_str(), begun.definition_version, begun.next_step), ("running", 1, 0));
+    assert_eq!(stage.logged(id).await, [], "the job says all that there is to say of it");
+    assert_eq!(
+        stage.postgres.sagas(&SagaFilter { limit: 5, ..SagaFilter::default() }).await.unwrap().len(),
+        1
+    );
     assert_eq!(stage.deliver(id).await, Ended::Ack);
     let job = stage.job(id).await;
     assert_eq!((job.state.as_str(), job.result), ("succeeded", Some(json!({ "seen": 2 }))));
     let runs = stage.postgres.sagas_of(id).await.unwrap();
     assert_eq!(runs.len(), 1, "{runs:?}");
     assert_eq!((runs[0].id, runs[0].state.as_str()), (begun.id, "completed"));
+}
+
+#[tokio::test]
+async fn a_run_that_succeeds_at_once_gets_its_only_row_with_its_end() {
+    let stage = Stage::repeatable_without_pivot(vec![Ok(json!({ "seen": 1 }))]).await;
+    let id = stage.enqueue(|_| ()).await;
+    let taken = stage.take(id).await;
+    assert_eq!(taken.saga.unwrap().id, id.0);
+    assert_eq!(stage.logged(id).await, []);
+    // As if this take's answer had been lost: the next one finds the run.
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let straight = stage.enqueue(|_| ()).await;
+    assert_eq!(stage.deliver(straight).await, Ended::Ack);
+    for id in [id, straight] {
+        assert_eq!(stage.logged(id).await, [(id.0, "completed".to_owned())]);
+        let steps = stage.postgres.steps(id.0).await.unwrap();
+        assert_eq!(steps.iter().map(|step| step.step_name.as_str()).collect::<Vec<_>>(), ["work", "pivot"]);
+        let run = stage.postgres.sagas_of(id).await.unwrap().remove(0);
+        assert_eq!((run.definition_version, run.kind.as_str(), run.tenant.as_str()), (1, KIND, "acme"));
+        assert!(run.created_at <= steps[0].started_at && run.finished_at.unwrap() >= run.created_at);
+    }
+}
+
+#[tokio::test]
+async fn a_run_gets_its_row_with_whatever_is_first_said_of_it() {
+    let lines = vec![Err(StepError::Snooze(Duration::from_secs(60))), fails()];
+    let stage = Stage::repeatable_without_pivot(lines).await;
+    let (put_off, failed) = (stage.enqueue(|_| ()).await, stage.enqueue(|job| job.max_attempts = 1).await);
+    assert!(matches!(stage.deliver(put_off).await, Ended::Release(_)));
+    assert_eq!(stage.logged(put_off).await, [(put_off.0, "running".to_owned())]);
+    // Cancelled now, its steps are undone before it ends: a run without a row would have had nothing to undo.
+    assert_eq!(stage.postgres.cancel(put_off, None).await.unwrap(), Cancel::Requested);
+    assert_eq!(stage.deliver(put_off).await, Ended::Ack);
+    assert_eq!(std::mem::take(&mut *stage.undone.lock().unwrap()), 2);
+    assert_eq!(stage.logged(put_off).await, [(put_off.0, "compensated".to_owned())]);
+
+    assert_eq!(stage.deliver(failed).await, Ended::Ack);
+    assert_eq!(*stage.undone.lock().unwrap(), 2);
+    assert_eq!(stage.logged(failed).await, [(failed.0, "compensated".to_owned())]);
+    let letter = stage.postgres.dead_letter(failed.0).await.unwrap().unwrap();
+    assert_eq!(letter.saga_id, Some(failed.0));
+    // A job that was given back before it ran has nothing to undo.
+    let idle = stage.enqueue(|_| ()).await;
+    let taken = stage.take(idle).await;
+    let run = Run {
+        job_id: idle,
+        fence: taken.fence,
+        saga_id: None,
+        worker: WorkerId::new("w"),
+        started_at: chrono::Utc::now(),
+    };
+    assert!(stage.postgres.release(&run, Duration::ZERO, false).await.unwrap());
+    assert_eq!(stage.postgres.cancel(idle, None).await.unwrap(), Cancel::Cancelled);
+    assert_eq!(stage.logged(idle).await, []);
 }
 
 #[tokio::test]

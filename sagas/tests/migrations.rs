@@ -4,7 +4,15 @@
 use std::time::Duration;
 
 use devstack::testing::TestServices;
-use sagas::stores::postgres::{Postgres, PostgresConfig};
+use queue::{QueueName, TenantId, WorkerId};
+use sagas::{
+    coalescing::Batch,
+    stores::postgres::{
+        Postgres, PostgresConfig,
+        accept::NewJob,
+        take::{TakeBatch, TakeItem},
+    },
+};
 use serde_json::json;
 
 async fn database() -> (TestServices, Postgres) {
@@ -117,6 +125,26 @@ async fn migrations_keep_the_rows_of_a_database_in_use() {
     postgres.migrate_up().await.unwrap();
     assert_eq!(postgres.ledger_id().await.unwrap(), ledger);
     assert!(postgres.tenant("acme").await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_way_back_writes_the_rows_of_runs_that_have_none_yet() {
+    let (_services, postgres) = database().await;
+    postgres.migrate_up().await.unwrap();
+    postgres.create_tenant("acme").await.unwrap();
+    let jobs = [1, 2].map(|n| {
+        NewJob::new("kind", QueueName::new("q").unwrap(), TenantId::new("acme").unwrap(), json!({ "n": n }))
+    });
+    postgres.accept(&jobs, true).await.unwrap();
+    let take = TakeBatch::new(postgres.clone(), WorkerId::new("w")).beginning(vec![("kind", 7)]);
+    take.flush(&[TakeItem { id: jobs[0].id, fast: None }]).await.unwrap();
+    postgres.migrate_down(19).await.unwrap();
+    let runs: Vec<(uuid::Uuid, String, i32)> =
+        sqlx::query_as("SELECT id, state, definition_version FROM sagas")
+            .fetch_all(postgres.pool())
+            .await
+            .unwrap();
+    assert_eq!(runs, [(jobs[0].id.0, "running".to_owned(), 7)]);
 }
 
 async fn partitions(postgres: &Postgres) -> Vec<String> {

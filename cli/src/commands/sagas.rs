@@ -157,7 +157,8 @@ async fn signal(job: Uuid, name: &str, payload: &Value, context: &Context) -> Ou
 
 /// The runs that an id means, and their job.
 async fn find(id: Uuid, postgres: &Postgres) -> anyhow::Result<(JobView, Vec<Run>)> {
-    let sagas = match postgres.saga(id).await? {
+    // A job's first run may have the job's id: that means all its runs.
+    let sagas = match postgres.saga(id).await?.filter(|saga| saga.job_id != id) {
         Some(saga) => vec![saga],
         None => postgres.sagas_of(JobId(id)).await?,
     };

@@ -53,8 +53,10 @@ impl<S: Saga> AnySaga for Registered<S> {
     }
 
     fn begins_with_take(&self) -> bool {
-        let itself = self.0.steps().first().is_some_and(|step| step.commits() == Commits::Begin);
-        self.0.repeatable() && !itself
+        // Those that write the run's row themselves, with its first step or its last, count on it or on nothing.
+        let themselves =
+            |step: &Arc<dyn Step<S::Data>>| matches!(step.commits(), Commits::Begin | Commits::End);
+        self.0.repeatable() && !self.0.steps().iter().any(themselves)
     }
 
     async fn drive(&self, engine: &Engine, delivery: Delivery) -> Result<Ended, StoreError> {
@@ -66,6 +68,8 @@ impl<S: Saga> AnySaga for Registered<S> {
     }
 }
 
+/// What is not of every run, and large because it has statements or calls of its own, is boxed where it is awaited: otherwise each
+/// run would have the memory for all of it, and its future would be copied with it.
 struct Drive<'a, S: Saga> {
     saga: &'a S,
     engine: &'a Engine,
@@ -153,6 +157,11 @@ impl<'a, S: Saga> Drive<'a, S> {
             Some(open) if !open.fresh => open,
             open => return self.first_delivery(open.is_some()).await,
         };
+        Box::pin(self.resume(open)).await
+    }
+
+    /// A run that another delivery began.
+    async fn resume(mut self, open: OpenSaga) -> Result<Ended, StoreError> {
         let next: usize = open.next_step.unsigned_abs().into();
         let past_pivot = next > self.saga.pivot() || open.pivot_begun;
         let data: S::Data = match open.data {
@@ -199,7 +208,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         self.forward(data, next).await
     }
 
-    /// A run of which no step can have run: either it has its first row, or it has none yet.
+    /// A run of which no step can have run: either its job's take has begun it, or nothing has yet.
     async fn first_delivery(self, begun: bool) -> Result<Ended, StoreError> {
         let verdict = if self.is_poison() {
             Verdict::Dead { failure: self.poison() }
@@ -210,16 +219,24 @@ impl<'a, S: Saga> Drive<'a, S> {
                 Ok(data) => {
                     if !begun
                         && self.saga.steps().first().is_none_or(|step| step.commits() != Commits::Begin)
-                        && let Err(error) = self.begin(&data).await
+                        && let Err(error) = Box::pin(self.begin(&data)).await
                     {
-                        return self.failed(&data, 0, error).await;
+                        return Box::pin(self.failed(&data, 0, error)).await;
                     }
                     return self.forward(data, 0).await;
                 }
                 Err(error) => Verdict::Dead { failure: failure(&error) },
             }
         };
+        Box::pin(self.end_before_first_step(begun, verdict)).await
+    }
+
+    async fn end_before_first_step(self, begun: bool, verdict: Verdict) -> Result<Ended, StoreError> {
         let run = self.ctx.run();
+        if begun {
+            let postgres = &self.engine.postgres;
+            postgres.in_time(postgres.log_run(&run)).await?;
+        }
         self.finish(Run { saga_id: run.saga_id.filter(|_| begun), ..run }, verdict).await
     }
 
@@ -246,22 +263,22 @@ impl<'a, S: Saga> Drive<'a, S> {
         let steps = self.saga.steps().to_vec();
         for (i, step) in steps.iter().enumerate().skip(from) {
             if i == self.saga.pivot()
-                && let Err(error) = self.before_pivot(step.as_ref(), i, &data).await
+                && let Err(error) = Box::pin(self.before_pivot(step.as_ref(), i, &data)).await
             {
-                return self.failed(&data, i, error).await;
+                return Box::pin(self.failed(&data, i, error)).await;
             }
             let outcome = if step.branches().is_empty() {
                 self.tries(&self.ctx, Work::Step(step.as_ref(), &mut data)).await.map(drop)
             } else {
                 let mut done = std::mem::take(&mut self.done);
-                let outcome = self.group(step.branches(), &mut data, &mut done).await;
+                let outcome = Box::pin(self.group(step.branches(), &mut data, &mut done)).await;
                 if outcome.is_err() {
                     self.done = done;
                 }
                 outcome
             };
             if let Err(error) = outcome {
-                return self.failed(&data, i, error).await;
+                return Box::pin(self.failed(&data, i, error)).await;
             }
             if step.commits() == Commits::End {
                 self.count("succeeded");
@@ -271,21 +288,21 @@ impl<'a, S: Saga> Drive<'a, S> {
                 self.ctx.ignore_cancel();
             }
             if step.commits() == Commits::Data
-                && let Err(error) = self.keep(i + 1, &data).await
+                && let Err(error) = Box::pin(self.keep(i + 1, &data)).await
             {
                 // The step is done; only the log doesn't know it.
-                return self.failed(&data, i + 1, error).await;
+                return Box::pin(self.failed(&data, i + 1, error)).await;
             }
         }
         let result = self.saga.result(&data);
         if let Err(error) = fits(&result, self.engine.settings.max_result) {
-            return self.failed(&data, steps.len(), error).await;
+            return Box::pin(self.failed(&data, steps.len(), error)).await;
         }
         let run = self.ctx.run();
         let completion = Arc::new(Completion {
             job_id: run.job_id,
             fence: run.fence,
-            saga_id: run.saga_id,
+            saga: Some((self.ctx.saga_id, self.saga.version())),
             result,
             steps: self.ctx.steps_so_far(),
         });
@@ -300,8 +317,8 @@ impl<'a, S: Saga> Drive<'a, S> {
                 self.count("succeeded");
                 Ok(Ended::Ack)
             }
-            Ok(false) => self.refused().await,
-            Err(error) => self.failed(&data, steps.len(), error).await,
+            Ok(false) => Box::pin(self.refused()).await,
+            Err(error) => Box::pin(self.failed(&data, steps.len(), error)).await,
         }
     }
 

@@ -17,7 +17,7 @@ use sagas::{
         plain::PlainLedger,
         publish::Published,
         stage::{Stage, StageBatch},
-        take::TakenJob,
+        take::{Take, TakeBatch, TakeItem, TakenJob},
         waits::{Awaited, Due},
     },
 };
@@ -107,6 +107,26 @@ async fn protocol_02_begin_saga_with_a_stale_fence_writes_nothing() {
         r.ledger.postgres.begin_saga(&saga_of(&r.job, r.stage.saga.id)).await.unwrap()
     })
     .await;
+}
+
+/// Of the run that a take begins.
+#[tokio::test]
+async fn protocol_02_log_run_with_a_stale_fence_writes_nothing() {
+    let ledger = Ledger::start().await;
+    let take = TakeBatch::new(ledger.postgres.clone(), WorkerId::new("w")).beginning(vec![("ingest", 1)]);
+    for stale in [true, false] {
+        let id = ledger.ingest(&Uuid::now_v7().to_string()).await;
+        let Take::Taken(job) = take.flush(&[TakeItem { id, fast: None }]).await.unwrap().remove(0) else {
+            panic!("not taken");
+        };
+        let run = run_of(&job, Some(job.saga.as_ref().unwrap().id));
+        if stale {
+            assert!(ledger.postgres.release(&run, Duration::ZERO, false).await.unwrap());
+        }
+        let before = ledger.snapshot().await;
+        ledger.postgres.log_run(&run).await.unwrap();
+        assert_eq!(ledger.snapshot().await == before, stale);
+    }
 }
 
 #[tokio::test]

@@ -18,6 +18,7 @@ const TESTS: &[(&str, &str)] = &[
     ("deletion.rs erase_text", "stale_writes::protocol_02_erase_text_with_a_stale_fence_writes_nothing"),
     ("ending.rs complete_all", "stale_writes::protocol_02_complete_with_a_stale_fence_writes_nothing"),
     ("ending.rs finish_all", "stale_writes::protocol_02_finish_with_a_stale_fence_writes_nothing"),
+    ("ending.rs log_run", "stale_writes::protocol_02_log_run_with_a_stale_fence_writes_nothing"),
     ("ending.rs park", "stale_writes::protocol_02_park_with_a_stale_fence_writes_nothing"),
     ("ending.rs release", "stale_writes::protocol_02_release_with_a_stale_fence_writes_nothing"),
     (

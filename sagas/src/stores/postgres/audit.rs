@@ -137,7 +137,7 @@ pub(crate) const LOG_CHECKS: &[(FindingKind, &str)] = &[
         "SELECT s.id, s.job_id AS job, s.tenant, d.key AS document,
                 'the saga is ' || s.state || ', its job ' || j.state || ', and neither has moved since '
                     || greatest(s.updated_at, j.taken_at, j.run_at)::timestamptz(0) AS detail
-         FROM sagas s JOIN jobs j ON j.id = s.job_id LEFT JOIN documents d ON d.id = j.document_id
+         FROM saga_runs s JOIN jobs j ON j.id = s.job_id LEFT JOIN documents d ON d.id = j.document_id
          WHERE s.id > $1 AND s.state IN ('running', 'compensating') AND j.state IN ('waiting', 'running')
            AND greatest(s.updated_at, j.taken_at, j.run_at) < now() - interval '1 hour' - make_interval(secs => j.timeout_ms / 1000.0)
          ORDER BY s.id LIMIT $2",

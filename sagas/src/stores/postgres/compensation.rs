@@ -79,7 +79,7 @@ impl Postgres {
     async fn turn_all(&self, items: &[&Turning]) -> Result<Vec<Turn>, StoreError> {
         let rows: Vec<(Uuid, bool)> = sqlx::query_as(crate::fenced_sql!(
             "WITH alive AS (
-                SELECT held.* FROM jobs j
+                SELECT held.*, j.kind, j.tenant, j.begun_version, j.taken_at FROM jobs j
                 JOIN unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::jsonb[], $5::text[], $6::jsonb[], $7::smallint[])
                      AS held (id, fence, saga, verdict, error, data, pivot) ON held.id = j.id
                 WHERE j.fence = held.fence AND j.state = 'running'
@@ -90,8 +90,16 @@ impl Postgres {
                 FROM alive
                 WHERE s.id = alive.saga AND (s.state = 'compensating' OR (s.state = 'running' AND s.next_step <= alive.pivot))
                 RETURNING s.id
+             ), logged AS (
+                -- What a take began and nothing has been said of yet.
+                INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, verdict, error, data, fence, created_at)
+                SELECT id, id, kind, begun_version, tenant, 'compensating', verdict, error, data, fence, taken_at FROM alive
+                WHERE saga = id AND begun_version IS NOT NULL AND NOT EXISTS (SELECT FROM sagas s WHERE s.id = alive.id)
+                ON CONFLICT (id) DO NOTHING
+                RETURNING id
              )
-             SELECT alive.id, turned.id IS NOT NULL FROM alive LEFT JOIN turned ON turned.id = alive.saga",
+             SELECT alive.id, EXISTS (SELECT FROM turned WHERE turned.id = alive.saga) OR EXISTS (SELECT FROM logged WHERE logged.id = alive.saga)
+             FROM alive",
             "j.fence = held.fence AND j.state = 'running'"
         ))
         .bind(items.iter().map(|item| item.run.job_id.0).collect::<Vec<_>>())

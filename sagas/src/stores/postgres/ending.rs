@@ -102,6 +102,13 @@ pub struct Run {
     pub started_at: DateTime<Utc>,
 }
 
+impl Run {
+    /// Whether the take under this fence began the run, so that the log may have no row of it.
+    fn began_with_take(&self) -> bool {
+        self.fence == Fence(1) && self.saga_id == Some(self.job_id.0)
+    }
+}
+
 /// The end of a run whose effects are undone, or that has none.
 #[derive(Debug, Clone)]
 pub struct Ending {
@@ -149,8 +156,8 @@ pub struct Completion {
     pub job_id: JobId,
     /// Under this fence.
     pub fence: Fence,
-    /// The saga's run.
-    pub saga_id: Option<Uuid>,
+    /// The saga's run, and the version of the definition that ran it, for a run that has no row yet.
+    pub saga: Option<(Uuid, i32)>,
     /// The job's result; null is none.
     pub result: Value,
     /// The run's steps in this delivery.
@@ -243,8 +250,33 @@ pub(super) async fn insert_steps(
     Ok(())
 }
 
+/// Writes the first row of a run that its job's take began, if the log has none: whatever the log is to say of such a run
+/// follows this. Nothing happens to other runs, and none where the fence refuses.
+pub(super) async fn log_run(connection: &mut PgConnection, run: &Run) -> Result<(), sqlx::Error> {
+    if !run.began_with_take() {
+        return Ok(());
+    }
+    sqlx::query(crate::fenced_sql!(
+        "WITH alive AS (SELECT * FROM jobs WHERE id = $1 AND fence = $2 AND state = 'running' FOR NO KEY UPDATE)
+         INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at)
+         SELECT id, id, kind, begun_version, tenant, 'running', fence, taken_at FROM alive WHERE begun_version IS NOT NULL
+         ON CONFLICT (id) DO NOTHING",
+        "fence = $2 AND state = 'running'"
+    ))
+    .bind(run.job_id.0)
+    .bind(run.fence.0)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
 impl Postgres {
-    /// Ends a forward run whose pivot did not end the job itself. `false`: the fence refused.
+    /// Has the log know a run that its job's take began, before it is told that it ended without a step.
+    pub async fn log_run(&self, run: &Run) -> Result<(), StoreError> {
+        Ok(log_run(&mut *self.pool.acquire().await?, run).await?)
+    }
+
+    /// Ends a forward run, of the first version of its definition, whose pivot did not end the job itself. `false`: the fence refused.
     pub async fn complete(
         &self,
         run: &Run,
@@ -254,7 +286,7 @@ impl Postgres {
         let one = Completion {
             job_id: run.job_id,
             fence: run.fence,
-            saga_id: run.saga_id,
+            saga: run.saga_id.map(|saga| (saga, 1)),
             result: result.clone(),
             steps: steps.to_vec(),
         };
@@ -262,7 +294,8 @@ impl Postgres {
     }
 
     /// [`complete`](Self::complete) for many, in one statement; answers in their order. No step of these deliveries is in the
-    /// log yet: whatever else writes steps ends the delivery or turns it back.
+    /// log yet: whatever else writes steps ends the delivery or turns it back. A run that its take began has no row either, if all
+    /// went well: it gets its only one here.
     async fn complete_all<C: std::borrow::Borrow<Completion>>(
         &self,
         items: &[C],
@@ -272,18 +305,21 @@ impl Postgres {
         let (results, keys): (Vec<Value>, Vec<Option<String>>) =
             self.seal_results(&given).await?.into_iter().unzip();
         let steps =
-            Steps::of(items.iter().filter_map(|one| Some((one.saga_id?, one.fence, one.steps.as_slice()))));
+            Steps::of(items.iter().filter_map(|one| Some((one.saga?.0, one.fence, one.steps.as_slice()))));
         let ended: Vec<Uuid> = sqlx::query_scalar(crate::fenced_sql!(
             concat!(
                 "WITH alive AS (
-                    SELECT held.* FROM jobs j
-                    JOIN unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::jsonb[], $14::text[])
-                         AS held (id, fence, saga, result, key_id) ON held.id = j.id
+                    SELECT held.*, j.kind, j.tenant, j.taken_at FROM jobs j
+                    JOIN unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::integer[], $14::jsonb[], $15::text[])
+                         AS held (id, fence, saga, version, result, key_id) ON held.id = j.id
                     WHERE j.fence = held.fence AND j.state = 'running'
                     ORDER BY j.id FOR NO KEY UPDATE OF j
                  ), ended AS (
-                    UPDATE sagas s SET state = 'completed', finished_at = now(), updated_at = now(), fence = alive.fence
-                    FROM alive WHERE s.id = alive.saga RETURNING s.id
+                    -- Whichever plan is kept, it looks each run up in the index.
+                    INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at, finished_at)
+                    SELECT saga, id, kind, version, tenant, 'completed', fence, taken_at, now() FROM alive WHERE saga IS NOT NULL
+                    ON CONFLICT (id) DO UPDATE SET state = 'completed', finished_at = now(), updated_at = now(), fence = excluded.fence
+                    RETURNING id
                  ), steps AS (",
                 insert_steps!(),
                 " JOIN ended ON ended.id = s.saga_id
@@ -305,7 +341,8 @@ impl Postgres {
         .bind(steps.errors)
         .bind(items.iter().map(|item| item.job_id.0).collect::<Vec<_>>())
         .bind(items.iter().map(|item| item.fence.0).collect::<Vec<_>>())
-        .bind(items.iter().map(|item| item.saga_id).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.saga.map(|(saga, _)| saga)).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.saga.map(|(_, version)| version)).collect::<Vec<_>>())
         .bind(results)
         .bind(keys)
         .fetch_all(&self.pool)
@@ -354,6 +391,7 @@ impl Postgres {
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
         }
+        log_run(&mut tx, run).await?;
         if let Some(saga) = run.saga_id {
             let parked = sqlx::query(
                 "UPDATE sagas SET state = 'parked', verdict = coalesce($2, verdict, jsonb_build_object('past_pivot', $5::boolean)),

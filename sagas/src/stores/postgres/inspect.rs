@@ -143,7 +143,7 @@ pub struct SagaView {
 }
 
 const SAGA: &str = "SELECT id, job_id, kind, definition_version, tenant, state, next_step, verdict, error, created_at, finished_at,
-       resolved_at, resolved_by, resolution FROM sagas";
+       resolved_at, resolved_by, resolution FROM saga_runs";
 
 /// Which saga runs to list; newest first.
 #[derive(Debug, Clone, Default)]

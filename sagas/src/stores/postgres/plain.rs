@@ -122,7 +122,7 @@ impl Ledger for PlainLedger {
                 let success = Completion {
                     job_id: job,
                     fence: run.fence,
-                    saga_id: None,
+                    saga: None,
                     result: result.clone(),
                     steps: vec![],
                 };

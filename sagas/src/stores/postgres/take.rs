@@ -68,7 +68,7 @@ pub struct TakenJob {
 pub struct OpenSaga {
     /// The run.
     pub id: Uuid,
-    /// Whether this very take began it, so that none of its steps can have run.
+    /// Whether this very take began it, so that none of its steps can have run, and the log has no row of it yet.
     pub fresh: bool,
     /// Version of the definition that began it.
     pub definition_version: i32,
@@ -89,10 +89,10 @@ pub struct OpenSaga {
 }
 
 impl OpenSaga {
-    /// A run that has nothing but its first row.
-    fn begun(id: Uuid, definition_version: i32) -> Self {
+    /// A run that a take has begun. Its id is the job's.
+    fn begun(job: JobId, definition_version: i32) -> Self {
         Self {
-            id,
+            id: job.0,
             fresh: true,
             definition_version,
             compensating: false,
@@ -140,7 +140,7 @@ impl TakeBatch {
         Self { postgres, worker, begins: vec![] }
     }
 
-    /// Jobs of these kinds get their run's first row with their first take, in the version given.
+    /// The first run of jobs of these kinds begins with their first take, in the version given.
     #[must_use]
     pub fn beginning(self, begins: Vec<(&'static str, i32)>) -> Self {
         Self { begins, ..self }
@@ -183,16 +183,20 @@ impl Postgres {
     /// answer), and the unfinished saga comes along. Of one document's jobs only the first in
     /// order is taken, and none while another runs. One that was running when its worker was lost has its document's place
     /// still: an earlier one that was put off and is due by now waits for it, so it must not wait for that.
+    ///
+    /// A run that the first take begins has no row in the log until something is to be said of it; the second take says at least
+    /// that it is there (`docs/decisions/0049-the-first-row-of-a-run-can-wait.md`).
     async fn take(
         &self,
         ids: &[JobId],
         worker: &WorkerId,
         begins: &[(&'static str, i32)],
     ) -> Result<HashMap<JobId, TakenJob>, StoreError> {
-        let runs: HashMap<JobId, Uuid> = ids.iter().map(|id| (*id, Uuid::now_v7())).collect();
         let rows = sqlx::query(
             "WITH due AS (
-                SELECT j.id, j.runs_alone, j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost FROM jobs j
+                SELECT j.id, j.runs_alone, j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost, j.taken_at AS begun_at,
+                       CASE WHEN j.fence = 0 THEN begins.version ELSE j.begun_version END AS begun_version
+                FROM jobs j LEFT JOIN unnest($3::text[], $4::integer[]) AS begins (kind, version) ON begins.kind = j.kind
                 WHERE j.id = ANY($1) AND j.state IN ('waiting', 'running') AND j.run_at <= now()
                   AND (j.document_id IS NULL OR j.state = 'running' OR NOT EXISTS (
                       SELECT FROM jobs o
@@ -204,27 +208,25 @@ impl Postgres {
                     fence = fence + 1, deliveries = deliveries + 1,
                     lost_deliveries = lost_deliveries + due.was_lost::integer,
                     lost_alone = lost_alone + (due.was_lost AND due.runs_alone)::integer,
-                    runs_alone = false, state = 'running', worker = $2, taken_at = now(),
+                    runs_alone = false, state = 'running', worker = $2, taken_at = now(), begun_version = due.begun_version,
                     dispatched_at = coalesce(dispatched_at, now())
                 FROM due WHERE j.id = due.id
-                RETURNING j.*, due.was_lost, due.runs_alone AS was_alone
+                RETURNING j.*, due.was_lost, due.runs_alone AS was_alone, due.begun_at
              ), lost AS (
                 -- As towards the poison limit: whoever was beside it may have killed the worker, or nobody. The array makes it a
                 -- look-up for each, of which there are few.
                 UPDATE sagas SET lost_compensating = lost_compensating + 1
                 WHERE state = 'compensating' AND job_id = ANY (ARRAY(SELECT t.id FROM taken t WHERE t.was_lost AND t.was_alone))
-             ), begun AS (
-                -- A job that was never taken before has no run, whatever another transaction is about to commit.
-                INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence)
-                SELECT run.id, t.id, t.kind, begins.version, t.tenant, 'running', t.fence
-                FROM taken t
-                JOIN unnest($3::text[], $4::integer[]) AS begins (kind, version) ON begins.kind = t.kind
-                JOIN unnest($1::uuid[], $5::uuid[]) AS run (job, id) ON run.job = t.id
-                WHERE t.fence = 1
+             ), logged AS (
+                -- By now a step of it may have run. Its former holder may have written the row while this waited for the job.
+                INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at)
+                SELECT t.id, t.id, t.kind, t.begun_version, t.tenant, 'running', t.fence, t.begun_at FROM taken t
+                WHERE t.fence > 1 AND t.begun_version IS NOT NULL
+                ON CONFLICT (id) DO NOTHING
              )
              SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.payload_key_id, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
-                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent,
+                    t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent, t.begun_version,
                     extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s
              FROM taken t",
         )
@@ -232,16 +234,15 @@ impl Postgres {
         .bind(worker.to_string())
         .bind(begins.iter().map(|(kind, _)| *kind).collect::<Vec<_>>())
         .bind(begins.iter().map(|(_, version)| *version).collect::<Vec<_>>())
-        .bind(ids.iter().map(|id| runs[id]).collect::<Vec<_>>())
         .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.take.inside");
         let mut taken = HashMap::with_capacity(rows.len());
         for row in &rows {
             let mut job = taken_job(row, &self.cipher)?;
-            // As the statement has it: what it began need not be read back.
-            let version = begins.iter().find(|(kind, _)| job.fence == Fence(1) && *kind == job.kind);
-            job.saga = version.map(|(_, version)| OpenSaga::begun(runs[&job.id], *version));
+            let begun: Option<i32> = row.try_get("begun_version")?;
+            job.saga =
+                begun.filter(|_| job.fence == Fence(1)).map(|version| OpenSaga::begun(job.id, version));
             taken.insert(job.id, job);
         }
         let again: Vec<Uuid> =
