@@ -2,7 +2,7 @@
 //! is mended, or are closed.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use e2e::{Fleet, TENANT, text};
+use e2e::{Fleet, LONG, Subject, TENANT, text, wait_until};
 use serde_json::Value;
 
 /// Parks an ingest whose points can't be removed, as a person sees it with the program.
@@ -93,5 +93,47 @@ async fn a_parked_saga_is_listed_with_what_stands_and_ends_right_by_retry_or_res
     assert_eq!(letters.as_array().unwrap().len(), 2, "{letters}");
     assert!(second.terminate().await.success(), "{}", second.tail());
     drop((first, second));
+    fleet.end();
+}
+
+/// The first run of a repeatable saga has its job's id.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_jobs_id_means_its_parked_run_also_where_the_first_run_has_the_same_id() {
+    let fleet = Fleet::start().await;
+    let mut subjects = [Subject::new("probe", "p", "lane")];
+    fleet.seed(&mut subjects).await;
+    let first = fleet.worker().queues(&["lane"]).faults("probe.second.before=error*9").start();
+    let job = fleet.begin(&subjects[0]).await;
+    wait_until("the first run is undone", LONG, async || {
+        match fleet.postgres.attempts(job).await.unwrap().len() {
+            0 => Err(fleet.describe(job).await),
+            _ => Ok(()),
+        }
+    })
+    .await;
+    assert!(first.terminate().await.success(), "{}", first.tail());
+    let refused = "probe.second.before=permanent;probe.first.compensate.before=permanent";
+    let refused = fleet.faults("refused", refused.to_owned());
+    let second = fleet.worker().queues(&["lane"]).armed(&refused).start();
+    assert_eq!(fleet.ended(job).await, "parked", "{}", fleet.describe(job).await);
+    assert!(second.terminate().await.success(), "{}", second.tail());
+
+    let shown = fleet.flotilla(0, &["sagas", "show", &job.to_string()]);
+    let runs = shown["sagas"].as_array().unwrap();
+    assert_eq!(
+        (&runs[0]["id"], &runs[0]["state"]),
+        (&job.to_string().into(), &"compensated".into()),
+        "{shown}"
+    );
+    let parked = runs.last().unwrap();
+    assert_eq!(parked["state"], "parked", "{shown}");
+    assert_ne!(parked["id"], runs[0]["id"]);
+    let third = fleet.worker().queues(&["lane"]).start();
+    let retried = fleet.flotilla(0, &["sagas", "retry", &job.to_string()]);
+    assert_eq!((&retried["job"], &retried["saga"]), (&job.to_string().into(), &parked["id"]), "{retried}");
+    assert_eq!(fleet.ended(job).await, "dead", "{}", fleet.describe(job).await);
+    assert!(third.terminate().await.success(), "{}", third.tail());
+    fleet.audit_clean().await;
+    drop((first, second, third));
     fleet.end();
 }
