@@ -8,7 +8,7 @@ use chrono::{DateTime, Utc};
 use queue::{JobId, WorkerId};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgExecutor};
 use uuid::Uuid;
 
 use super::{Fence, Postgres, lock_alive, take::StepRecord};
@@ -252,7 +252,7 @@ pub(super) async fn insert_steps(
 
 /// Writes the first row of a run that its job's take began, if the log has none: whatever the log is to say of such a run
 /// follows this. Nothing happens to other runs, and none where the fence refuses.
-pub(super) async fn log_run(connection: &mut PgConnection, run: &Run) -> Result<(), sqlx::Error> {
+pub(super) async fn log_run(executor: impl PgExecutor<'_>, run: &Run) -> Result<(), sqlx::Error> {
     if !run.began_with_take() {
         return Ok(());
     }
@@ -265,7 +265,7 @@ pub(super) async fn log_run(connection: &mut PgConnection, run: &Run) -> Result<
     ))
     .bind(run.job_id.0)
     .bind(run.fence.0)
-    .execute(connection)
+    .execute(executor)
     .await?;
     Ok(())
 }
@@ -273,7 +273,7 @@ pub(super) async fn log_run(connection: &mut PgConnection, run: &Run) -> Result<
 impl Postgres {
     /// Has the log know a run that its job's take began, before it is told that it ended without a step.
     pub async fn log_run(&self, run: &Run) -> Result<(), StoreError> {
-        Ok(log_run(&mut *self.pool.acquire().await?, run).await?)
+        Ok(log_run(&self.pool, run).await?)
     }
 
     /// Ends a forward run, of the first version of its definition, whose pivot did not end the job itself. `false`: the fence refused.
@@ -391,7 +391,7 @@ impl Postgres {
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
         }
-        log_run(&mut tx, run).await?;
+        log_run(&mut *tx, run).await?;
         if let Some(saga) = run.saga_id {
             let parked = sqlx::query(
                 "UPDATE sagas SET state = 'parked', verdict = coalesce($2, verdict, jsonb_build_object('past_pivot', $5::boolean)),

@@ -386,7 +386,7 @@ impl Postgres {
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(None);
         }
-        log_run(&mut tx, run).await?;
+        log_run(&mut *tx, run).await?;
         let mut came = false;
         if let Some(saga) = run.saga_id {
             // This statement began after the lock, so it sees whatever came before.
@@ -465,7 +465,7 @@ impl Postgres {
         let mut tx = self.begin().await?;
         let alive = lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?;
         let Some(alive) = alive.get(&run.job_id) else { return Ok(None) };
-        log_run(&mut tx, run).await?;
+        log_run(&mut *tx, run).await?;
         let begun = sqlx::query(
             "UPDATE sagas SET pivot_at = coalesce(pivot_at, now()), next_step = $2, data = $3, done = '{}', updated_at = now(), fence = $4
              WHERE id = $1 AND (pivot_at IS NOT NULL OR NOT $5)",
@@ -545,7 +545,7 @@ async fn wait_row(
         Some(Due::At(at)) => (None, Some(at)),
         None => (None, None),
     };
-    log_run(connection, run).await?;
+    log_run(&mut *connection, run).await?;
     sqlx::query(
         "INSERT INTO saga_waits (saga_id, kind, name, due_at, batch_id, fence)
          SELECT id, $2, $3, coalesce($5, now() + make_interval(secs => $4)), $6, $7 FROM sagas WHERE id = $1
