@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Leases waiting jobs: highest priority first; tenants of one priority take turns; every fourth job is one that has
--- waited longer than `aging` in a lower priority, the one whose head has waited longest, if there is any.
+-- waited longer than `aging` in a lower priority, if there is any: by turns the one whose head has waited longest, and that of
+-- the next such priority, so that none waits for all that is older in another.
 -- With policies: nothing of a paused queue; priorities by weight instead; tenants by weight; within every limit.
 --
 -- KEYS[1]  the partition
@@ -222,12 +223,23 @@ local function head_of(priority)
   return since
 end
 
--- Among the priorities below `top`, the one whose next job has waited longest, if that is longer than `aging`.
+-- Whether this claim is one of those for jobs that have waited long. `tick` counts claims up to AGED_ROUND: in a round each
+-- priority comes first once.
+local AGED_ROUND = 72
+local function is_for_aged() return count.tick % 4 == 3 end
+
+-- Among the priorities below `top` whose next job has waited longer than `aging`, the one whose job has waited longest, or by
+-- turns the next one.
 local function aged_below(top)
   local oldest, found = now - aging, nil
-  for priority = top - 1, 0, -1 do
-    local since = head_of(priority)
-    if since and since < oldest then oldest, found = since, priority end
+  local by_age, first = count.tick % 8 == 3, math.floor(count.tick / 8)
+  for step = 0, 8 do
+    local priority = (first + step) % 9
+    local since = priority < top and head_of(priority)
+    if since and since < oldest then
+      oldest, found = since, priority
+      if not by_age then return found end
+    end
   end
   return found
 end
@@ -247,10 +259,10 @@ end
 local top = 9
 local function highest()
   local ring = rings[top]
-  if ring and ring.head <= ring.read then return count.tick % 4 == 3 and aged_below(top) or top end
+  if ring and ring.head <= ring.read then return is_for_aged() and aged_below(top) or top end
   while top >= 0 and not next_tenant(top) and ring_of(top).whole do top = top - 1 end
   if top < 0 or not next_tenant(top) then return end
-  return count.tick % 4 == 3 and aged_below(top) or top
+  return is_for_aged() and aged_below(top) or top
 end
 
 -- Who was kept waiting by a rate, and may go on.
@@ -280,7 +292,7 @@ end
 
 local function took_plainly(priority, jobs)
   add(WAITING[priority], -jobs)
-  count.tick = (count.tick + jobs) % 4
+  count.tick = (count.tick + jobs) % AGED_ROUND
 end
 
 -- A turn of a tenant that is met once.
@@ -293,7 +305,7 @@ local function serve_once(priority, ring, tenant, key)
   met[#met + 1] = { ring = ring, tenant = tenant, key = key }
 end
 
--- All turns that are left, where no other tenant and no lower priority waits.
+-- All turns that are left, where no other tenant and no other priority waits.
 local function serve_alone(priority, ring, tenant, list)
   local jobs = math.min(max - claimed, list.left)
   for _, entry in ipairs(redis.call('LPOP', list.key, jobs)) do take_plainly(entry) end
@@ -309,7 +321,8 @@ local function serve_plainly(priority)
   heads[priority] = nil
   if not ring.whole and not lists[key] then return serve_once(priority, ring, tenant, key) end
   local list = list_of(priority, tenant)
-  if list.part == 1 and list.left > 0 and ring.head == #ring.names and nothing_below(priority) then
+  -- An old job of the lowest priority has one turn alone: the higher ones wait, too.
+  if priority == top and list.part == 1 and list.left > 0 and ring.head == #ring.names and nothing_below(priority) then
     return serve_alone(priority, ring, tenant, list)
   end
   if list.left > 0 then
@@ -345,7 +358,7 @@ while claimed < max and may_drop > 0 do
     claimed = claimed + 1
     ids[claimed], seqs[claimed], owners[claimed], counting[claimed] = id, seq, tenant, rule
     add(WAITING[priority], -1)
-    count.tick = (count.tick + 1) % 4
+    count.tick = (count.tick + 1) % AGED_ROUND
     if weights then
       base = ahead[priority + 1]
       ahead[priority + 1] = base + 1 / weights[priority + 1]

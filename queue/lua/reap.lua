@@ -10,15 +10,24 @@
 -- ARGV[3]  when the caller last reached Redis, ms, or '' to reap in any case
 -- ARGV[4]  a longer time than this since then is an outage, ms
 -- ARGV[5]  do not reap before, ms
--- Returns  {now_ms, epoch or nil, 1 after an outage (nothing was reaped), 1 if more have expired, then the ids}
+-- Returns  {now_ms, epoch or nil, 1 after an outage (nothing was reaped), 1 if more have expired, ms until the next lease
+--          expires (negative: it has) or nil if none is held, then the ids}
 -- Complexity: O(reaped * log(leased))
 --@ partition.lua
 --@ policies.lua
 local now, max = clock(ARGV[1]), tonumber(ARGV[2])
 local last = tonumber(ARGV[3])
 local outage = last and (now - last > tonumber(ARGV[4]) or now < last)
-local answer, counts = { now, epoch, outage and 1 or 0, 0 }, {}
-if outage or last and now < tonumber(ARGV[5]) then return answer end
+local answer, counts = { now, epoch, outage and 1 or 0, 0, false }, {}
+
+-- The answer, with the time until the next lease expires.
+local function answered()
+  local following = redis.call('ZRANGE', LEASES, 0, 0, 'WITHSCORES')
+  answer[5] = following[2] and tonumber(following[2]) - now or false
+  return answer
+end
+
+if outage or last and now < tonumber(ARGV[5]) then return answered() end
 local expired = redis.call('ZRANGE', LEASES, '-inf', now, 'BYSCORE', 'LIMIT', 0, max)
 answer[4] = #expired == max and 1 or 0
 -- From the latest to the earliest, so that the one that expired first ends up in front.
@@ -39,4 +48,4 @@ if #expired > 0 then redis.call('HDEL', HOLDERS, unpack(expired)) end
 if #expired > 0 then redis.call('ZREM', LEASES, unpack(expired)) end
 if ended(counts) then grown = true end
 save()
-return answer
+return answered()

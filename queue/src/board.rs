@@ -24,7 +24,7 @@ use tower::layer::util::Identity;
 use uuid::Uuid;
 
 use crate::{
-    envelope::{Envelope, Pushed, QueueStats},
+    envelope::{Envelope, QueueStats},
     error::QueueError,
     ids::{JobId, Priority, QueueName, TenantId},
     listing::{Listed, ListedState},
@@ -371,8 +371,14 @@ impl<T> Sink<Task<Value>> for Board<T> {
             }
             let (queue, envelopes) = (this.queue.clone(), std::mem::take(&mut this.outgoing));
             *under_way = Some(Box::pin(async move {
-                let pushed = queue.push(&envelopes).await?;
-                if pushed.contains(&Pushed::Full) { Err(QueueError::Full) } else { Ok(()) }
+                let answers = queue.push(&envelopes).await?;
+                let mut refusals = answers.iter().filter_map(|answer| answer.refusal());
+                match refusals.next() {
+                    None => Ok(()),
+                    Some(why) => {
+                        Err(QueueError::Refused { refused: 1 + refusals.count(), pushed: answers.len(), why })
+                    }
+                }
             }));
         }
     }

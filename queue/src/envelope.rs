@@ -80,6 +80,19 @@ pub enum Pushed {
     Draining,
 }
 
+impl Pushed {
+    /// Why the job was not stored; `None` if it is there.
+    pub const fn refusal(self) -> Option<&'static str> {
+        match self {
+            Self::Queued | Self::Present => None,
+            Self::Full => Some("the queue's window in Redis is full"),
+            Self::QueueFull => Some("the queue has as many jobs as its policy allows"),
+            Self::TenantFull => Some("the tenant has as many jobs in this queue as its policy allows"),
+            Self::Draining => Some("the queue takes no new jobs: it is drained"),
+        }
+    }
+}
+
 /// What ack, release and heartbeat need to name a lease.
 #[derive(Debug, Clone)]
 pub struct LeaseRef {

@@ -17,6 +17,16 @@ pub enum QueueError {
         "the queue's Redis is full (used memory is over its maxmemory): drain the queue or raise maxmemory"
     )]
     Full,
+    /// Some of the jobs pushed were not stored: a window or a depth is used up, or the queue is drained.
+    #[error("{refused} of {pushed} jobs were not stored: {why}")]
+    Refused {
+        /// How many.
+        refused: usize,
+        /// Of how many.
+        pushed: usize,
+        /// Why the first of them was not.
+        why: &'static str,
+    },
     /// The server may evict keys, so that jobs could vanish.
     #[error(
         "the queue's Redis has maxmemory-policy {policy}, which may evict jobs: set maxmemory-policy noeviction, \

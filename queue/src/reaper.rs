@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::{
     task::JoinHandle,
-    time::{MissedTickBehavior, interval},
+    time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +26,8 @@ pub struct Reaper {
     /// A longer silence than this, in ms, was an outage.
     outage: i64,
     epochs: HashMap<(QueueName, u16), Option<Epoch>>,
+    /// When the next lease of a partition may expire, by our clock.
+    due: HashMap<(QueueName, u16), Instant>,
     turn: u16,
 }
 
@@ -36,7 +38,9 @@ struct Server {
 }
 
 impl Reaper {
-    /// Looks every `min(lease / 4, 1 s)` at one partition of each queue, in turn, until shutdown.
+    /// Until shutdown, looks at each partition when the first lease that it knows of there may expire, so that a job is
+    /// redelivered within a second of that; and every `min(lease / 4, 1 s)` at one partition of each queue, in turn, which shows
+    /// outages and new leases. With more partitions than such turns in a lease, a lease may end before it was seen.
     pub fn spawn(queue: Queue, queues: Vec<QueueName>, shutdown: CancellationToken) -> JoinHandle<()> {
         let lease = queue.config().lease;
         let tick = (lease / 4).min(queue.config().safety_poll);
@@ -46,56 +50,83 @@ impl Reaper {
             outage += tick * u32::from(queue.config().partitions);
         }
         let outage = outage.as_millis() as i64;
-        let reaper = Self { queue, queues, servers: HashMap::new(), outage, epochs: HashMap::new(), turn: 0 };
+        let reaper = Self {
+            queue,
+            queues,
+            servers: HashMap::new(),
+            outage,
+            epochs: HashMap::new(),
+            due: HashMap::new(),
+            turn: 0,
+        };
         tokio::spawn(reaper.run(tick, shutdown))
     }
 
     async fn run(mut self, tick: Duration, shutdown: CancellationToken) {
-        let mut ticks = interval(tick);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut next_tick = Instant::now();
         let mut outage = Outage::new("reaper");
         loop {
+            let wake = self.due.values().min().copied().map_or(next_tick, |due| due.min(next_tick));
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                _ = ticks.tick() => {}
+                () = sleep_until(wake) => {}
             }
-            for name in self.queues.clone() {
-                match self.look(&name).await {
-                    Ok(()) => outage.over(),
-                    Err(error) => {
-                        // The next tick is pause enough.
-                        outage.wait(&error);
+            let now = Instant::now();
+            let mut places: Vec<(QueueName, u16)> =
+                self.due.iter().filter(|(_, due)| **due <= now).map(|(place, _)| place.clone()).collect();
+            if next_tick <= now {
+                let turn = self.queues.iter().map(|name| (name.clone(), self.turn));
+                places.extend(turn.filter(|place| self.due.get(place).is_none_or(|due| *due > now)));
+                self.turn = (self.turn + 1) % self.queue.config().partitions;
+                next_tick = now + tick;
+            }
+            for (name, partition) in places {
+                let wait = match self.look(&name, partition).await {
+                    Ok(wait) => {
+                        outage.over();
+                        wait
                     }
-                }
+                    Err(error) => {
+                        // A tick is pause enough.
+                        outage.wait(&error);
+                        Some(tick)
+                    }
+                };
+                match wait {
+                    Some(wait) => self.due.insert((name, partition), Instant::now() + wait),
+                    None => self.due.remove(&(name, partition)),
+                };
             }
-            self.turn = (self.turn + 1) % self.queue.config().partitions;
         }
     }
 
-    async fn look(&mut self, name: &QueueName) -> Result<(), QueueError> {
-        let server = self.queue.server(name, self.turn).await?;
+    /// Looks at one partition; returns how long none of its leases can expire, if there are any.
+    async fn look(&mut self, name: &QueueName, partition: u16) -> Result<Option<Duration>, QueueError> {
+        let server = self.queue.server(name, partition).await?;
         let server = self.servers.entry(server).or_insert_with(|| Server {
             guard: ReapGuard { last: 0, outage: self.outage, not_before: i64::MAX },
             run_id: None,
         });
-        let found = self.queue.reap_partition(name, self.turn, Some(server.guard)).await?;
+        let found = self.queue.reap_partition(name, partition, Some(server.guard)).await?;
         server.guard.last = found.now_ms;
         let mut wait = found.outage;
         if let Some(epoch) = &found.epoch {
             wait |= server.run_id.replace(Arc::clone(&epoch.run)).is_some_and(|before| before != epoch.run);
         }
-        let place = (name.clone(), self.turn);
+        let place = (name.clone(), partition);
         let before = self.epochs.insert(place, found.epoch.clone());
         wait |=
             before.flatten().is_some_and(|before| Some(before.data) != found.epoch.map(|epoch| epoch.data));
+        let lease = self.queue.config().lease;
         if wait {
-            let lease = self.queue.config().lease;
             server.guard.not_before = found.now_ms.saturating_add(lease.as_millis() as i64);
             tracing::info!(queue = %name, ?lease, "no lease is reaped for the time of one lease, so that workers can renew theirs");
         }
         for id in &found.jobs {
             tracing::warn!(%id, queue = %name, "the lease expired; the job waits again");
         }
-        Ok(())
+        // At least a millisecond: Redis rounds times down.
+        let not_before = server.guard.not_before.saturating_sub(found.now_ms);
+        Ok(found.next_ms.map(|next| Duration::from_millis(next.max(not_before).max(1) as u64).min(lease)))
     }
 }

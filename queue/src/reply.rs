@@ -33,6 +33,14 @@ impl Reply {
         number(&self.next("a number")?)
     }
 
+    /// A whole number, or `None` for nil.
+    pub(crate) fn optional_integer(&mut self) -> Result<Option<i64>, QueueError> {
+        match self.next("a number or nil")? {
+            Value::Nil => Ok(None),
+            value => number(&value).map(Some),
+        }
+    }
+
     /// Text, or `None` for nil.
     pub(crate) fn optional(&mut self) -> Result<Option<String>, QueueError> {
         match self.next("text or nil")? {

@@ -41,6 +41,8 @@ pub(crate) struct Reaped {
     pub epoch: Option<Epoch>,
     /// Nothing was reaped because Redis, or the reaper, was away.
     pub outage: bool,
+    /// Until the next lease expires, in ms; negative: it has. `None`: none is held.
+    pub next_ms: Option<i64>,
     /// The jobs that wait again.
     pub jobs: Vec<JobId>,
 }
@@ -134,6 +136,7 @@ impl Queue {
             reaped.epoch = reply.optional()?.map(|data| Epoch { data: data.into(), run: answer.run_id });
             reaped.outage = reply.integer()? == 1;
             let more = reply.integer()? == 1;
+            reaped.next_ms = reply.optional_integer()?;
             last = last.map(|_| reaped.now_ms);
             while !reply.is_empty() {
                 reaped.jobs.push(reply.parsed("a job id")?);

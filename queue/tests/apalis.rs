@@ -21,8 +21,8 @@ use apalis_core::{
 };
 use axum::{body::Body, http::Request};
 use queue::{
-    Acker, Board, Done, Envelope, Heartbeat, Job, JobId, Presence, QueueConfig, QueueName, Roles,
-    RolesConfig, TenantId, WorkerId,
+    Acker, Board, Done, Envelope, Heartbeat, Job, JobId, Presence, QueueConfig, QueueName, QueuePolicy,
+    Roles, RolesConfig, TenantId, WorkerId,
 };
 use serde::{Deserialize, Serialize};
 use support::{Stage, eventually, job, jobs, name, worker};
@@ -382,6 +382,27 @@ async fn apalis_own_sink_pushes_jobs() {
     let first = &stage.claim(1).await[0].envelope;
     assert_eq!((first.id, first.kind.as_str()), (id, "mail"));
     assert_eq!(first.fast, Some(serde_json::json!({ "to": "urgent" })));
+}
+
+#[tokio::test]
+async fn apalis_own_sink_says_when_jobs_were_not_stored() {
+    let stage = Stage::new().await;
+    let mut board = view(&stage);
+    let mail = |n: i32| Mail { to: n.to_string() };
+    let policy = QueuePolicy { max_depth: Some(2), ..QueuePolicy::default() };
+    stage.queue.set_policy(&name(), &policy, 1).await.unwrap();
+    let error = board.push_bulk((0..5).map(mail).collect()).await.unwrap_err();
+    assert!(error.to_string().contains("3 of 5 jobs were not stored"), "{error}");
+    stage
+        .queue
+        .set_policy(&name(), &QueuePolicy { draining: true, ..QueuePolicy::default() }, 2)
+        .await
+        .unwrap();
+    let error = board.push(mail(6)).await.unwrap_err();
+    assert!(error.to_string().contains("it is drained"), "{error}");
+    stage.queue.set_policy(&name(), &QueuePolicy::default(), 3).await.unwrap();
+    board.push(mail(7)).await.unwrap();
+    assert_eq!(stage.queue.stats(&name()).await.unwrap().depth(), 3);
 }
 
 #[tokio::test]

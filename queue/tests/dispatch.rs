@@ -126,10 +126,31 @@ async fn rule_7_an_old_low_priority_job_gets_one_of_four_claims() {
             *counts.entry(claim.envelope.priority.get()).or_insert(0) += 1;
         }
     }
-    // Both low priorities have waited equally long; the lookup goes from high to low, so 2 is served out first.
-    assert_eq!(counts, HashMap::from([(9, 30), (2, 10)]));
-    let claims = later.claim(&name(), &support::worker(), 40).await.unwrap();
-    assert_eq!(claims.iter().filter(|claim| claim.envelope.priority.get() == 0).count(), 10);
+    let low = |counts: &HashMap<u8, i32>| {
+        counts.get(&0).copied().unwrap_or(0) + counts.get(&2).copied().unwrap_or(0)
+    };
+    assert_eq!((counts[&9], low(&counts)), (30, 10));
+    for claim in later.claim(&name(), &support::worker(), 40).await.unwrap() {
+        *counts.entry(claim.envelope.priority.get()).or_insert(0) += 1;
+    }
+    assert_eq!(counts, HashMap::from([(9, 60), (2, 10), (0, 10)]));
+}
+
+#[tokio::test]
+async fn rule_7_the_lowest_priority_does_not_wait_for_all_that_is_older_in_those_between() {
+    let stage = Stage::with(|config| config.aging = Duration::from_mins(1)).await;
+    let early = stage.queue.at(NOW);
+    for priority in 1..9 {
+        early.push(&(0..100).map(|_| job("acme", priority)).collect::<Vec<_>>()).await.unwrap();
+    }
+    stage.queue.at(NOW + 1).push(&[job("acme", 0)]).await.unwrap();
+    let later = stage.queue.at(NOW + 61_000);
+    later.push(&(0..100).map(|_| job("acme", 9)).collect::<Vec<_>>()).await.unwrap();
+    let claims = later.claim(&name(), &support::worker(), 72).await.unwrap();
+    let counted =
+        |priority: u8| claims.iter().filter(|claim| claim.envelope.priority.get() == priority).count();
+    assert_eq!((counted(9), counted(0)), (54, 1));
+    assert!((1..9).all(|priority| counted(priority) > 0));
 }
 
 #[tokio::test]

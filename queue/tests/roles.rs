@@ -390,6 +390,24 @@ async fn rule_13_a_dead_workers_jobs_go_to_another() {
 }
 
 #[tokio::test]
+async fn a_dead_workers_job_comes_back_within_a_second_of_its_leases_end_in_any_partition() {
+    // A turn through all partitions takes as long as a lease.
+    let lease = Duration::from_secs(10);
+    let stage = Stage::with(|config| (config.lease, config.partitions) = (lease, 10)).await;
+    let shutdown = CancellationToken::new();
+    stage.queue.push(&jobs(100)).await.unwrap();
+    let _reaper = Reaper::spawn(stage.queue.clone(), vec![name()], shutdown.clone());
+    let begun = Instant::now();
+    assert_eq!(stage.claim(100).await.len(), 100);
+    let stats = async || stage.queue.stats(&name()).await.unwrap();
+    let back = async || (stats().await.in_flight == 0).then_some(());
+    eventually(DEADLINE, back, async || format!("{:?}", stats().await)).await;
+    // A busy machine may need some more; by turns alone the last would need ten.
+    assert!(begun.elapsed() < lease + Duration::from_secs(4), "after {:?}", begun.elapsed());
+    shutdown.cancel();
+}
+
+#[tokio::test]
 async fn a_heartbeat_slower_than_the_lease_is_refused() {
     let config = QueueConfig { lease: Duration::from_secs(10), ..QueueConfig::default() };
     let error = Heartbeat::spawn(config, beat_every(6000)).unwrap_err();
