@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use queue::{JobId, Queue, QueueName};
+use queue::Queue;
 use sagas::{
     StoreError,
     stores::postgres::{Postgres, batches::BatchId, collecting::CancelledPage},
@@ -113,28 +113,12 @@ pub(crate) async fn cancel_page(
 ) -> Result<CancelledPage, StoreError> {
     let page = within(postgres.call_timeout() * 2, postgres.cancel_members(batch, after, PAGE)).await?;
     if let Some(queue) = queue
-        && !(page.cancelled.is_empty() && page.requested.is_empty())
+        && !page.cancelled.is_empty()
     {
-        // Only for promptness: the take drops what was cancelled, and the reconciler finds what is due.
-        if let Err(error) = tell(postgres, queue, &page).await {
+        // Only to save work: the take drops what was cancelled. The relay brings forward what has effects to undo.
+        if let Err(error) = queue.forget(&page.cancelled).await {
             tracing::debug!(%error, %batch, "the queue was not told of cancelled members");
         }
     }
     Ok(page)
-}
-
-/// Takes cancelled members out of their lists, and brings forward those that have effects to undo.
-async fn tell(postgres: &Postgres, queue: &Queue, page: &CancelledPage) -> Result<(), queue::QueueError> {
-    let gone: Vec<(QueueName, JobId)> = page.cancelled.iter().chain(&page.requested).cloned().collect();
-    queue.forget(&gone).await?;
-    let mut envelopes = vec![];
-    for (_, id) in &page.requested {
-        if let Ok(Some(envelope)) = postgres.envelope(*id).await {
-            envelopes.push(envelope);
-        }
-    }
-    if !envelopes.is_empty() {
-        queue.push(&envelopes).await?;
-    }
-    Ok(())
 }

@@ -134,8 +134,8 @@ impl ProducerSettings {
 /// Settings of the loops that keep ledger and queue agreed.
 #[derive(Debug, Clone)]
 pub struct MaintainSettings {
-    /// `FLOTILLA_QUEUES`: the queues whose depth is reported (default ingest, embed, delete). Relay and reconciler serve
-    /// every queue of the ledger.
+    /// `FLOTILLA_QUEUES`: the queues whose depth is reported even if nobody has pushed to them or served them within a week
+    /// (default ingest, embed, delete). Relay and reconciler serve every queue of the ledger.
     pub queues: Vec<QueueName>,
     /// How often an idle relay looks into the outbox (100 ms).
     pub relay_every: Duration,

@@ -50,7 +50,12 @@ impl Stats {
     }
 
     async fn queues(&self) -> Result<(), QueueError> {
-        for name in &self.settings.queues {
+        // Those served by this process even before anything is known of them, and all that somebody pushes to or serves.
+        let mut names = self.queue.queues().await?;
+        names.extend(self.settings.queues.iter().cloned());
+        names.sort();
+        names.dedup();
+        for name in &names {
             let stats = self.queue.stats(name).await?;
             for (priority, level) in stats.by_priority.iter().enumerate() {
                 let labels = [("queue", name.to_string()), ("priority", priority.to_string())];

@@ -14,6 +14,7 @@ use queue::{Heartbeat, HeartbeatConfig, JobId, Queue, QueueConfig, QueueName, Te
 use sagas::{
     Class, Dependency, StepError,
     coalescing::Batch,
+    encryption::{Keyring, new_key},
     engine::{
         Breakers, Delivery, Ended, Engine, EngineSettings, JobRetry, Registry, RetryPolicy, Saga, Step,
         StepContext,
@@ -21,7 +22,8 @@ use sagas::{
     stores::postgres::{
         Postgres, PostgresConfig,
         accept::NewJob,
-        ending::Run,
+        compensation::Turn,
+        ending::{Run, Verdict},
         inspect::{JobView, SagaFilter},
         ledger::Cancel,
         take::{Take, TakeItem, TakenJob},
@@ -158,6 +160,31 @@ impl Stage {
         let registry = Registry::default().with(saga);
         let engine = Engine::new(postgres.clone(), breakers, WorkerId::new("w"), settings, registry);
         Self { postgres, queue, heartbeat, engine, undone, _services: services }
+    }
+
+    /// Who ends the run that a take began.
+    fn run_of(&self, taken: &TakenJob) -> Run {
+        Run {
+            job_id: taken.id,
+            fence: taken.fence,
+            saga_id: taken.saga.as_ref().map(|open| open.id),
+            worker: WorkerId::new("w"),
+            started_at: chrono::Utc::now(),
+        }
+    }
+
+    /// Waits until so many of this database's sessions wait for a lock.
+    async fn wait_for_lock(&self, sessions: i64) {
+        let begun = std::time::Instant::now();
+        loop {
+            let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+            let waiting: i64 = sqlx::query_scalar(sql).fetch_one(self.postgres.pool()).await.unwrap();
+            if waiting == sessions {
+                return;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "{waiting} sessions wait for a lock");
+            tokio::task::yield_now().await;
+        }
     }
 
     async fn enqueue(&self, change: impl FnOnce(&mut NewJob)) -> JobId {
@@ -420,16 +447,99 @@ async fn a_run_gets_its_row_with_whatever_is_first_said_of_it() {
     // A job that was given back before it ran has nothing to undo.
     let idle = stage.enqueue(|_| ()).await;
     let taken = stage.take(idle).await;
-    let run = Run {
-        job_id: idle,
-        fence: taken.fence,
-        saga_id: None,
-        worker: WorkerId::new("w"),
-        started_at: chrono::Utc::now(),
-    };
+    let run = Run { saga_id: None, ..stage.run_of(&taken) };
     assert!(stage.postgres.release(&run, Duration::ZERO, false).await.unwrap());
     assert_eq!(stage.postgres.cancel(idle, None).await.unwrap(), Cancel::Cancelled);
     assert_eq!(stage.logged(idle).await, []);
+}
+
+#[tokio::test]
+async fn protocol_14_a_cancel_sees_the_run_that_was_logged_while_it_waited_for_the_job() {
+    let stage = Stage::repeatable_without_pivot(vec![]).await;
+    let id = stage.enqueue(|_| ()).await;
+    let run = stage.run_of(&stage.take(id).await);
+    // The run is put off, which writes its first row; the cancel is asked for before that is committed.
+    let mut holder = stage.postgres.begin().await.unwrap();
+    sqlx::query("SELECT FROM jobs WHERE id = $1 FOR NO KEY UPDATE")
+        .bind(id.0)
+        .execute(&mut *holder)
+        .await
+        .unwrap();
+    let postgres = stage.postgres.clone();
+    let putting_off =
+        tokio::spawn(async move { postgres.suspend(&run, Duration::from_secs(60), None, &[]).await });
+    stage.wait_for_lock(1).await;
+    let postgres = stage.postgres.clone();
+    let cancelling = tokio::spawn(async move { postgres.cancel(id, None).await });
+    stage.wait_for_lock(2).await;
+    holder.commit().await.unwrap();
+    assert!(putting_off.await.unwrap().unwrap().is_some());
+    assert_eq!(cancelling.await.unwrap().unwrap(), Cancel::Requested);
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.state, "cancelled");
+    assert_eq!(*stage.undone.lock().unwrap(), 2, "its steps may have run");
+    assert_eq!(stage.logged(id).await, [(id.0, "compensated".to_owned())]);
+}
+
+#[tokio::test]
+async fn protocol_06_a_success_that_comes_after_the_run_has_turned_back_is_refused() {
+    let stage = Stage::repeatable_without_pivot(vec![]).await;
+    let id = stage.enqueue(|_| ()).await;
+    let run = stage.run_of(&stage.take(id).await);
+    let verdict = Verdict::Cancelled;
+    let turned =
+        stage.postgres.begin_compensation(&run, &verdict, "no answer in time", None, 2).await.unwrap();
+    assert_eq!(turned, Turn::Back);
+    assert!(!stage.postgres.complete(&run, &json!(1), &[]).await.unwrap());
+    assert_eq!(stage.job(id).await.state, "running");
+    assert_eq!(stage.logged(id).await, [(id.0, "compensating".to_owned())]);
+    assert!(stage.postgres.finish(&run, &verdict, &[]).await.unwrap());
+    assert_eq!(stage.job(id).await.state, "cancelled");
+}
+
+#[tokio::test]
+async fn protocol_15_a_repeatable_job_that_nobody_can_read_is_no_run_and_dies_in_time() {
+    let settings = EngineSettings { unroutable_after: Duration::ZERO, ..EngineSettings::default() };
+    let patient = Stage::repeatable(vec![]).await;
+    let hasty = Stage::of(vec![], JobRetry::default(), settings, true, 1).await;
+    for stage in [&patient, &hasty] {
+        let keys = Keyring::parse(&format!("a:{}", new_key())).unwrap();
+        let sealing = stage.postgres.clone().with_cipher(keys.into());
+        let secret = NewJob::new(KIND, name(), TenantId::new("acme").unwrap(), json!({ "card": 1 }));
+        sealing.accept(std::slice::from_ref(&secret), true).await.unwrap();
+        let ended = stage.deliver(secret.id).await;
+        if std::ptr::eq(stage, &raw const hasty) {
+            assert_eq!(ended, Ended::Ack);
+            let letter = stage.postgres.dead_letter(secret.id.0).await.unwrap().unwrap();
+            assert_eq!(letter.class, "unreadable_payload");
+        } else {
+            assert!(matches!(ended, Ended::Release(_)), "{ended:?}");
+            // It waits for whoever has the key, as a job that nobody has begun: of any version, and without effects.
+            assert_eq!(stage.postgres.cancel(secret.id, None).await.unwrap(), Cancel::Cancelled);
+        }
+        assert_eq!(stage.logged(secret.id).await, []);
+    }
+}
+
+#[tokio::test]
+async fn a_take_finds_the_run_that_a_worker_of_an_older_release_began() {
+    let stage = Stage::repeatable(vec![]).await;
+    let id = stage.enqueue(|_| ()).await;
+    stage.take(id).await;
+    // It knows nothing of runs without a row.
+    let theirs = Uuid::now_v7();
+    sqlx::query(
+        "INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence) SELECT $2, id, kind, 1, tenant, 'running', 2
+         FROM jobs WHERE id = $1",
+    )
+    .bind(id.0)
+    .bind(theirs)
+    .execute(stage.postgres.pool())
+    .await
+    .unwrap();
+    assert_eq!(stage.take(id).await.saga.unwrap().id, theirs);
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    assert_eq!(stage.logged(id).await, [(theirs, "completed".to_owned())]);
 }
 
 #[tokio::test]

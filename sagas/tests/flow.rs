@@ -675,6 +675,103 @@ async fn what_is_waited_for_no_more_wakes_nobody() {
 }
 
 #[tokio::test]
+async fn protocol_14_a_cancel_that_comes_before_the_run_falls_asleep_is_not_slept_through() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let postgres = stage.postgres.clone();
+    // Asked for before the worker can have heard of it, and right before each way to fall asleep.
+    for way in ["timer", "signal", "children"] {
+        let asked = postgres.clone();
+        let falls_asleep = Do::new(&log, "falls asleep", move |ctx, _| {
+            let asked = asked.clone();
+            async move {
+                assert_eq!(asked.cancel(ctx.job.id, None).await.unwrap(), Cancel::Requested);
+                let long = Duration::from_secs(600);
+                match way {
+                    "timer" => ctx.sleep("long", long).await,
+                    "signal" => ctx.signal::<Value>("never", long).await.map(drop),
+                    _ => ctx.children("all", &[Child::new("child", json!({}))]).await.map(drop),
+                }
+            }
+            .boxed()
+        });
+        let engine = stage.saga(vec![Do::fine(&log, "first").boxed(), falls_asleep.boxed()]);
+        let id = stage.enqueue().await;
+        assert_eq!(stage.deliver(&engine, id).await, Ended::Release(Duration::ZERO), "{way}");
+        assert_eq!(stage.deliver(&engine, id).await, Ended::Ack, "{way}");
+        assert_eq!(stage.job(id).await.state, "cancelled", "{way}");
+        let undone = ["first", "falls asleep", "undo falls asleep {}", "undo first {}"];
+        assert_eq!(take(&log), undone, "{way}");
+    }
+}
+
+#[tokio::test]
+async fn protocol_17_the_relay_tells_redis_of_a_cancel_that_ends_a_sleep() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let sleeps = Do::new(&log, "sleeps", |ctx, _| ctx.sleep("long", Duration::from_secs(600)).boxed());
+    let engine = stage.saga(vec![sleeps.boxed()]);
+    let id = stage.enqueue().await;
+    assert!(
+        matches!(stage.deliver(&engine, id).await, Ended::Release(wait) if wait > Duration::from_secs(500))
+    );
+    let (due_in, to_relay) = stage.due(id).await;
+    assert!(due_in > 500_000 && !to_relay);
+    assert_eq!(stage.postgres.cancel(id, None).await.unwrap(), Cancel::Requested);
+    let (due_in, to_relay) = stage.due(id).await;
+    assert!(due_in <= 0 && to_relay, "due in {due_in} ms");
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.state, "cancelled");
+}
+
+#[tokio::test]
+async fn protocol_14_a_run_that_can_still_be_undone_does_not_succeed_once_a_person_wants_its_end() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let postgres = stage.postgres.clone();
+    let last = Do::new(&log, "last", move |ctx, _| {
+        let postgres = postgres.clone();
+        async move {
+            assert_eq!(postgres.cancel(ctx.job.id, None).await.unwrap(), Cancel::Requested);
+            Ok(())
+        }
+        .boxed()
+    });
+    let engine = stage.saga(vec![Do::fine(&log, "first").boxed(), last.boxed()]);
+    let id = stage.enqueue().await;
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.state, "cancelled");
+    assert_eq!(take(&log), ["first", "last", "undo last {}", "undo first {}"]);
+}
+
+#[tokio::test]
+async fn a_compensation_is_tried_again_when_a_store_asked_for_it() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let refusals = Arc::new(Mutex::new(vec![Duration::from_millis(300), Duration::from_secs(600)]));
+    let asks = |wait| StepError::rate_limited("busy", "not now", wait);
+    let undo: Act = Arc::new(move |_, _| {
+        let wait = refusals.lock().unwrap().pop();
+        async move { wait.map_or(Ok(()), |wait| Err(asks(wait))) }.boxed()
+    });
+    let first = Do { undo, ..Do::fine(&log, "first") };
+    let fails = Do::new(&log, "fails", |_, _| async { Err(StepError::permanent("no", "no")) }.boxed());
+    let engine = stage.saga(vec![first.boxed(), fails.boxed()]);
+    let id = stage.enqueue().await;
+    // Ten minutes: without its slot.
+    let Ended::Release(wait) = stage.deliver(&engine, id).await else { panic!("not put off") };
+    assert_eq!(wait, Duration::from_secs(600));
+    sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1")
+        .bind(id.0)
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+    // A moment: with it.
+    let begun = Instant::now();
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert!(begun.elapsed() >= Duration::from_millis(300));
+    assert_eq!(stage.job(id).await.state, "dead");
+    let undone = take(&log).iter().filter(|line| line.starts_with("undo first")).count();
+    assert_eq!(undone, 3);
+}
+
+#[tokio::test]
 async fn a_signal_is_sealed_like_a_payload() {
     let stage = Stage::new().await;
     let keys = Keyring::parse(&format!("k1:{}", new_key())).unwrap();

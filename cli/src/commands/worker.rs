@@ -58,7 +58,10 @@ pub async fn run_with(
     queue.require_policies();
     let stores = context.stores(postgres.clone())?;
     let settings = worker_settings(&args, context, queue.config().lease)?;
-    let maintain = MaintainSettings::from_lookup(|name| context.settings.get(name))?;
+    let maintain = MaintainSettings {
+        queues: args.queues.clone(),
+        ..MaintainSettings::from_lookup(|name| context.settings.get(name))?
+    };
     let metrics: MetricsRender = Arc::new(telemetry.renderer());
     let shutdown = signals::drain_on_signal()?;
 

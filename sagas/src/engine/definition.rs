@@ -3,7 +3,6 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use backon::{BackoffBuilder, ExponentialBuilder};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::StepContext;
@@ -17,9 +16,9 @@ use crate::{
 pub struct RetryPolicy {
     /// Tries at most, the first included.
     pub tries: usize,
-    /// Wait after the first failure; doubles with each, with full jitter.
+    /// Limit of the wait after the first failure; it doubles with each. The wait is random between zero and the limit.
     pub base: Duration,
-    /// Longest wait.
+    /// Where the limit stops doubling.
     pub cap: Duration,
 }
 
@@ -29,17 +28,15 @@ impl RetryPolicy {
         Self { tries: 3, base: Duration::from_millis(100), cap: Duration::from_secs(2) };
     /// A compensation's tries: patient, because after them a person is needed.
     pub const PATIENT: Self =
-        Self { tries: 12, base: Duration::from_millis(200), cap: Duration::from_secs(30) };
+        Self { tries: 20, base: Duration::from_millis(200), cap: Duration::from_secs(30) };
 
     /// The waits between tries.
     pub fn waits(self) -> impl Iterator<Item = Duration> {
-        ExponentialBuilder::default()
-            .with_min_delay(self.base)
-            .with_max_delay(self.cap)
-            .with_factor(2.0)
-            .with_jitter()
-            .with_max_times(self.tries.saturating_sub(1))
-            .build()
+        let doublings = 0..u32::try_from(self.tries.saturating_sub(1)).unwrap_or(u32::MAX);
+        doublings.map(move |n| {
+            let most = self.base.saturating_mul(2_u32.saturating_pow(n)).min(self.cap);
+            most.mul_f64(rand::random_range(0.0..=1.0))
+        })
     }
 }
 

@@ -147,6 +147,13 @@ impl Registry {
         self
     }
 
+    /// Knows nothing of this kind, as a release before it came.
+    #[cfg(feature = "faults")]
+    pub(crate) fn without(mut self, kind: Option<&str>) -> Self {
+        self.sagas.retain(|known, _| Some(*known) != kind);
+        self
+    }
+
     /// Gives a store of the user's own a circuit breaker. `ask` tells within about a second, on a connection of its own,
     /// whether the store answers; it is asked after calls that failed as an outage does, and until the store is back.
     /// Without one, such failures are charged to the job.
@@ -343,15 +350,17 @@ impl Engine {
     /// come for long (PROTOCOL.md 15). If a run had begun, its effects may stand: then it is parked.
     async fn unroutable(&self, delivery: Delivery) -> Result<Ended, StoreError> {
         let job = &delivery.job;
+        // What this take began has done nothing.
+        let begun = job.saga.as_ref().filter(|open| !open.fresh);
         let run = Run {
             job_id: job.id,
             fence: job.fence,
-            saga_id: job.saga.as_ref().map(|open| open.id),
+            saga_id: begun.map(|open| open.id),
             worker: self.worker.clone(),
             started_at: chrono::Utc::now(),
         };
         // A run that has begun is never left half done: it waits for its key.
-        let may_die = job.unreadable.is_none() || job.saga.is_none();
+        let may_die = job.unreadable.is_none() || begun.is_none();
         if may_die
             && (job.unroutable_for.is_some_and(|time| time >= self.settings.unroutable_after)
                 || self.settings.unroutable_after.is_zero())
@@ -378,7 +387,7 @@ impl Engine {
                     ),
                 ),
             };
-            let kept = if let Some(open) = &job.saga {
+            let kept = if let Some(open) = begun {
                 let error = format!("{error}; its run was begun by v{}", open.definition_version);
                 tracing::error!(saga = %open.id, job = %job.id, error, "saga parked: it needs a person");
                 let past_pivot = open.pivot_begun;

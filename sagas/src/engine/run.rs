@@ -23,7 +23,7 @@ use crate::{
     results::fits,
     stores::postgres::{
         compensation::{Turn, Turning},
-        ending::{Completion, Ending, Failure, Parking, Run, Verdict},
+        ending::{Completed, Completion, Ending, Failure, Parking, Run, Verdict},
         stage::NewSaga,
         take::{OpenSaga, StepRecord},
     },
@@ -305,6 +305,7 @@ impl<'a, S: Saga> Drive<'a, S> {
             saga: Some((self.ctx.saga_id, self.saga.version())),
             result,
             steps: self.ctx.steps_so_far(),
+            revocable: self.saga.pivot() >= steps.len(),
         });
         let done = self
             .ctx
@@ -313,11 +314,12 @@ impl<'a, S: Saga> Drive<'a, S> {
             })
             .await;
         match done {
-            Ok(true) => {
+            Ok(Completed::Done) => {
                 self.count("succeeded");
                 Ok(Ended::Ack)
             }
-            Ok(false) => Box::pin(self.refused()).await,
+            Ok(Completed::Cancelled) => Box::pin(self.failed(&data, steps.len(), StepError::Cancelled)).await,
+            Ok(Completed::Refused) => Box::pin(self.refused()).await,
             Err(error) => Box::pin(self.failed(&data, steps.len(), error)).await,
         }
     }
@@ -625,7 +627,12 @@ impl<'a, S: Saga> Drive<'a, S> {
                 break Err(error);
             };
             tracing::warn!(step = undo.name(), attempts, %error, "compensation failed; trying again");
-            if let Err(ended) = ctx.pause(wait).await {
+            // For longer than a try waits here, the job waits without its slot: whoever asks for time can be undone then.
+            let wish = error.retry_after().unwrap_or_default();
+            if wish > RetryPolicy::PATIENT.cap {
+                break Err(StepError::Snooze(wish));
+            }
+            if let Err(ended) = ctx.pause(wait.max(wish)).await {
                 break Err(ended);
             }
         };

@@ -121,7 +121,7 @@ async fn protocol_02_log_run_with_a_stale_fence_writes_nothing() {
         };
         let run = run_of(&job, Some(job.saga.as_ref().unwrap().id));
         if stale {
-            assert!(ledger.postgres.release(&run, Duration::ZERO, false).await.unwrap());
+            assert!(ledger.postgres.complete(&run_of(&job, None), &json!({}), &[]).await.unwrap());
         }
         let before = ledger.snapshot().await;
         ledger.postgres.log_run(&run).await.unwrap();

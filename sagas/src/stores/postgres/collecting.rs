@@ -37,8 +37,6 @@ pub struct CancelledPage {
     pub last: Option<Uuid>,
     /// Waiting ones that ended here, for the queue to forget.
     pub cancelled: Vec<(QueueName, JobId)>,
-    /// Ones with effects: they end once these are undone.
-    pub requested: Vec<(QueueName, JobId)>,
 }
 
 impl Postgres {
@@ -186,8 +184,9 @@ impl Postgres {
              UPDATE jobs j SET cancel_requested_at = now(),
                     state = CASE WHEN m.idle THEN 'cancelled' ELSE j.state END,
                     finished_at = CASE WHEN m.idle THEN now() END,
-                    -- A waiting job with effects runs now, in order to undo them.
-                    run_at = CASE WHEN j.state = 'waiting' AND NOT m.idle THEN now() ELSE j.run_at END
+                    -- A waiting job with effects runs now, in order to undo them; the relay tells Redis.
+                    run_at = CASE WHEN j.state = 'waiting' AND NOT m.idle THEN now() ELSE j.run_at END,
+                    dispatched_at = CASE WHEN j.state <> 'waiting' OR m.idle THEN j.dispatched_at END
              FROM member m WHERE j.id = m.id RETURNING j.id, j.queue, m.idle",
         )
         .bind(&ids)
@@ -196,6 +195,9 @@ impl Postgres {
         tx.commit().await?;
         let mut page = CancelledPage { last: ids.last().copied(), ..CancelledPage::default() };
         for row in &rows {
+            if !row.try_get::<bool, _>("idle")? {
+                continue;
+            }
             let queue = QueueName::new(row.try_get::<String, _>("queue")?).map_err(|e| {
                 StoreError::new(
                     Dependency::Postgres,
@@ -203,8 +205,7 @@ impl Postgres {
                     format!("a job's queue can't be read: {e}"),
                 )
             })?;
-            let list = if row.try_get("idle")? { &mut page.cancelled } else { &mut page.requested };
-            list.push((queue, JobId(row.try_get("id")?)));
+            page.cancelled.push((queue, JobId(row.try_get("id")?)));
         }
         Ok(page)
     }

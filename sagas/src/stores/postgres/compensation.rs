@@ -95,7 +95,7 @@ impl Postgres {
                 INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, verdict, error, data, fence, created_at)
                 SELECT id, id, kind, begun_version, tenant, 'compensating', verdict, error, data, fence, taken_at FROM alive
                 WHERE saga = id AND begun_version IS NOT NULL AND NOT EXISTS (SELECT FROM sagas s WHERE s.id = alive.id)
-                ON CONFLICT (id) DO NOTHING
+                ON CONFLICT DO NOTHING
                 RETURNING id
              )
              SELECT alive.id, EXISTS (SELECT FROM turned WHERE turned.id = alive.saga) OR EXISTS (SELECT FROM logged WHERE logged.id = alive.saga)

@@ -1,7 +1,11 @@
 //! How a run ends when not by its pivot: completed, released, retried, cancelled, superseded, dead or parked.
 //! A job becomes dead here and nowhere else (PROTOCOL.md 12).
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -162,20 +166,33 @@ pub struct Completion {
     pub result: Value,
     /// The run's steps in this delivery.
     pub steps: Vec<StepRecord>,
+    /// Whether the run can still be undone, so that a person who wants the job's end gets it.
+    pub revocable: bool,
 }
 
-/// The coalesced success. The reply is `false` where the fence refused.
+/// What became of a success.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Completed {
+    /// It is committed.
+    Done,
+    /// A person wants the job's end, and the run can still be undone.
+    Cancelled,
+    /// The fence refused, or the run has turned back: a success that was given up may come late.
+    Refused,
+}
+
+/// The coalesced success.
 #[derive(Debug, Clone)]
 pub struct CompleteBatch(pub Postgres);
 
 #[async_trait]
 impl Batch for CompleteBatch {
     type Item = Arc<Completion>;
-    type Reply = bool;
+    type Reply = Completed;
     const OP: &'static str = "complete";
     const DEPENDENCY: Dependency = Dependency::Postgres;
 
-    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<bool>, StoreError> {
+    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<Completed>, StoreError> {
         self.0.complete_all(items).await
     }
 }
@@ -260,7 +277,7 @@ pub(super) async fn log_run(executor: impl PgExecutor<'_>, run: &Run) -> Result<
         "WITH alive AS (SELECT * FROM jobs WHERE id = $1 AND fence = $2 AND state = 'running' FOR NO KEY UPDATE)
          INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at)
          SELECT id, id, kind, begun_version, tenant, 'running', fence, taken_at FROM alive WHERE begun_version IS NOT NULL
-         ON CONFLICT (id) DO NOTHING",
+         ON CONFLICT DO NOTHING",
         "fence = $2 AND state = 'running'"
     ))
     .bind(run.job_id.0)
@@ -276,7 +293,8 @@ impl Postgres {
         Ok(log_run(&self.pool, run).await?)
     }
 
-    /// Ends a forward run, of the first version of its definition, whose pivot did not end the job itself. `false`: the fence refused.
+    /// Ends a forward run, of the first version of its definition, whose pivot did not end the job itself. `false`: the fence
+    /// refused, or the run has turned back.
     pub async fn complete(
         &self,
         run: &Run,
@@ -289,8 +307,9 @@ impl Postgres {
             saga: run.saga_id.map(|saga| (saga, 1)),
             result: result.clone(),
             steps: steps.to_vec(),
+            revocable: false,
         };
-        Ok(self.complete_all(&[one]).await? == [true])
+        Ok(self.complete_all(&[one]).await? == [Completed::Done])
     }
 
     /// [`complete`](Self::complete) for many, in one statement; answers in their order. No step of these deliveries is in the
@@ -299,34 +318,40 @@ impl Postgres {
     async fn complete_all<C: std::borrow::Borrow<Completion>>(
         &self,
         items: &[C],
-    ) -> Result<Vec<bool>, StoreError> {
+    ) -> Result<Vec<Completed>, StoreError> {
         let items: Vec<&Completion> = items.iter().map(std::borrow::Borrow::borrow).collect();
         let given: Vec<(JobId, &Value)> = items.iter().map(|item| (item.job_id, &item.result)).collect();
         let (results, keys): (Vec<Value>, Vec<Option<String>>) =
             self.seal_results(&given).await?.into_iter().unzip();
         let steps =
             Steps::of(items.iter().filter_map(|one| Some((one.saga?.0, one.fence, one.steps.as_slice()))));
-        let ended: Vec<Uuid> = sqlx::query_scalar(crate::fenced_sql!(
+        let ended: Vec<(Uuid, bool)> = sqlx::query_as(crate::fenced_sql!(
             concat!(
                 "WITH alive AS (
-                    SELECT held.*, j.kind, j.tenant, j.taken_at FROM jobs j
-                    JOIN unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::integer[], $14::jsonb[], $15::text[])
-                         AS held (id, fence, saga, version, result, key_id) ON held.id = j.id
+                    SELECT held.*, j.kind, j.tenant, j.taken_at, held.revocable AND j.cancel_requested_at IS NOT NULL AS cancelled
+                    FROM jobs j
+                    JOIN unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::integer[], $14::jsonb[], $15::text[], $16::boolean[])
+                         AS held (id, fence, saga, version, result, key_id, revocable) ON held.id = j.id
                     WHERE j.fence = held.fence AND j.state = 'running'
                     ORDER BY j.id FOR NO KEY UPDATE OF j
                  ), ended AS (
                     -- Whichever plan is kept, it looks each run up in the index.
                     INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at, finished_at)
-                    SELECT saga, id, kind, version, tenant, 'completed', fence, taken_at, now() FROM alive WHERE saga IS NOT NULL
+                    SELECT saga, id, kind, version, tenant, 'completed', fence, taken_at, now() FROM alive
+                    WHERE saga IS NOT NULL AND NOT cancelled
                     ON CONFLICT (id) DO UPDATE SET state = 'completed', finished_at = now(), updated_at = now(), fence = excluded.fence
+                    WHERE sagas.state = 'running'
                     RETURNING id
                  ), steps AS (",
                 insert_steps!(),
                 " JOIN ended ON ended.id = s.saga_id
+                 ), done AS (
+                    UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
+                           finished_at = now(), last_error = NULL
+                    FROM alive LEFT JOIN ended ON ended.id = alive.saga
+                    WHERE j.id = alive.id AND NOT alive.cancelled AND (alive.saga IS NULL OR ended.id IS NOT NULL) RETURNING j.id
                  )
-                 UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
-                        finished_at = now(), last_error = NULL
-                 FROM alive WHERE j.id = alive.id RETURNING j.id"
+                 SELECT id, false FROM done UNION ALL SELECT id, true FROM alive WHERE cancelled"
             ),
             "j.fence = held.fence AND j.state = 'running'"
         ))
@@ -345,11 +370,19 @@ impl Postgres {
         .bind(items.iter().map(|item| item.saga.map(|(_, version)| version)).collect::<Vec<_>>())
         .bind(results)
         .bind(keys)
+        .bind(items.iter().map(|item| item.revocable).collect::<Vec<_>>())
         .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.complete.inside");
-        let ended: HashSet<Uuid> = ended.into_iter().collect();
-        Ok(items.iter().map(|item| ended.contains(&item.job_id.0)).collect())
+        let ended: HashMap<Uuid, bool> = ended.into_iter().collect();
+        Ok(items
+            .iter()
+            .map(|item| match ended.get(&item.job_id.0) {
+                Some(false) => Completed::Done,
+                Some(true) => Completed::Cancelled,
+                None => Completed::Refused,
+            })
+            .collect())
     }
 
     /// Ends a run as its verdict says; its effects are undone by now. `false`: the fence refused.
@@ -416,11 +449,13 @@ impl Postgres {
             .bind(error)
             .execute(&mut *tx)
             .await?;
+        crate::fault_point!("engine.park.inside");
         tx.commit().await?;
         Ok(true)
     }
 
-    /// Gives a job back, uncharged: the process stops, or nobody here can run it. The log stays as it is: a run that has
+    /// Gives a job back, uncharged: nobody here can run it. No step of it has run under this fence, so that a run which this
+    /// take began, and nothing has been said of, is none: the next take may begin another, of another version. A run that has
     /// come further is given back by [`suspend`](Self::suspend). `false`: the fence refused.
     pub async fn release(&self, run: &Run, delay: Duration, unroutable: bool) -> Result<bool, StoreError> {
         let mut tx = self.begin().await?;
@@ -429,7 +464,8 @@ impl Postgres {
         }
         sqlx::query(
             "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = now() + make_interval(secs => $2),
-                    unroutable_since = CASE WHEN $3 THEN coalesce(unroutable_since, now()) END
+                    unroutable_since = CASE WHEN $3 THEN coalesce(unroutable_since, now()) END,
+                    begun_version = CASE WHEN fence > 1 OR EXISTS (SELECT FROM sagas s WHERE s.id = jobs.id) THEN begun_version END
              WHERE id = $1",
         )
         .bind(run.job_id.0)
@@ -437,6 +473,7 @@ impl Postgres {
         .bind(unroutable)
         .execute(&mut *tx)
         .await?;
+        crate::fault_point!("engine.release.inside");
         tx.commit().await?;
         Ok(true)
     }

@@ -28,17 +28,22 @@ impl Postgres {
     /// dropped at the take.
     pub async fn cancel(&self, job: JobId, tenant: Option<&str>) -> Result<Cancel, StoreError> {
         let mut tx = self.begin().await?;
-        let row: Option<(String, bool, bool)> = sqlx::query_as(
-            "SELECT j.state, EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id AND s.state IN ('running', 'compensating')),
-                    EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id AND s.state = 'running'
-                              AND s.pivot_at IS NOT NULL)
-             FROM jobs j WHERE j.id = $1 AND ($2::text IS NULL OR j.tenant = $2) FOR NO KEY UPDATE OF j",
+        let state: Option<String> = sqlx::query_scalar(
+            "SELECT state FROM jobs WHERE id = $1 AND ($2::text IS NULL OR tenant = $2) FOR NO KEY UPDATE",
         )
         .bind(job.0)
         .bind(tenant)
         .fetch_optional(&mut *tx)
         .await?;
-        let Some((state, open_saga, past_pivot)) = row else { return Ok(Cancel::Unknown) };
+        let Some(state) = state else { return Ok(Cancel::Unknown) };
+        // In a statement of its own: one that had waited for the job's row would not see a run that was logged meanwhile.
+        let (open_saga, past_pivot): (bool, bool) = sqlx::query_as(
+            "SELECT EXISTS (SELECT FROM sagas WHERE job_id = $1 AND state IN ('running', 'compensating')),
+                    EXISTS (SELECT FROM sagas WHERE job_id = $1 AND state = 'running' AND pivot_at IS NOT NULL)",
+        )
+        .bind(job.0)
+        .fetch_one(&mut *tx)
+        .await?;
         let answer = match (state.as_str(), open_saga) {
             ("succeeded", _) => Cancel::PastPivot,
             ("waiting" | "running", _) if past_pivot => Cancel::PastPivot,
@@ -50,10 +55,11 @@ impl Postgres {
                 Cancel::Cancelled
             }
             ("waiting" | "running", _) => {
-                // A waiting job with effects runs now, in order to undo them.
+                // A waiting job with effects runs now, in order to undo them; the relay tells Redis.
                 sqlx::query(
                     "UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()),
-                            run_at = CASE WHEN state = 'waiting' THEN now() ELSE run_at END WHERE id = $1",
+                            run_at = CASE WHEN state = 'waiting' THEN now() ELSE run_at END,
+                            dispatched_at = CASE WHEN state <> 'waiting' THEN dispatched_at END WHERE id = $1",
                 )
                 .bind(job.0)
                 .execute(&mut *tx)

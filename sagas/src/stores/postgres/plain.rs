@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{
     Fence, Postgres,
-    ending::{CompleteBatch, Completion, Failure, Run, Verdict},
+    ending::{CompleteBatch, Completed, Completion, Failure, Run, Verdict},
     take::{Take, TakeBatch, TakeItem, TakenJob},
 };
 use crate::{
@@ -125,8 +125,10 @@ impl Ledger for PlainLedger {
                     saga: None,
                     result: result.clone(),
                     steps: vec![],
+                    revocable: false,
                 };
-                self.complete.call(Arc::new(success), Instant::now() + self.postgres.call_timeout()).await
+                let deadline = Instant::now() + self.postgres.call_timeout();
+                self.complete.call(Arc::new(success), deadline).await.map(|ended| ended == Completed::Done)
             }
             End::Retry(failure, wait) => {
                 let retry_in_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);

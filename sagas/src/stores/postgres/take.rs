@@ -222,7 +222,7 @@ impl Postgres {
                 INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at)
                 SELECT t.id, t.id, t.kind, t.begun_version, t.tenant, 'running', t.fence, t.begun_at FROM taken t
                 WHERE t.fence > 1 AND t.begun_version IS NOT NULL
-                ON CONFLICT (id) DO NOTHING
+                ON CONFLICT DO NOTHING
              )
              SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.payload_key_id, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,

@@ -374,7 +374,7 @@ impl Postgres {
 
     /// Gives a job back, uncharged, with what its saga has done so far: the run goes on from `next_step` with `data` in its
     /// next delivery, and of a group leaves out the branches `done`. Returns the wait, which is none if what the run waits for
-    /// has come meanwhile. `None`: the fence refused.
+    /// has come meanwhile, or a person wants the job's end and the run can still turn back. `None`: the fence refused.
     pub async fn suspend(
         &self,
         run: &Run,
@@ -383,18 +383,18 @@ impl Postgres {
         steps: &[StepRecord],
     ) -> Result<Option<Duration>, StoreError> {
         let mut tx = self.begin().await?;
-        if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
-            return Ok(None);
-        }
+        let alive = lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?;
+        let Some(alive) = alive.get(&run.job_id) else { return Ok(None) };
         log_run(&mut *tx, run).await?;
-        let mut came = false;
+        let mut at_once = alive.cancel_requested;
         if let Some(saga) = run.saga_id {
             // This statement began after the lock, so it sees whatever came before.
-            let begun: Option<bool> = sqlx::query_scalar(
+            let begun: Option<(bool, bool)> = sqlx::query_as(
                 "SELECT EXISTS (
                      SELECT FROM saga_waits w WHERE w.saga_id = s.id AND w.ended_at IS NULL AND w.fence = $2
                        AND (EXISTS (SELECT FROM job_signals g WHERE w.kind = 'signal' AND g.job_id = s.job_id AND g.name = w.name)
-                         OR EXISTS (SELECT FROM batches b WHERE b.id = w.batch_id AND b.finished_at IS NOT NULL)))
+                         OR EXISTS (SELECT FROM batches b WHERE b.id = w.batch_id AND b.finished_at IS NOT NULL))),
+                     s.state = 'running' AND s.pivot_at IS NULL
                  FROM sagas s WHERE s.id = $1",
             )
             .bind(saga)
@@ -415,12 +415,12 @@ impl Postgres {
                 .execute(&mut *tx)
                 .await?;
             }
-            if let Some(over) = begun {
-                came = over;
+            if let Some((came, may_turn)) = begun {
+                at_once = came || at_once && may_turn;
                 insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
             }
         }
-        let wait = if came { Duration::ZERO } else { wait };
+        let wait = if at_once { Duration::ZERO } else { wait };
         sqlx::query(
             "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = now() + make_interval(secs => $2), unroutable_since = NULL
              WHERE id = $1",
