@@ -8,6 +8,8 @@
 //! `FLOTILLA_FAULTS_TRACE` names a file to which each point is added when it is passed, armed or not: run a saga once, there or
 //! back, and the file lists its points.
 //!
+//! `FLOTILLA_UNKNOWN_KIND` names a kind that this process is not to know, as if it were an older release.
+//!
 //! `FLOTILLA_FAULTS_DOCUMENT` narrows them to one document's jobs: then only points around steps act, because those inside
 //! store writes know no single job.
 
@@ -15,7 +17,7 @@
 /// its reply is heard; beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
 /// names, and those around each store call (see [`StepContext::call`](crate::engine::StepContext::call)). The ingest ones are
 /// shared by `embed_document`.
-pub const INSIDE: [&str; 15] = [
+pub const INSIDE: [&str; 17] = [
     "ingest.stage.inside",
     "ingest.unstage.inside",
     "ingest.vectors.inside",
@@ -30,6 +32,8 @@ pub const INSIDE: [&str; 15] = [
     "engine.turn.inside",
     "engine.complete.inside",
     "engine.finish.inside",
+    "engine.park.inside",
+    "engine.release.inside",
     "probe.effect.inside",
 ];
 
@@ -96,6 +100,14 @@ pub(crate) fn without(rule: &str) -> bool {
         std::sync::LazyLock::new(|| std::env::var("FLOTILLA_WITHOUT").ok());
     debug_assert!(RULES.contains(&rule), "{rule} is not in the list");
     WITHOUT.as_deref() == Some(rule)
+}
+
+/// The kind that this process is not to know.
+#[cfg(feature = "faults")]
+pub(crate) fn unknown_kind() -> Option<&'static str> {
+    static KIND: std::sync::LazyLock<Option<String>> =
+        std::sync::LazyLock::new(|| std::env::var("FLOTILLA_UNKNOWN_KIND").ok());
+    KIND.as_deref()
 }
 
 #[cfg(feature = "faults")]

@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, path::PathBuf};
 
 use futures::future::join_all;
+use sagas::stores::postgres::ledger::Cancel;
 
 use crate::{Fleet, Outcome, Subject};
 
@@ -25,6 +26,42 @@ impl Faults {
     }
 }
 
+/// How a job comes by a point.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Way {
+    /// On the way to its end, with nothing in between.
+    There,
+    /// On the way back: it fails at the point named.
+    Back(String),
+    /// On the way back, which it can't go to its end without a person: it fails at the first point named, and its compensation at
+    /// the second.
+    Stuck(String, String),
+    /// It is given back, because the worker doesn't know its kind.
+    GivenBack,
+}
+
+impl Way {
+    /// What makes a job come this way, in the form of `FLOTILLA_FAULTS`: where it leads back, its step fails with `failure`, and
+    /// where it is stuck, its compensation with `stuck`.
+    pub fn spec(&self, failure: &str, stuck: &str) -> String {
+        match self {
+            Self::There | Self::GivenBack => String::new(),
+            Self::Back(fails_at) => format!("{fails_at}={failure}"),
+            Self::Stuck(fails_at, stuck_at) => format!("{fails_at}={failure};{stuck_at}={stuck}"),
+        }
+    }
+
+    /// Whether it leads back.
+    pub const fn leads_back(&self) -> bool {
+        matches!(self, Self::Back(_) | Self::Stuck(..))
+    }
+
+    /// How a job that comes this way ends, with a person's help if it is stuck.
+    pub const fn outcome(&self) -> Outcome {
+        if self.leads_back() { Outcome::Dead } else { Outcome::Done }
+    }
+}
+
 /// A fault point together with the kind of job that comes by it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
@@ -32,8 +69,8 @@ pub struct Place {
     pub kind: String,
     /// The point's name.
     pub point: String,
-    /// The point where the saga is to fail first, for places that are only met on the way back.
-    pub fails_at: Option<String>,
+    /// The first of all ways that leads there.
+    pub way: Way,
     /// Whether the run's effect stands when it gets there.
     pub past_pivot: bool,
 }
@@ -46,17 +83,22 @@ impl Place {
 }
 
 impl Fleet {
-    /// Every place: each kind's jobs are run once, and once there and back, by a worker that writes down which points it passes.
-    /// Fails the test if a point that the code names is not among them.
+    /// Every place: a job of each kind is run on each way by a worker that writes down which points it passes. Fails the test if a
+    /// point that the code names is not among them.
     pub async fn places(&self) -> Vec<Place> {
         let named = self.fault_points();
+        assert!(named.iter().any(|point| point.ends_with(".before")), "build with --features cli/faults");
         let kinds: BTreeSet<&str> = named
             .iter()
             .filter(|point| !point.ends_with(".inside"))
             .filter_map(|point| point.split('.').next())
             .collect();
-        let mut ways: Vec<(&str, Option<String>)> = kinds.iter().map(|kind| (*kind, None)).collect();
-        ways.extend(kinds.iter().filter_map(|kind| Some((*kind, Some(fails_at(kind, &named)?)))));
+        let mut ways: Vec<(&str, Way)> = kinds.iter().map(|kind| (*kind, Way::There)).collect();
+        let failing: Vec<_> =
+            kinds.iter().filter_map(|kind| Some((*kind, fails_at(kind, &named)?))).collect();
+        ways.extend(failing.iter().map(|(kind, fails_at)| (*kind, Way::Back(fails_at.clone()))));
+        ways.extend(failing.into_iter().map(|(kind, at)| (kind, Way::Stuck(at, stuck_at(kind, &named)))));
+        ways.extend(kinds.iter().map(|kind| (*kind, Way::GivenBack)));
         let mut subjects: Vec<Subject> = ways
             .iter()
             .enumerate()
@@ -67,25 +109,22 @@ impl Fleet {
             ways.iter()
                 .zip(&subjects)
                 .enumerate()
-                .map(|(no, (way, subject))| self.trace(no, way.1.as_deref(), subject)),
+                .map(|(no, (way, subject))| self.trace(no, &way.1, subject)),
         )
         .await;
         let mut places: Vec<Place> = vec![];
-        for ((kind, fails_at), points) in ways.into_iter().zip(traced) {
+        for ((kind, way), points) in ways.into_iter().zip(traced) {
             let pivot = pivot(kind, &named);
             let (mut at_pivot, mut past_pivot, mut announced) = (false, false, false);
             for point in points {
-                at_pivot |= point == format!("{pivot}.before");
+                at_pivot |= pivot.as_ref().is_some_and(|pivot| point == format!("{pivot}.before"));
                 past_pivot |= announced || at_pivot && point.rsplit('.').next() == Some("after");
+                // The end of a run that has no pivot.
+                past_pivot |= point == "engine.complete.inside";
                 announced |= ANNOUNCED_AFTER.contains(&point.as_str());
                 if !places.iter().any(|place| place.kind == kind && place.point == point) {
-                    let fails_at = fails_at.clone();
-                    places.push(Place {
-                        kind: kind.to_owned(),
-                        point,
-                        past_pivot: past_pivot && fails_at.is_none(),
-                        fails_at,
-                    });
+                    let past_pivot = past_pivot && way == Way::There;
+                    places.push(Place { kind: kind.to_owned(), point, way: way.clone(), past_pivot });
                 }
             }
         }
@@ -95,21 +134,28 @@ impl Fleet {
         places
     }
 
-    /// The points that a job of this subject passes, in order, each once.
-    async fn trace(&self, no: usize, fails_at: Option<&str>, subject: &Subject) -> Vec<String> {
-        let faults = self
-            .faults(&format!("trace-{no}"), fails_at.map(|at| format!("{at}=permanent")).unwrap_or_default());
+    /// The points that a job of this subject passes on this way, in order, each once.
+    async fn trace(&self, no: usize, way: &Way, subject: &Subject) -> Vec<String> {
+        let faults = self.faults(&format!("trace-{no}"), way.spec("permanent", "permanent"));
         let path = faults.dir.join("trace");
-        let worker = self
+        let mut worker = self
             .worker()
             .queues(&[subject.queue.as_str()])
             .armed(&faults)
             .patient()
-            .env("FLOTILLA_FAULTS_TRACE", path.display().to_string())
-            .start();
+            .env("FLOTILLA_FAULTS_TRACE", path.display().to_string());
+        if *way == Way::GivenBack {
+            worker = worker.ignorant_of(&subject.kind);
+        }
+        let worker = worker.start();
         let job = self.begin(subject).await;
-        let outcome = if fails_at.is_some() { Outcome::Dead } else { Outcome::Done };
-        self.assert_outcome(subject, job, outcome).await;
+        if *way == Way::GivenBack {
+            self.given_back(job).await;
+            // Nobody who knows it comes.
+            assert_eq!(self.postgres.cancel(job, None).await.expect("a cancel"), Cancel::Cancelled);
+        } else {
+            self.comes_to_its_end(subject, job, way).await;
+        }
         assert!(worker.terminate().await.success(), "{}", worker.tail());
         let trace = std::fs::read_to_string(path).expect("the trace");
         let mut points: Vec<String> = vec![];
@@ -136,19 +182,30 @@ fn passes(kind: &str, point: &str) -> bool {
 
 /// Where a saga fails for good when all its steps that can be undone have had their effects; `None` if it has none.
 fn fails_at(kind: &str, points: &[String]) -> Option<String> {
-    let undone =
-        points.iter().any(|point| point.starts_with(&format!("{kind}.")) && point.contains(".compensate."));
-    undone.then(|| format!("{}.before", pivot(kind, points)))
+    let undone = undone(kind, points);
+    let last = undone.last()?;
+    Some(pivot(kind, points).map_or_else(|| format!("{last}.after"), |pivot| format!("{pivot}.before")))
+}
+
+/// A compensation of the kind.
+fn stuck_at(kind: &str, points: &[String]) -> String {
+    format!("{}.compensate.before", undone(kind, points)[0])
+}
+
+/// The kind's steps that can be undone, as `kind.step`.
+fn undone<'a>(kind: &str, points: &'a [String]) -> Vec<&'a str> {
+    let steps = points.iter().filter_map(|point| point.strip_suffix(".compensate.before"));
+    steps.filter(|step| step.split('.').next() == Some(kind)).collect()
 }
 
 /// The kind's first step that can't be undone, as `kind.step`: one without a fault point at its compensation. Of `delete`, whose
 /// steps can all not be undone, the tombstone.
-fn pivot(kind: &str, points: &[String]) -> String {
+fn pivot(kind: &str, points: &[String]) -> Option<String> {
     let mut steps = points.iter().filter_map(|point| point.strip_suffix(".before")).filter(|step| {
         step.split('.').next() == Some(kind)
             && !step.ends_with(".compensate")
             && !points.contains(&format!("{step}.compensate.before"))
     });
     let first = steps.clone().find(|step| *step == "delete.tombstone").or_else(|| steps.next());
-    first.unwrap_or_else(|| panic!("{kind} has no fault points: build with --features cli/faults")).to_owned()
+    first.map(str::to_owned)
 }

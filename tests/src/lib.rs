@@ -10,10 +10,10 @@ mod subject;
 mod texts;
 mod waiting;
 
-pub use faults::{Faults, Place};
+pub use faults::{Faults, Place, Way};
 pub use fleet::{Fleet, TENANT};
 pub use process::{WorkerBuilder, WorkerProcess};
 pub use reader::{History, Reader, Sight};
-pub use subject::{Outcome, Subject};
+pub use subject::{Outcome, PROBES, Subject};
 pub use texts::text;
 pub use waiting::{LONG, SHORT, wait_until};

@@ -70,6 +70,11 @@ impl WorkerBuilder {
         self.env("FLOTILLA_FAULTS_DIR", faults.dir.display().to_string()).faults(&faults.spec)
     }
 
+    /// Lets it know nothing of a kind, as a release before it came.
+    pub fn ignorant_of(self, kind: &str) -> Self {
+        self.env("FLOTILLA_UNKNOWN_KIND", kind)
+    }
+
     /// Gives it leases and time-outs that no pause of a busy machine uses up, for tests in which nothing is to fail: the
     /// harness's own are short, so that a second delivery or a charge could be the machine's.
     pub fn patient(self) -> Self {

@@ -2,11 +2,16 @@
 
 use std::{fmt::Write, time::Duration};
 
+use chrono::{DateTime, Utc};
 use queue::{JobId, QueueName};
+use sagas::stores::postgres::parked::Handled;
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::{Fleet, TENANT, text};
+use crate::{Fleet, LONG, TENANT, Way, text, wait_until};
+
+/// The kinds that do nothing but leave rows in the table of effects; see `sagas::kinds::probe`.
+pub const PROBES: [&str; 3] = ["probe", "nap", "revocable"];
 
 /// What a job is tried on. Each has a document and a queue of its own, so that only chosen workers meet it.
 #[derive(Debug, Clone)]
@@ -59,7 +64,7 @@ impl Subject {
 
     /// Whether its document must be there before the job.
     pub fn needs_document(&self) -> bool {
-        self.revision > 1 || !matches!(self.kind.as_str(), "ingest" | "probe" | "nap")
+        self.revision > 1 || !(self.kind == "ingest" || PROBES.contains(&self.kind.as_str()))
     }
 
     /// Its document's text once the job is done.
@@ -103,7 +108,7 @@ impl Fleet {
         let payload = match subject.kind.as_str() {
             "ingest" => json!({ "document": subject.document, "text": subject.text() }),
             "embed" => json!({ "documents": [subject.document] }),
-            "probe" | "nap" => json!({}),
+            kind if PROBES.contains(&kind) => json!({}),
             _ => json!({ "document": subject.document }),
         };
         let mut job = self.job(&subject.kind, payload);
@@ -116,6 +121,33 @@ impl Fleet {
         let version =
             self.postgres.current_version(TENANT, &subject.document).await.expect("the current version");
         version.map(|version| version.version)
+    }
+
+    /// Waits until the job is given back by a worker that doesn't know its kind.
+    pub async fn given_back(&self, job: JobId) {
+        wait_until("the job is given back", LONG, async || {
+            let since: Option<DateTime<Utc>> =
+                sqlx::query_scalar("SELECT unroutable_since FROM jobs WHERE id = $1")
+                    .bind(job.0)
+                    .fetch_one(self.postgres.pool())
+                    .await
+                    .map_err(|e| e.to_string())?;
+            if since.is_some() { Ok(()) } else { Err(self.describe(job).await) }
+        })
+        .await;
+    }
+
+    /// Waits for the end of a job that comes this way, as a person does where it is stuck: who has it go on once the cause is
+    /// mended. Fails unless its effect is there exactly once, or not at all.
+    pub async fn comes_to_its_end(&self, subject: &Subject, job: JobId, way: &Way) {
+        if matches!(way, Way::Stuck(..)) {
+            assert_eq!(self.ended(job).await, "parked", "{}", self.describe(job).await);
+            let runs = self.postgres.sagas_of(job).await.expect("the runs");
+            let parked = runs.iter().find(|run| run.state == "parked").expect("a parked run");
+            let retried = self.postgres.retry_parked(parked.id, "tester").await.expect("a retry");
+            assert!(matches!(retried, Handled::Done(..)), "{retried:?}");
+        }
+        self.assert_outcome(subject, job, way.outcome()).await;
     }
 
     /// Waits for the job's end and fails unless its effect is there exactly once, or not at all.
@@ -137,7 +169,9 @@ impl Fleet {
             .await;
         assert_eq!(done, i64::from(outcome == Outcome::Done), "completed runs of{story}");
         match subject.kind.as_str() {
-            "probe" | "nap" => self.assert_effects(job, i64::from(outcome == Outcome::Done), &story).await,
+            kind if PROBES.contains(&kind) => {
+                self.assert_effects(job, i64::from(outcome == Outcome::Done), &story).await;
+            }
             "delete" => {
                 assert_eq!(
                     self.stores.document(TENANT, &subject.document).await.expect("read"),

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Fleet, LONG, Outcome, Place, Subject, wait_until};
+use e2e::{Fleet, LONG, Outcome, PROBES, Place, Subject, Way, WorkerBuilder, wait_until};
 use futures::{FutureExt, future::join_all};
 use queue::JobId;
 
@@ -46,12 +46,13 @@ impl Trouble {
     fn fits(self, place: &Place) -> bool {
         match self {
             // Outside of a call nothing but the step's own time ends a hang, and on the way back the job's time does not count.
-            Self::Hang => place.in_a_call() || place.fails_at.is_none(),
+            Self::Hang => place.in_a_call() || !place.way.leads_back(),
             // Only a run that has not passed its pivot can still be undone, and only of a saga that has a step to undo.
             Self::ZombieAfterThird => {
-                place.fails_at.is_none()
+                !place.way.leads_back()
                     && !place.past_pivot
-                    && matches!(place.kind.as_str(), "ingest" | "embed_document" | "probe" | "nap")
+                    && (matches!(place.kind.as_str(), "ingest" | "embed_document")
+                        || PROBES.contains(&place.kind.as_str()))
             }
             _ => true,
         }
@@ -106,9 +107,15 @@ impl Case {
     }
 
     /// What arms the point, and makes the saga come by it.
-    fn spec(&self, action: &str, failure: &str) -> String {
-        let fails = self.place.fails_at.as_ref().map(|at| format!(";{at}={failure}")).unwrap_or_default();
-        format!("{}={action}{fails}", self.place.point)
+    fn spec(&self, action: &str) -> String {
+        // Where it is stuck, the first time doesn't get into the log.
+        format!("{}={action};{}", self.place.point, self.place.way.spec(FOR_GOOD, "permanent*2"))
+    }
+
+    /// The worker that comes by the point.
+    fn first(&self, fleet: &Fleet) -> WorkerBuilder {
+        let worker = fleet.worker().queues(&[self.subject.queue.as_str()]);
+        if self.place.way == Way::GivenBack { worker.ignorant_of(&self.place.kind) } else { worker }
     }
 
     /// A failure that may pass, of a step that can still be undone, for one run's tries.
@@ -116,24 +123,21 @@ impl Case {
         match self.place.kind.as_str() {
             // Its pivot is announced: an error there that may pass doesn't turn the run back.
             kind @ ("probe" | "nap") => format!("{kind}.second.after=error*3"),
+            "revocable" => "revocable.third.after=error*3".to_owned(),
             kind => format!("{kind}.publish.before=error*3"),
         }
     }
 
-    fn outcome(&self) -> Outcome {
-        if self.place.fails_at.is_some() { Outcome::Dead } else { Outcome::Done }
-    }
-
     /// One worker dies there; another, started only then, brings the job to its end.
     async fn killed(&self, fleet: &Fleet, no: usize) -> JobId {
-        let faults = fleet.faults(&format!("case-{no}"), self.spec("kill", FOR_GOOD));
+        let faults = fleet.faults(&format!("case-{no}"), self.spec("kill"));
         let queue = self.subject.queue.as_str();
-        let first = fleet.worker().queues(&[queue]).armed(&faults).start();
+        let first = self.first(fleet).armed(&faults).start();
         let job = fleet.begin(&self.subject).await;
         first.killed().await;
         assert_eq!(faults.fired(&self.place.point), 1);
         let second = fleet.worker().queues(&[queue]).armed(&faults).start();
-        fleet.assert_outcome(&self.subject, job, self.outcome()).await;
+        fleet.comes_to_its_end(&self.subject, job, &self.place.way).await;
         let lost = fleet.postgres.job(job, None).await.unwrap().unwrap().lost_deliveries;
         assert!(lost <= 1, "{}", fleet.describe(job).await);
         fleet.let_go(queue, job).await;
@@ -144,11 +148,16 @@ impl Case {
     /// The point fails or hangs once; the job comes to the end that it would have come to.
     async fn failed(&self, fleet: &Fleet, no: usize) -> JobId {
         let action = if self.trouble == Trouble::Hang { "hang" } else { "error" };
-        let faults = fleet.faults(&format!("case-{no}"), self.spec(action, FOR_GOOD));
+        let faults = fleet.faults(&format!("case-{no}"), self.spec(action));
         let queue = self.subject.queue.as_str();
-        let worker = fleet.worker().queues(&[queue]).armed(&faults).start();
+        let mut worker = self.first(fleet).armed(&faults).start();
         let job = fleet.begin(&self.subject).await;
-        fleet.assert_outcome(&self.subject, job, self.outcome()).await;
+        if self.place.way == Way::GivenBack {
+            fleet.given_back(job).await;
+            assert!(worker.terminate().await.success(), "{}", worker.tail());
+            worker = fleet.worker().queues(&[queue]).armed(&faults).start();
+        }
+        fleet.comes_to_its_end(&self.subject, job, &self.place.way).await;
         assert_eq!(faults.fired(&self.place.point), 1, "{}", worker.tail());
         fleet.let_go(queue, job).await;
         worker.kill9().await;
@@ -159,10 +168,14 @@ impl Case {
     async fn zombie(&self, fleet: &Fleet, no: usize) -> JobId {
         let queue = self.subject.queue.as_str();
         // What is undone is tried again, and published by another run.
-        let fails = self.place.fails_at.as_ref().map(|_| format!(";{}", self.passing_failure()));
-        let stops = format!("{}=stop{}", self.place.point, fails.unwrap_or_default());
+        let fails = match &self.place.way {
+            Way::There | Way::GivenBack => String::new(),
+            Way::Back(_) => self.passing_failure(),
+            Way::Stuck(_, stuck_at) => format!("{};{stuck_at}=permanent", self.passing_failure()),
+        };
+        let stops = format!("{}=stop;{fails}", self.place.point);
         let stops = fleet.faults(&format!("case-{no}"), stops);
-        let zombie = fleet.worker().queues(&[queue]).concurrency(1).armed(&stops).start();
+        let zombie = self.first(fleet).concurrency(1).armed(&stops).start();
         let job = fleet.begin(&self.subject).await;
         wait_until("the fault point acts", LONG, async || match stops.fired(&self.place.point) {
             1 => Ok(()),
@@ -193,7 +206,8 @@ impl Case {
 
         zombie.resume();
         // It has one slot: when it has brought another job to its end, it has done with the old one.
-        let next = fleet.begin(&Subject::new("probe", &format!("next-{no}"), queue)).await;
+        let kind = if self.place.kind == "probe" { "nap" } else { "probe" };
+        let next = fleet.begin(&Subject::new(kind, &format!("next-{no}"), queue)).await;
         assert_eq!(fleet.ended(next).await, "succeeded", "{}", zombie.tail());
         let after = fleet.snapshot(&self.subject, job).await;
         assert_eq!(before, after, "the zombie changed something\n{}", zombie.tail());

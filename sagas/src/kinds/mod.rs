@@ -181,8 +181,11 @@ impl Stores {
             registry
         };
         #[cfg(feature = "faults")]
-        let registry =
-            registry.with(probe::Probe::new(&self.postgres)).with(probe::Probe::napping(&self.postgres));
+        let registry = registry
+            .with(probe::Probe::new(&self.postgres))
+            .with(probe::Probe::napping(&self.postgres))
+            .with(probe::Probe::revocable(&self.postgres))
+            .without(crate::fault::unknown_kind());
         registry
     }
 }

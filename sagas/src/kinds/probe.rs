@@ -1,6 +1,6 @@
-//! `probe`: a saga as a user would write it, whose steps do nothing but leave rows in a table that is only ever added to; and
-//! `nap`, the same with a step whose data the log keeps and one that sleeps. In builds for tests only, where they show that
-//! each job's effects count exactly once.
+//! `probe`: a saga as a user would write it, whose steps do nothing but leave rows in a table that is only ever added to; `nap`,
+//! the same with a step whose data the log keeps and one that sleeps; and `revocable`, which has no pivot. In builds for tests
+//! only, where they show that each job's effects count exactly once.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,6 +17,8 @@ use crate::{
 pub const KIND: &str = "probe";
 /// The kind that keeps and sleeps.
 pub const NAP: &str = "nap";
+/// The kind of which all can be undone. Nothing is announced, so that the log's first word of a run that succeeds is its end.
+pub const REVOCABLE: &str = "revocable";
 /// Long enough to be put back, and to be delivered again.
 const NAP_LASTS: Duration = Duration::from_millis(50);
 
@@ -36,6 +38,10 @@ impl Probe {
 
     pub fn napping(postgres: &Postgres) -> Self {
         Self::of(NAP, postgres)
+    }
+
+    pub fn revocable(postgres: &Postgres) -> Self {
+        Self::of(REVOCABLE, postgres)
     }
 
     fn of(kind: &'static str, postgres: &Postgres) -> Self {
@@ -64,7 +70,7 @@ impl Saga for Probe {
     }
 
     fn pivot(&self) -> usize {
-        2
+        if self.kind == REVOCABLE { self.steps.len() } else { 2 }
     }
 
     fn needs(&self) -> &[Dependency] {
@@ -77,7 +83,7 @@ impl Saga for Probe {
 
     /// So that both ways to begin are there to be tried: with the take, and by a write of its own.
     fn repeatable(&self) -> bool {
-        self.kind == KIND
+        self.kind != NAP
     }
 }
 
