@@ -3,10 +3,12 @@
 use std::{
     fmt::Write as _,
     io::{IsTerminal, Write},
+    str::FromStr,
     time::Duration,
 };
 
 use chrono::{DateTime, SecondsFormat, Utc};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use serde::Serialize;
 
@@ -71,6 +73,15 @@ pub fn state(name: &str) -> Cell {
         "compensating" | "compensated" | "cancelled" | "pending" => cell.fg(Color::Yellow),
         _ => cell,
     }
+}
+
+/// A parser that takes one of these words for what it names.
+pub fn one_of<T>(all: &'static [T], word: impl Fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
+where
+    T: Copy + Send + Sync + FromStr,
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(all.iter().copied().map(word)).try_map(|text| text.parse())
 }
 
 /// A table or, if it has no rows, what to say instead.

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use queue::{JobId, QueueError, QueueName};
-use sagas::{StoreError, stores::postgres::batches::BatchId};
+use sagas::{JobState, StoreError, stores::postgres::batches::BatchId};
 
 /// Why a job was not accepted.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -95,7 +95,7 @@ pub enum WaitError {
         /// The job.
         job: JobId,
         /// Its state when it was last seen.
-        state: String,
+        state: JobState,
         /// How long was waited.
         waited: Duration,
     },

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use producer::{Cancel, Client, ClientSettings, Durability, EnqueueError, WaitError, new_job};
 use queue::JobId;
+use sagas::JobState;
 use serde_json::json;
 use support::{Stage, eventually, ids, ids_of, ingest, report, tenant, with_key};
 
@@ -257,7 +258,7 @@ async fn waiting_ends_in_time_and_says_what_was_seen() {
     let job = report(1);
     stage.client.enqueue(job.clone(), Durability::Durable).await.unwrap();
     let error = stage.client.wait(job.id, Duration::from_millis(100)).await.unwrap_err();
-    assert!(matches!(&error, WaitError::Timeout { state, .. } if state == "waiting"), "{error:?}");
+    assert!(matches!(&error, WaitError::Timeout { state: JobState::Waiting, .. }), "{error:?}");
     let nobody = JobId::new();
     assert_eq!(stage.client.wait(nobody, Duration::ZERO).await.unwrap_err(), WaitError::Unknown(nobody));
 }

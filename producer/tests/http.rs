@@ -544,11 +544,12 @@ async fn dead_letters_are_replayed_or_discarded_once() {
     let mut letters = vec![];
     for _ in 0..2 {
         let id = api.enqueue(&job()).await.body["id"].as_str().unwrap().parse::<uuid::Uuid>().unwrap();
-        sqlx::query("UPDATE jobs SET state = 'dead', finished_at = now() WHERE id = $1")
-            .bind(id)
-            .execute(pool)
-            .await
-            .unwrap();
+        for sql in [
+            "UPDATE jobs SET state = 'running', worker = 'w' WHERE id = $1",
+            "UPDATE jobs SET state = 'dead', finished_at = now() WHERE id = $1",
+        ] {
+            sqlx::query(sql).bind(id).execute(pool).await.unwrap();
+        }
         let letter = uuid::Uuid::now_v7();
         sqlx::query("INSERT INTO dead_letters (id, job_id, tenant, kind, queue, class, reason, payload) VALUES ($1, $2, 'acme', 'ingest', 'ingest', 'permanent', 'x', $3)")
             .bind(letter)
@@ -588,11 +589,12 @@ async fn a_tenants_open_letters_are_replayed_or_discarded_together() {
     let pool = api.stage.postgres.pool();
     for (n, class) in ["odd", "odd", "odd", "other"].into_iter().enumerate() {
         let id = api.enqueue(&job()).await.body["id"].as_str().unwrap().parse::<uuid::Uuid>().unwrap();
-        sqlx::query("UPDATE jobs SET state = 'dead', finished_at = now() WHERE id = $1")
-            .bind(id)
-            .execute(pool)
-            .await
-            .unwrap();
+        for sql in [
+            "UPDATE jobs SET state = 'running', worker = 'w' WHERE id = $1",
+            "UPDATE jobs SET state = 'dead', finished_at = now() WHERE id = $1",
+        ] {
+            sqlx::query(sql).bind(id).execute(pool).await.unwrap();
+        }
         sqlx::query("INSERT INTO dead_letters (id, job_id, tenant, kind, queue, class, reason, payload) VALUES ($1, $2, 'acme', 'ingest', 'ingest', $3, $4, $5)")
             .bind(uuid::Uuid::now_v7())
             .bind(id)

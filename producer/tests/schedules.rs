@@ -10,6 +10,7 @@ use chrono::{DateTime, Utc};
 use producer::{
     CatchUp, Cron, EnqueueError, MaintainSettings, NewSchedule, Schedule, ScheduleError, Schedules,
 };
+use queue::{QueueName, QueuePolicy};
 use sagas::stores::postgres::schedules::tick_job;
 use serde_json::json;
 use support::{Stage, eventually, quick, tenant};
@@ -302,6 +303,50 @@ async fn what_a_tick_could_not_enqueue_is_refused_when_the_schedule_is_made() {
     assert!(matches!(error, ScheduleError::Job(EnqueueError::UnknownTenant)), "{error:?}");
     times.make("08:00:00", &report("x", "0 * * * *")).await;
     assert!(matches!(refused(|_| ()).await, ScheduleError::NameTaken(_)));
+}
+
+#[tokio::test]
+async fn a_tick_makes_no_job_for_a_queue_that_drains_or_is_full_and_says_why() {
+    let times = Times::new().await;
+    times.make("10:00:30", &report("hourly", "0 * * * *")).await;
+    times
+        .make(
+            "10:00:30",
+            &NewSchedule {
+                queue: Some(QueueName::new("elsewhere").unwrap()),
+                ..report("other", "0 * * * *")
+            },
+        )
+        .await;
+    let pool = times.stage.postgres.pool();
+    let queue = QueueName::new("report").unwrap();
+    let drain = async |draining| {
+        let edit = |policy: &mut QueuePolicy| policy.draining = draining;
+        times.stage.postgres.edit_queue_policy(&queue, "tester", "queues.test", edit).await.unwrap();
+    };
+    drain(true).await;
+    times.tick("11:00:00").await;
+    let drained = times.get("hourly").await;
+    assert!(drained.last_error.unwrap().contains("queue report takes no new jobs: it is drained"));
+    assert_eq!(drained.next_tick_at, Some(clock("12:00:00")));
+    assert_eq!((times.made().await, times.get("other").await.last_error), (vec!["11:00".to_owned()], None));
+
+    // As the relay says that as many jobs wait as may.
+    drain(false).await;
+    sqlx::query(
+        "INSERT INTO refusals (queue, tenant, until) VALUES ('report', 'acme', now() + interval '1 h')",
+    )
+    .execute(pool)
+    .await
+    .unwrap();
+    times.tick("12:00:00").await;
+    assert!(
+        times.get("hourly").await.last_error.unwrap().contains("as many jobs wait as may of tenant acme")
+    );
+    sqlx::query("DELETE FROM refusals").execute(pool).await.unwrap();
+    times.tick("13:00:00").await;
+    assert_eq!(times.get("hourly").await.last_error, None);
+    assert_eq!(times.made().await, ["11:00", "12:00", "13:00", "13:00"]);
 }
 
 #[tokio::test]

@@ -125,7 +125,9 @@ impl Protocol {
                     actions.push(Action::LosePush { job });
                 }
             }
-            if it.row.state == RowState::Waiting && !it.row.dispatched {
+            // A leased one is left to its worker, which is about to put it back; the relay looks again.
+            let leased = matches!(it.entry, Some(Entry::Leased { .. }));
+            if it.row.state == RowState::Waiting && !it.row.dispatched && !leased {
                 actions.push(Action::Relay { job });
             }
             match it.entry {
@@ -262,7 +264,13 @@ impl Protocol {
             Action::Relay { job } => {
                 let job = &mut state.jobs[job];
                 job.row.dispatched = true;
-                push(job, !job.row.due)
+                let outcome = push(job, !job.row.due);
+                // One whose time has changed is stored anew.
+                if matches!(job.entry, Some(Entry::Scheduled { .. })) {
+                    job.entry = None;
+                    push(job, !job.row.due);
+                }
+                outcome
             }
             Action::Read { job } => {
                 let job = &mut state.jobs[job];
@@ -570,6 +578,7 @@ fn cancel(job: &mut Job) -> Outcome {
         RowState::Waiting | RowState::Running => {
             job.row.cancel = true;
             job.row.due = true;
+            job.row.dispatched &= job.row.state == RowState::Running;
             job.telling = Some(Cancelled::Requested);
             Outcome::Requested
         }

@@ -287,6 +287,11 @@ impl Stage {
 
     /// Ends a child as its worker would.
     async fn end_child(&self, id: JobId, state: &str, result: Option<Value>) {
+        sqlx::query("UPDATE jobs SET state = 'running', worker = 'w' WHERE id = $1 AND state = 'waiting'")
+            .bind(id.0)
+            .execute(self.postgres.pool())
+            .await
+            .unwrap();
         let changed = sqlx::query(
             "UPDATE jobs SET state = $2, finished_at = now(), result = $3, last_error = CASE WHEN $2 = 'dead' THEN 'no way' END
              WHERE id = $1 AND state IN ('waiting', 'running')",
@@ -848,11 +853,12 @@ async fn children_that_end_while_the_parent_falls_asleep_are_not_slept_through()
         async move {
             let ends = ctx.children("parts", &[Child::new("part", json!({}))]).await;
             if ends.is_err() {
-                sqlx::query("UPDATE jobs SET state = 'succeeded', finished_at = now() WHERE parent = $1")
-                    .bind(ctx.job.id.0)
-                    .execute(&pool)
-                    .await
-                    .unwrap();
+                for sql in [
+                    "UPDATE jobs SET state = 'running', worker = 'w' WHERE parent = $1",
+                    "UPDATE jobs SET state = 'succeeded', finished_at = now() WHERE parent = $1",
+                ] {
+                    sqlx::query(sql).bind(ctx.job.id.0).execute(&pool).await.unwrap();
+                }
                 for batch in postgres.batches_to_fold(10).await? {
                     postgres.fold_batch(batch).await?;
                 }
@@ -888,7 +894,7 @@ async fn a_parent_that_turns_back_ends_its_children_first() {
     for child in children {
         *states.entry(stage.job(child).await.state).or_insert(0) += 1;
     }
-    assert_eq!(states, HashMap::from([("succeeded".to_owned(), 1), ("cancelled".to_owned(), 2)]));
+    assert_eq!(states, HashMap::from([(sagas::JobState::Succeeded, 1), (sagas::JobState::Cancelled, 2)]));
 }
 
 #[tokio::test]

@@ -6,12 +6,15 @@ use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use futures::StreamExt as _;
 use queue::{JobId, Priority};
-use sagas::stores::postgres::{
-    Postgres,
-    control::{Change, Changed, Selection},
-    dead_letters::DeadLetter,
-    inspect::{AttemptView, JobFilter, JobView, SagaView},
-    ledger::Cancel,
+use sagas::{
+    JobState,
+    stores::postgres::{
+        Postgres,
+        control::{Change, Changed, Selection},
+        dead_letters::DeadLetter,
+        inspect::{AttemptView, JobFilter, JobView, SagaView},
+        ledger::Cancel,
+    },
 };
 use serde::Serialize;
 use serde_json::json;
@@ -23,16 +26,13 @@ use crate::{
     output::{self, ago, between, fields, short, span, time},
 };
 
-/// States of a job, in the order in which people think of them.
-const STATES: [&str; 6] = ["waiting", "running", "succeeded", "cancelled", "dead", "parked"];
-
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// List jobs, newest first
     List {
         /// Only jobs in this state
-        #[arg(long, value_parser = STATES)]
-        state: Option<String>,
+        #[arg(long, value_parser = output::one_of(JobState::ALL, JobState::as_str))]
+        state: Option<JobState>,
         /// Only jobs of this kind
         #[arg(long)]
         kind: Option<String>,
@@ -147,11 +147,12 @@ fn job_table(jobs: &[JobView]) -> comfy_table::Table {
     let mut table = output::table(&heads);
     for job in jobs {
         let took = job.finished_at.and_then(|end| between(job.created_at, end));
-        let note = job.outcome.as_deref().filter(|o| *o != job.state).or(job.last_error.as_deref());
+        let note =
+            job.outcome.as_deref().filter(|outcome| job.state != *outcome).or(job.last_error.as_deref());
         table.add_row([
             job.id.into(),
             (&job.kind).into(),
-            output::state(&job.state),
+            output::state(job.state.as_str()),
             output::number(job.priority),
             (&job.tenant).into(),
             short(job.document.as_deref().unwrap_or_default(), 40).into(),
@@ -193,7 +194,10 @@ fn described(detail: &Detail) -> String {
     let mut out = fields(&[
         ("job", Some(job.id.to_string())),
         ("kind", Some(job.kind.clone())),
-        ("state", Some(job.outcome.as_ref().map_or(job.state.clone(), |o| format!("{} ({o})", job.state)))),
+        (
+            "state",
+            Some(job.outcome.as_ref().map_or(job.state.to_string(), |o| format!("{} ({o})", job.state))),
+        ),
         ("tenant", Some(job.tenant.clone())),
         ("queue", Some(format!("{} at priority {}", job.queue, job.priority))),
         (

@@ -6,6 +6,7 @@ mod timeline;
 use chrono::{DateTime, Utc};
 use queue::JobId;
 use sagas::{
+    RunState,
     standing::Standing,
     stores::postgres::{
         Postgres,
@@ -24,16 +25,13 @@ use crate::{
     times,
 };
 
-/// States of a saga's run.
-const STATES: [&str; 6] = ["running", "compensating", "finishing", "completed", "compensated", "parked"];
-
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// List runs, newest first
     List {
         /// Only runs in this state
-        #[arg(long, value_parser = STATES)]
-        state: Option<String>,
+        #[arg(long, value_parser = output::one_of(RunState::ALL, RunState::as_str))]
+        state: Option<RunState>,
         /// Only this tenant's runs
         #[arg(long)]
         tenant: Option<String>,
@@ -192,7 +190,7 @@ pub fn saga_table(sagas: &[SagaView]) -> comfy_table::Table {
             saga.id.into(),
             saga.job_id.into(),
             (&saga.kind).into(),
-            output::state(&saga.state),
+            output::state(saga.state.as_str()),
             output::number(saga.next_step),
             (&saga.tenant).into(),
             ago(saga.created_at).into(),

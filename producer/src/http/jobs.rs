@@ -9,11 +9,14 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use queue::{JobId, Priority, QueueName, TenantId};
-use sagas::stores::postgres::{
-    accept::{Idempotency, NewJob, Until},
-    control::{Change, Changed},
-    inspect::{JobFilter, JobView},
-    ledger::Cancel,
+use sagas::{
+    JobState,
+    stores::postgres::{
+        accept::{Idempotency, NewJob, Until},
+        control::{Change, Changed},
+        inspect::{JobFilter, JobView},
+        ledger::Cancel,
+    },
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -234,7 +237,8 @@ pub(super) async fn show(
 #[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
     /// `waiting`, `running`, `succeeded`, `cancelled`, `dead` or `parked`.
-    state: Option<String>,
+    #[param(value_type = Option<String>)]
+    state: Option<JobState>,
     /// Only of this kind.
     kind: Option<String>,
     /// Only jobs before this one: the last id of the page before.

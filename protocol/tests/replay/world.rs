@@ -129,6 +129,10 @@ impl World {
                 let envelope =
                     batch.envelopes.iter().find(|envelope| envelope.id == id).expect("to be relayed");
                 let outcome = self.push(envelope.clone()).await;
+                if matches!(self.place(job).await, Some(Place::Scheduled)) {
+                    self.queue().forget(&[(self.name(job), id)]).await.unwrap();
+                    self.push(envelope.clone()).await;
+                }
                 batch.done(&[id]).await.unwrap();
                 outcome
             }

@@ -109,7 +109,7 @@ impl Ledger {
     /// State and outcome of a job.
     pub async fn state(&self, id: JobId) -> (String, Option<String>) {
         let job = self.postgres.job(id, None).await.unwrap().expect("the job");
-        (job.state, job.outcome)
+        (job.state.to_string(), job.outcome)
     }
 
     pub async fn count(&self, sql: &'static str) -> i64 {

@@ -22,6 +22,7 @@ mod runs;
 mod stale_writes;
 mod steps;
 mod taking;
+mod transitions;
 #[cfg(feature = "faults")]
 mod unfenced;
 mod zombies;

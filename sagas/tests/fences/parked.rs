@@ -251,7 +251,7 @@ async fn runs_are_listed_by_what_is_asked_for_in_pages() {
     }
     ledger.ingested("e").await;
     let parked = SagaFilter {
-        state: Some("parked".to_owned()),
+        state: Some(sagas::RunState::Parked),
         kind: Some("ingest".to_owned()),
         limit: 2,
         ..SagaFilter::default()

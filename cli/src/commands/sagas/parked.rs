@@ -54,7 +54,7 @@ pub async fn resolve(id: Uuid, reason: &str, postgres: &Postgres, context: &Cont
 /// The parked run that an id means.
 async fn parked(id: Uuid, postgres: &Postgres) -> anyhow::Result<SagaView> {
     let (_, runs) = find(id, postgres).await?;
-    let states: Vec<String> = runs.iter().map(|run| run.saga.state.clone()).collect();
+    let states: Vec<String> = runs.iter().map(|run| run.saga.state.to_string()).collect();
     match runs.into_iter().find(|run| run.saga.state == "parked") {
         Some(run) => Ok(run.saga),
         None => Err(not_parked(id, &states.join(", ")).into()),

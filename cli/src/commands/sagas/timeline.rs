@@ -58,7 +58,13 @@ pub fn draw(job: &JobView, saga: &SagaView, steps: &[StepView], width: usize) ->
         }
     }
     if let Some(end) = end {
-        line(&mut text, name_width, &job.state, &scale.bar(end, end, '◆'), &format!("at {}", time(end)));
+        line(
+            &mut text,
+            name_width,
+            job.state.as_str(),
+            &scale.bar(end, end, '◆'),
+            &format!("at {}", time(end)),
+        );
     }
     if steps.is_empty() {
         writeln!(text, "  no step has ended yet").ok();
@@ -150,6 +156,8 @@ impl Scale {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use sagas::{JobState, RunState};
+
     use super::*;
 
     fn at(millis: i64) -> DateTime<Utc> {
@@ -177,7 +185,7 @@ mod tests {
             queue: "ingest".to_owned(),
             priority: 5,
             tenant: "default".to_owned(),
-            state: "dead".to_owned(),
+            state: JobState::Dead,
             outcome: None,
             result: None,
             document: Some("a.md".to_owned()),
@@ -210,7 +218,7 @@ mod tests {
             kind: "ingest".to_owned(),
             definition_version: 1,
             tenant: "default".to_owned(),
-            state: "compensated".to_owned(),
+            state: RunState::Compensated,
             next_step: 1,
             verdict: None,
             error: Some("vectors: refused".to_owned()),

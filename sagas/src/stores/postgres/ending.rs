@@ -19,6 +19,7 @@ use super::{Fence, Postgres, lock_alive, take::StepRecord};
 use crate::{
     coalescing::Batch,
     error::{Class, Dependency, StoreError},
+    state::JobState,
 };
 
 /// Why a job failed.
@@ -68,12 +69,12 @@ impl Verdict {
     }
 
     /// The job's state afterwards.
-    pub(super) fn state(&self) -> &'static str {
+    pub(super) fn state(&self) -> JobState {
         match self {
-            Self::Retry { .. } => "waiting",
-            Self::Dead { .. } => "dead",
-            Self::Cancelled => "cancelled",
-            Self::Superseded => "succeeded",
+            Self::Retry { .. } => JobState::Waiting,
+            Self::Dead { .. } => JobState::Dead,
+            Self::Cancelled => JobState::Cancelled,
+            Self::Superseded => JobState::Succeeded,
         }
     }
 
@@ -569,7 +570,7 @@ pub(super) async fn settle(
     .bind(items.iter().map(|item| item.run.fence.0).collect::<Vec<_>>())
     .bind(items.iter().map(|item| item.run.worker.to_string()).collect::<Vec<_>>())
     .bind(items.iter().map(|item| item.run.started_at).collect::<Vec<_>>())
-    .bind(items.iter().map(|item| item.verdict.state()).collect::<Vec<_>>())
+    .bind(items.iter().map(|item| item.verdict.state().as_str()).collect::<Vec<_>>())
     .bind(items.iter().map(|item| item.verdict.outcome()).collect::<Vec<_>>())
     .bind(retries.collect::<Vec<_>>())
     .bind(failures.iter().map(|f| f.map(|f| f.class.name())).collect::<Vec<_>>())

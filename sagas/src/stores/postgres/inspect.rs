@@ -8,7 +8,10 @@ use sqlx::FromRow;
 use uuid::Uuid;
 
 use super::Postgres;
-use crate::error::StoreError;
+use crate::{
+    error::StoreError,
+    state::{JobState, RunState},
+};
 
 /// A job as people see it.
 #[derive(Debug, Clone, PartialEq, Serialize, FromRow)]
@@ -23,8 +26,9 @@ pub struct JobView {
     pub priority: i16,
     /// Owner.
     pub tenant: String,
-    /// `waiting`, `running`, `succeeded`, `cancelled`, `dead` or `parked`.
-    pub state: String,
+    /// How it stands.
+    #[sqlx(try_from = "String")]
+    pub state: JobState,
     /// More on how it ended.
     pub outcome: Option<String>,
     /// What it returned. A sealed one is shown for single jobs only, and where its key is.
@@ -83,7 +87,7 @@ pub struct JobFilter {
     /// Only of this tenant.
     pub tenant: Option<String>,
     /// Only in this state.
-    pub state: Option<String>,
+    pub state: Option<JobState>,
     /// Only of this kind.
     pub kind: Option<String>,
     /// Only older ids: the last id of the page before.
@@ -122,8 +126,9 @@ pub struct SagaView {
     pub definition_version: i32,
     /// Owner.
     pub tenant: String,
-    /// `running`, `compensating`, `finishing`, `completed`, `compensated` or `parked`.
-    pub state: String,
+    /// How it stands.
+    #[sqlx(try_from = "String")]
+    pub state: RunState,
     /// First step not known to be done.
     pub next_step: i16,
     /// How the job ends after compensation.
@@ -149,7 +154,7 @@ const SAGA: &str = "SELECT id, job_id, kind, definition_version, tenant, state, 
 #[derive(Debug, Clone, Default)]
 pub struct SagaFilter {
     /// Only in this state.
-    pub state: Option<String>,
+    pub state: Option<RunState>,
     /// Only of this tenant.
     pub tenant: Option<String>,
     /// Only of this kind.
@@ -232,7 +237,7 @@ impl Postgres {
         );
         let mut jobs: Vec<JobView> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(&filter.tenant)
-            .bind(&filter.state)
+            .bind(filter.state.map(JobState::as_str))
             .bind(&filter.kind)
             .bind(filter.before)
             .bind(filter.limit)
@@ -287,7 +292,7 @@ impl Postgres {
              ORDER BY id DESC LIMIT $7"
         );
         Ok(sqlx::query_as(sqlx::AssertSqlSafe(sql))
-            .bind(&filter.state)
+            .bind(filter.state.map(RunState::as_str))
             .bind(&filter.tenant)
             .bind(&filter.kind)
             .bind(filter.since)

@@ -209,7 +209,7 @@ async fn end_job(
     };
     let ending = Ending { run, verdict, steps: vec![] };
     settle(connection, &[&ending], &HashSet::from([saga])).await?;
-    Ok(ending.verdict.state())
+    Ok(ending.verdict.state().as_str())
 }
 
 /// Why the job failed, and behind it why it could not be undone.

@@ -143,7 +143,7 @@ pub struct Tick {
 pub enum Ticked {
     /// So many jobs are in the ledger.
     Enqueued(usize),
-    /// The ledger refuses these jobs for good. The schedule has moved on, and says so.
+    /// The ledger refuses these jobs for good, or their queue takes none now. The schedule has moved on, and says so.
     Refused(String),
 }
 
@@ -165,22 +165,45 @@ impl Due {
         for tick in ticks {
             let jobs: Vec<NewJob> = tick.jobs.iter().map(|(_, job)| job.clone()).collect();
             let mut inner = self.tx.begin().await?;
-            let answer = match self.postgres.accept_in(&mut inner, &jobs, false).await {
-                Ok(replies) => {
-                    inner.commit().await?;
-                    Ticked::Enqueued(replies.iter().filter(|reply| matches!(reply, Accepted::New(_))).count())
+            let answer = if let Some(why) = refused(&mut inner, &jobs).await? {
+                inner.rollback().await?;
+                Ticked::Refused(why)
+            } else {
+                match self.postgres.accept_in(&mut inner, &jobs, false).await {
+                    Ok(replies) => {
+                        inner.commit().await?;
+                        let new = replies.iter().filter(|reply| matches!(reply, Accepted::New(_)));
+                        Ticked::Enqueued(new.count())
+                    }
+                    Err(error) if matches!(error.class, Class::Data) => {
+                        inner.rollback().await?;
+                        Ticked::Refused(error.message)
+                    }
+                    Err(error) => return Err(error),
                 }
-                Err(error) if matches!(error.class, Class::Data) => {
-                    inner.rollback().await?;
-                    Ticked::Refused(error.message)
-                }
-                Err(error) => return Err(error),
             };
             move_on(&mut self.tx, tick, &answer).await?;
             answers.push(answer);
         }
         self.tx.commit().await?;
         Ok(answers)
+    }
+}
+
+/// Why a schedule's jobs, which are all of one queue and tenant, are not taken: their queue drains, or as many wait as may.
+async fn refused(connection: &mut PgConnection, jobs: &[NewJob]) -> Result<Option<String>, sqlx::Error> {
+    let Some(job) = jobs.first() else { return Ok(None) };
+    let asked = sqlx::query("SELECT refuse_if_full($1, $2)")
+        .bind(job.queue.as_str())
+        .bind(job.tenant.as_str())
+        .execute(connection)
+        .await;
+    match asked {
+        Ok(_) => Ok(None),
+        Err(sqlx::Error::Database(error)) if matches!(error.code().as_deref(), Some("55000" | "53400")) => {
+            Ok(Some(error.message().to_owned()))
+        }
+        Err(error) => Err(error),
     }
 }
 
