@@ -95,6 +95,11 @@ fn between_two_jobs_of_a_tenant_every_other_tenant_of_its_priority_has_its_turn(
     });
 }
 
+/// The places of a priority in the order of age.
+fn ages_of(old: &[u8], priority: u8) -> impl Iterator<Item = usize> {
+    old.iter().enumerate().filter(move |(_, one)| **one == priority).map(|(age, _)| age)
+}
+
 #[test]
 fn an_old_job_of_low_priority_is_reached_in_so_many_claims_for_each_that_is_older() {
     // Priorities of old jobs in the order of their age, and how many jobs one claim takes.
@@ -103,7 +108,7 @@ fn an_old_job_of_low_priority_is_reached_in_so_many_claims_for_each_that_is_olde
         let mut ages = HashMap::new();
         // In eight claims the one that is oldest of all, and in 72 the oldest of each priority.
         let bound = |age: usize| {
-            let same = old[..age].iter().filter(|priority| **priority == old[age]).count();
+            let same = ages_of(&old, old[age]).take_while(|older| *older < age).count();
             (8 * (age + 1)).min(72 * (same + 1))
         };
         for (age, priority) in old.iter().enumerate() {

@@ -163,7 +163,7 @@ impl Stage {
     }
 
     /// Who ends the run that a take began.
-    fn run_of(&self, taken: &TakenJob) -> Run {
+    fn run_of(taken: &TakenJob) -> Run {
         Run {
             job_id: taken.id,
             fence: taken.fence,
@@ -447,7 +447,7 @@ async fn a_run_gets_its_row_with_whatever_is_first_said_of_it() {
     // A job that was given back before it ran has nothing to undo.
     let idle = stage.enqueue(|_| ()).await;
     let taken = stage.take(idle).await;
-    let run = Run { saga_id: None, ..stage.run_of(&taken) };
+    let run = Run { saga_id: None, ..Stage::run_of(&taken) };
     assert!(stage.postgres.release(&run, Duration::ZERO, false).await.unwrap());
     assert_eq!(stage.postgres.cancel(idle, None).await.unwrap(), Cancel::Cancelled);
     assert_eq!(stage.logged(idle).await, []);
@@ -457,7 +457,7 @@ async fn a_run_gets_its_row_with_whatever_is_first_said_of_it() {
 async fn protocol_14_a_cancel_sees_the_run_that_was_logged_while_it_waited_for_the_job() {
     let stage = Stage::repeatable_without_pivot(vec![]).await;
     let id = stage.enqueue(|_| ()).await;
-    let run = stage.run_of(&stage.take(id).await);
+    let run = Stage::run_of(&stage.take(id).await);
     // The run is put off, which writes its first row; the cancel is asked for before that is committed.
     let mut holder = stage.postgres.begin().await.unwrap();
     sqlx::query("SELECT FROM jobs WHERE id = $1 FOR NO KEY UPDATE")
@@ -485,7 +485,7 @@ async fn protocol_14_a_cancel_sees_the_run_that_was_logged_while_it_waited_for_t
 async fn protocol_06_a_success_that_comes_after_the_run_has_turned_back_is_refused() {
     let stage = Stage::repeatable_without_pivot(vec![]).await;
     let id = stage.enqueue(|_| ()).await;
-    let run = stage.run_of(&stage.take(id).await);
+    let run = Stage::run_of(&stage.take(id).await);
     let verdict = Verdict::Cancelled;
     let turned =
         stage.postgres.begin_compensation(&run, &verdict, "no answer in time", None, 2).await.unwrap();
