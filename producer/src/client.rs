@@ -220,11 +220,24 @@ impl Client {
         }
     }
 
-    /// Cancels a job, of `tenant` if given (PROTOCOL.md 14). A `fast` job is unknown until a worker claims it.
+    /// A job, of `tenant` if given, also one that is `fast` and not claimed yet. `None`: nobody knows it.
+    pub async fn job(&self, id: JobId, tenant: Option<&str>) -> Result<Option<JobView>, StoreError> {
+        let postgres = self.postgres();
+        let limit = postgres.call_timeout();
+        match within(limit, postgres.job(id, tenant)).await? {
+            None if self.settle_fast(id, tenant).await? => within(limit, postgres.job(id, tenant)).await,
+            job => Ok(job),
+        }
+    }
+
+    /// Cancels a job, of `tenant` if given (PROTOCOL.md 14).
     pub async fn cancel(&self, id: JobId, tenant: Option<&str>) -> Result<Cancel, StoreError> {
         let postgres = self.postgres();
         let limit = postgres.call_timeout() * 2;
-        let answer = within(limit, postgres.cancel(id, tenant)).await?;
+        let mut answer = within(limit, postgres.cancel(id, tenant)).await?;
+        if answer == Cancel::Unknown && self.settle_fast(id, tenant).await? {
+            answer = within(limit, postgres.cancel(id, tenant)).await?;
+        }
         if matches!(answer, Cancel::Cancelled | Cancel::Requested) {
             // Only for promptness: the take drops a cancelled job, and the reconciler finds one that is due.
             if let Err(error) = self.tell_queue(id, answer).await {
@@ -265,6 +278,11 @@ impl Client {
     /// The queue, unless it failed just now.
     pub(crate) fn open_queue(&self) -> Option<&Queue> {
         self.shared.acceptor.dispatch.open()
+    }
+
+    /// Remembers how a call to the queue went.
+    pub(crate) fn learn<T>(&self, answer: &Result<T, QueueError>) {
+        self.shared.acceptor.dispatch.learn(answer);
     }
 
     pub(crate) async fn admit(&self, job: &NewJob, durability: Durability) -> Result<(), EnqueueError> {
@@ -334,8 +352,13 @@ impl Client {
         check_signal(payload)?;
         let (postgres, retry_after) = (self.postgres(), self.settings().retry_after);
         let limit = postgres.call_timeout() * 2;
-        let sent = within(limit, postgres.signal(job, tenant, name, payload)).await;
-        sent.map_err(|error| refused(&error, retry_after))
+        let send = async || match within(limit, postgres.signal(job, tenant, name, payload)).await? {
+            Signalled::Unknown if self.settle_fast(job, tenant).await? => {
+                within(limit, postgres.signal(job, tenant, name, payload)).await
+            }
+            sent => Ok(sent),
+        };
+        send().await.map_err(|error: StoreError| refused(&error, retry_after))
     }
 
     /// Changes jobs that wait, of `tenant` if given: their priority, or when they run. Committed in the ledger first; Redis is
@@ -351,8 +374,17 @@ impl Client {
         }
         let (postgres, retry_after) = (self.postgres(), self.settings().retry_after);
         let limit = postgres.call_timeout() * 2;
-        let changed = within(limit, postgres.change_jobs(ids, tenant, change)).await;
-        let changed = changed.map_err(|error| refused(&error, retry_after))?;
+        let try_to = async || {
+            let mut changed = within(limit, postgres.change_jobs(ids, tenant, change)).await?;
+            for (id, changed) in ids.iter().zip(&mut changed) {
+                if *changed == Changed::Unknown && self.settle_fast(*id, tenant).await? {
+                    let again = within(limit, postgres.change_jobs(&[*id], tenant, change)).await?;
+                    *changed = again.first().copied().unwrap_or(Changed::Unknown);
+                }
+            }
+            Ok(changed)
+        };
+        let changed = try_to().await.map_err(|error: StoreError| refused(&error, retry_after))?;
         let done: Vec<JobId> =
             ids.iter().zip(&changed).filter(|(_, c)| **c == Changed::Done).map(|(id, _)| *id).collect();
         let dispatch = &self.shared.acceptor.dispatch;

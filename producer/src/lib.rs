@@ -9,6 +9,7 @@ mod collector;
 pub mod cron;
 mod dispatch;
 pub mod error;
+mod fast;
 pub mod http;
 pub mod maintain;
 mod pacing;

@@ -3,7 +3,7 @@
 use std::{collections::HashSet, hash::Hash};
 
 use metrics::gauge;
-use queue::{Queue, QueueError};
+use queue::{Queue, QueueError, QueueName, QueueStats};
 use sagas::{
     StoreError,
     audit::FindingKind,
@@ -20,6 +20,8 @@ pub(crate) struct Stats {
     postgres: Postgres,
     queue: Queue,
     settings: MaintainSettings,
+    /// Queues with gauges: of one that nobody has used for a week they must go to 0.
+    queues: HashSet<QueueName>,
     /// Kinds and classes with a gauge: one whose last dead letter was dealt with must go to 0.
     dead: HashSet<(String, String)>,
     /// Queues and classes of tenants with a gauge, likewise.
@@ -28,7 +30,8 @@ pub(crate) struct Stats {
 
 impl Stats {
     pub fn new(postgres: Postgres, queue: Queue, settings: MaintainSettings) -> Self {
-        Self { postgres, queue, settings, dead: HashSet::new(), classes: HashSet::new() }
+        let (queues, dead, classes) = (HashSet::new(), HashSet::new(), HashSet::new());
+        Self { postgres, queue, settings, queues, dead, classes }
     }
 
     /// Runs until `shutdown`. While a store is down its gauges keep their last values.
@@ -49,23 +52,15 @@ impl Stats {
         }
     }
 
-    async fn queues(&self) -> Result<(), QueueError> {
+    async fn queues(&mut self) -> Result<(), QueueError> {
         // Those served by this process even before anything is known of them, and all that somebody pushes to or serves.
-        let mut names = self.queue.queues().await?;
-        names.extend(self.settings.queues.iter().cloned());
-        names.sort();
-        names.dedup();
-        for name in &names {
-            let stats = self.queue.stats(name).await?;
-            for (priority, level) in stats.by_priority.iter().enumerate() {
-                let labels = [("queue", name.to_string()), ("priority", priority.to_string())];
-                gauge!("queue_depth", &labels).set(level.depth as f64);
-                gauge!("queue_oldest_age_seconds", &labels).set(level.oldest_ms.unwrap_or(0) as f64 / 1000.0);
-            }
-            gauge!("queue_in_flight", "queue" => name.to_string()).set(stats.in_flight as f64);
-            gauge!("queue_scheduled", "queue" => name.to_string()).set(stats.scheduled as f64);
-            gauge!("queue_paused", "queue" => name.to_string()).set(f64::from(u8::from(stats.paused)));
-            gauge!("queue_blocked_tenants", "queue" => name.to_string()).set(stats.blocked_tenants as f64);
+        let names: HashSet<QueueName> =
+            self.queue.queues().await?.into_iter().chain(self.settings.queues.iter().cloned()).collect();
+        for name in gone(&mut self.queues, names) {
+            set_queue_gauges(&name, &QueueStats::default());
+        }
+        for name in &self.queues {
+            set_queue_gauges(name, &self.queue.stats(name).await?);
         }
         Ok(())
     }
@@ -111,6 +106,18 @@ impl Stats {
 fn gone<K: Eq + Hash>(shown: &mut HashSet<K>, now: HashSet<K>) -> Vec<K> {
     let before = std::mem::replace(shown, now);
     before.into_iter().filter(|place| !shown.contains(place)).collect()
+}
+
+fn set_queue_gauges(name: &QueueName, stats: &QueueStats) {
+    for (priority, level) in stats.by_priority.iter().enumerate() {
+        let labels = [("queue", name.to_string()), ("priority", priority.to_string())];
+        gauge!("queue_depth", &labels).set(level.depth as f64);
+        gauge!("queue_oldest_age_seconds", &labels).set(level.oldest_ms.unwrap_or(0) as f64 / 1000.0);
+    }
+    gauge!("queue_in_flight", "queue" => name.to_string()).set(stats.in_flight as f64);
+    gauge!("queue_scheduled", "queue" => name.to_string()).set(stats.scheduled as f64);
+    gauge!("queue_paused", "queue" => name.to_string()).set(f64::from(u8::from(stats.paused)));
+    gauge!("queue_blocked_tenants", "queue" => name.to_string()).set(stats.blocked_tenants as f64);
 }
 
 fn set_class_gauges(count: &ClassCount) {

@@ -5,8 +5,10 @@ mod support;
 
 use std::time::Duration;
 
-use producer::{Cancel, Client, ClientSettings, Durability, EnqueueError, WaitError, new_job};
-use queue::JobId;
+use producer::{
+    Cancel, Change, Changed, Client, ClientSettings, Durability, EnqueueError, WaitError, new_job,
+};
+use queue::{JobId, Priority};
 use sagas::JobState;
 use serde_json::json;
 use support::{Stage, eventually, ids, ids_of, ingest, report, tenant, with_key};
@@ -205,6 +207,39 @@ async fn a_fast_job_is_in_redis_alone_and_carries_all_of_itself() {
     let carried = serde_json::from_value(claims[0].envelope.fast.clone().unwrap()).unwrap();
     stage.postgres.admit_fast(&[carried]).await.unwrap();
     assert_eq!(stage.rows().await, 1);
+}
+
+#[tokio::test]
+async fn a_fast_job_that_waits_is_seen_changed_and_cancelled_as_any_other() {
+    let stage = Stage::new().await;
+    let mut seen = vec![];
+    for document in ["a", "b"] {
+        seen.push(stage.client.enqueue(ingest(document, "one"), Durability::Fast).await.unwrap().id);
+    }
+    assert_eq!(stage.rows().await, 0);
+    let (cancelled, moved) = (seen[0], seen[1]);
+    assert!(stage.client.job(cancelled, Some("other")).await.unwrap().is_none());
+    assert_eq!(stage.client.cancel(cancelled, Some("other")).await.unwrap(), Cancel::Unknown);
+    assert_eq!(stage.rows().await, 0, "nobody else's");
+    let job = stage.client.job(cancelled, Some("acme")).await.unwrap().unwrap();
+    assert_eq!((job.state, job.document.as_deref()), (JobState::Waiting, Some("a")));
+    assert_eq!(stage.client.cancel(cancelled, None).await.unwrap(), Cancel::Cancelled);
+    let change = Change { priority: Some(Priority::HIGHEST), run_at: None };
+    assert_eq!(
+        stage.client.change(&[moved, JobId::new()], None, change).await.unwrap(),
+        [Changed::Done, Changed::Unknown]
+    );
+
+    let claims = stage.claim("ingest", 10).await;
+    assert_eq!(
+        claims.iter().map(|claim| (claim.envelope.id, claim.envelope.priority)).collect::<Vec<_>>(),
+        [(moved, Priority::HIGHEST)]
+    );
+    // The worker that claims it brings its record along, which the ledger has by now.
+    let carried = serde_json::from_value(claims[0].envelope.fast.clone().unwrap()).unwrap();
+    stage.postgres.admit_fast(&[carried]).await.unwrap();
+    assert_eq!(stage.rows().await, 2);
+    assert_eq!(stage.client.job(moved, None).await.unwrap().unwrap().priority, 9);
 }
 
 #[tokio::test]

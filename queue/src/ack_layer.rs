@@ -21,6 +21,7 @@ use tower::{Layer, Service, ServiceExt};
 
 use crate::{
     acker::{Acker, Done},
+    cancels::Cancels,
     claimer::Job,
     ids::JobId,
     lease::{Lease, LeaseLost},
@@ -41,7 +42,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// `Ok` ends the job with the response as its result. `Err` is a charged failure: the job is tried again after
 /// [`Retries::wait`], or after the time in a [`RetryAfterError`], until its attempts are used up; after [`AbortError`] it
 /// is not tried again. A handler whose lease is lost is dropped at once; one that outlives the job's timeout, too, which
-/// is a charged failure. An outage of the ledger is waited out and charged to nobody.
+/// is a charged failure. An outage of the ledger is waited out and charged to nobody. When a person cancels the job while it
+/// runs, the handler hears of it by [`Job::cancelled`]; if it then fails, the job has ended as cancelled.
 ///
 /// Without a ledger ([`AckLayer::new`]) the same holds, but Redis alone counts, a lost lease may mean that a job runs
 /// twice, and a job that is not tried again is logged and dropped.
@@ -55,6 +57,7 @@ pub struct AckLayer<L = NoLedger> {
     retries: Retries,
     /// Held shared by every job, and exclusively by one that may kill the process.
     company: Arc<RwLock<()>>,
+    cancels: Cancels,
 }
 
 impl AckLayer {
@@ -67,7 +70,13 @@ impl AckLayer {
 impl<L: Ledger> AckLayer<L> {
     /// Over a ledger.
     pub fn over(ledger: L, acker: Acker) -> Self {
-        Self { acker, ledger, retries: Retries::default(), company: Arc::default() }
+        Self {
+            acker,
+            ledger,
+            retries: Retries::default(),
+            company: Arc::default(),
+            cancels: Cancels::default(),
+        }
     }
 
     /// Sets when failed jobs are tried again.
@@ -189,6 +198,9 @@ impl<L: Ledger> AckLayer<L> {
         // The payload goes to the handler; what stays here is cheap to copy.
         let payload = std::mem::take(&mut grant.payload);
         task.args.grant = Some(Grant { payload, ..grant.clone() });
+        let watched = L::COUNTS.then(|| self.cancels.watch(id, grant.fence, &self.ledger));
+        task.args.cancel = watched.as_ref().map(|watched| watched.token.clone());
+        let is_cancelled = || watched.as_ref().is_some_and(|watched| watched.token.is_cancelled());
         let limit = grant.timeout;
         let inner = async {
             match limit {
@@ -213,7 +225,7 @@ impl<L: Ledger> AckLayer<L> {
             },
             Ok(Err(error)) => {
                 let error: BoxDynError = error.into();
-                if let Some(Snooze(time)) = error.downcast_ref() {
+                if let Some(Snooze(time)) = error.downcast_ref().filter(|_| !is_cancelled()) {
                     let done = self.end(&lease, &grant, End::Released(*time)).await?;
                     self.acker.done(&lease, done).await;
                     return Err(error);
@@ -226,6 +238,8 @@ impl<L: Ledger> AckLayer<L> {
                 Err(late.into()),
             ),
         };
+        // Not tried again, whatever it failed of.
+        let end = if result.is_err() && is_cancelled() { End::Cancelled } else { end };
         let done = self.end(&lease, &grant, end).await?;
         self.acker.done(&lease, done).await;
         result

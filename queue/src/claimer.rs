@@ -52,9 +52,25 @@ pub struct Job {
     pub grant: Option<Grant>,
     /// One of the claimer's slots.
     pub slot: OwnedSemaphorePermit,
+    /// Cancelled when a person wants the job's end; set by [`AckLayer`](crate::AckLayer) where a ledger knows.
+    pub(crate) cancel: Option<CancellationToken>,
 }
 
 impl Job {
+    /// Ends when a person wants the job's end, about a second after it was asked for; never without a ledger. A handler that
+    /// stops for it returns an error, and the job ends as cancelled, uncharged. One that does not look goes on to its end.
+    pub async fn cancelled(&self) {
+        match &self.cancel {
+            Some(token) => token.cancelled().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Whether a person wants the job's end; see [`cancelled`](Self::cancelled).
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.as_ref().is_some_and(CancellationToken::is_cancelled)
+    }
+
     /// The request, read as `T`: the ledger's where there is one, else the envelope's `fast` record.
     pub fn payload<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         let payload = self.grant.as_ref().map(|grant| &grant.payload).or(self.envelope.fast.as_ref());
@@ -274,7 +290,7 @@ impl Claiming {
                         continue;
                     };
                     let envelope = Arc::clone(&claim.envelope);
-                    jobs.push(Job { envelope, lease, grant: None, slot });
+                    jobs.push(Job { envelope, lease, grant: None, slot, cancel: None });
                 }
                 if !jobs.is_empty() {
                     self.jobs.give(jobs);

@@ -27,6 +27,9 @@ pub trait Ledger: Clone + Send + Sync + 'static {
     /// (PROTOCOL.md 13). `false`: the fence refused.
     fn alone(&self, job: JobId, grant: &Grant) -> impl Future<Output = Result<bool, LedgerError>> + Send;
 
+    /// Which of these jobs, which run here, a person wants to end. Asked about once a second while any run.
+    fn wanted_to_end(&self, jobs: &[JobId]) -> impl Future<Output = Result<Vec<JobId>, LedgerError>> + Send;
+
     /// Records how the delivery ended. `false`: the fence refused, and nothing was written. May be repeated: a second
     /// call with the same end answers as the first did.
     fn end(
@@ -141,6 +144,10 @@ impl Ledger for NoLedger {
             lost_alone: envelope.lost,
             cancelled: false,
         }))
+    }
+
+    async fn wanted_to_end(&self, _: &[JobId]) -> Result<Vec<JobId>, LedgerError> {
+        Ok(vec![])
     }
 
     async fn alone(&self, _: JobId, _: &Grant) -> Result<bool, LedgerError> {

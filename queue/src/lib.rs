@@ -6,6 +6,7 @@ pub mod address;
 pub mod backend;
 pub mod board;
 pub mod breakers;
+mod cancels;
 pub mod claimer;
 pub mod config;
 pub mod dial;

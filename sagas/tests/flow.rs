@@ -777,6 +777,32 @@ async fn a_compensation_is_tried_again_when_a_store_asked_for_it() {
 }
 
 #[tokio::test]
+async fn a_compensation_that_is_always_asked_to_come_later_is_parked_in_the_end() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let undo: Act = Arc::new(|_, _| {
+        async { Err(StepError::rate_limited("busy", "not now", Duration::from_secs(600))) }.boxed()
+    });
+    let first = Do { undo, ..Do::fine(&log, "first") };
+    let fails = Do::new(&log, "fails", |_, _| async { Err(StepError::permanent("no", "no")) }.boxed());
+    let engine = stage.saga(vec![first.boxed(), fails.boxed()]);
+    let id = stage.enqueue().await;
+    for _ in 1..RetryPolicy::PATIENT.tries {
+        assert_eq!(stage.deliver(&engine, id).await, Ended::Release(Duration::from_secs(600)));
+        sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1")
+            .bind(id.0)
+            .execute(stage.postgres.pool())
+            .await
+            .unwrap();
+    }
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.state, "parked");
+    let failed = stage.steps(id).await.into_iter().filter(|(name, way, state)| {
+        (name.as_str(), way.as_str(), state.as_str()) == ("first", "compensate", "failed")
+    });
+    assert_eq!(failed.count(), RetryPolicy::PATIENT.tries, "each is in the log");
+}
+
+#[tokio::test]
 async fn a_signal_is_sealed_like_a_payload() {
     let stage = Stage::new().await;
     let keys = Keyring::parse(&format!("k1:{}", new_key())).unwrap();

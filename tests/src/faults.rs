@@ -76,6 +76,12 @@ pub struct Place {
 }
 
 impl Place {
+    /// Whether a person must have had the run go on before it gets there: of a run that is stuck, that is so for all that a run
+    /// on its way back doesn't come by anyway, but for its being parked.
+    pub fn is_after_a_retry(&self) -> bool {
+        matches!(self.way, Way::Stuck(..)) && self.point != "engine.park.inside"
+    }
+
     /// Whether it is inside a call to a store: then a hang there ends with the call.
     pub fn in_a_call(&self) -> bool {
         [".call", ".undo", ".inside"].iter().any(|part| self.point.contains(part))

@@ -137,15 +137,20 @@ impl Fleet {
         .await;
     }
 
-    /// Waits for the end of a job that comes this way, as a person does where it is stuck: who has it go on once the cause is
-    /// mended. Fails unless its effect is there exactly once, or not at all.
+    /// Waits until the job is parked, and has its run go on, as a person does once the cause is mended.
+    pub async fn retry_parked(&self, job: JobId) {
+        assert_eq!(self.ended(job).await, "parked", "{}", self.describe(job).await);
+        let runs = self.postgres.sagas_of(job).await.expect("the runs");
+        let parked = runs.iter().find(|run| run.state == "parked").expect("a parked run");
+        let retried = self.postgres.retry_parked(parked.id, "tester").await.expect("a retry");
+        assert!(matches!(retried, Handled::Done(..)), "{retried:?}");
+    }
+
+    /// Waits for the end of a job that comes this way, with a person's help where it is stuck. Fails unless its effect is there
+    /// exactly once, or not at all.
     pub async fn comes_to_its_end(&self, subject: &Subject, job: JobId, way: &Way) {
         if matches!(way, Way::Stuck(..)) {
-            assert_eq!(self.ended(job).await, "parked", "{}", self.describe(job).await);
-            let runs = self.postgres.sagas_of(job).await.expect("the runs");
-            let parked = runs.iter().find(|run| run.state == "parked").expect("a parked run");
-            let retried = self.postgres.retry_parked(parked.id, "tester").await.expect("a retry");
-            assert!(matches!(retried, Handled::Done(..)), "{retried:?}");
+            self.retry_parked(job).await;
         }
         self.assert_outcome(subject, job, way.outcome()).await;
     }

@@ -108,8 +108,27 @@ impl Case {
 
     /// What arms the point, and makes the saga come by it.
     fn spec(&self, action: &str) -> String {
-        // Where it is stuck, the first time doesn't get into the log.
-        format!("{}={action};{}", self.place.point, self.place.way.spec(FOR_GOOD, "permanent*2"))
+        // Where it is being parked when it is met with trouble, the first time doesn't get into the log.
+        let stuck = if self.place.is_after_a_retry() { "permanent" } else { "permanent*2" };
+        format!("{}={action};{}", self.place.point, self.place.way.spec(FOR_GOOD, stuck))
+    }
+
+    /// Enqueues the job, and helps it to get to the point.
+    async fn begin(&self, fleet: &Fleet) -> JobId {
+        let job = fleet.begin(&self.subject).await;
+        if self.place.is_after_a_retry() {
+            fleet.retry_parked(job).await;
+        }
+        job
+    }
+
+    /// Waits for the job's end after the trouble.
+    async fn comes_to_its_end(&self, fleet: &Fleet, job: JobId) {
+        if self.place.is_after_a_retry() {
+            fleet.assert_outcome(&self.subject, job, Outcome::Dead).await;
+        } else {
+            fleet.comes_to_its_end(&self.subject, job, &self.place.way).await;
+        }
     }
 
     /// The worker that comes by the point.
@@ -133,11 +152,11 @@ impl Case {
         let faults = fleet.faults(&format!("case-{no}"), self.spec("kill"));
         let queue = self.subject.queue.as_str();
         let first = self.first(fleet).armed(&faults).start();
-        let job = fleet.begin(&self.subject).await;
+        let job = self.begin(fleet).await;
         first.killed().await;
         assert_eq!(faults.fired(&self.place.point), 1);
         let second = fleet.worker().queues(&[queue]).armed(&faults).start();
-        fleet.comes_to_its_end(&self.subject, job, &self.place.way).await;
+        self.comes_to_its_end(fleet, job).await;
         let lost = fleet.postgres.job(job, None).await.unwrap().unwrap().lost_deliveries;
         assert!(lost <= 1, "{}", fleet.describe(job).await);
         fleet.let_go(queue, job).await;
@@ -151,13 +170,13 @@ impl Case {
         let faults = fleet.faults(&format!("case-{no}"), self.spec(action));
         let queue = self.subject.queue.as_str();
         let mut worker = self.first(fleet).armed(&faults).start();
-        let job = fleet.begin(&self.subject).await;
+        let job = self.begin(fleet).await;
         if self.place.way == Way::GivenBack {
             fleet.given_back(job).await;
             assert!(worker.terminate().await.success(), "{}", worker.tail());
             worker = fleet.worker().queues(&[queue]).armed(&faults).start();
         }
-        fleet.comes_to_its_end(&self.subject, job, &self.place.way).await;
+        self.comes_to_its_end(fleet, job).await;
         assert_eq!(faults.fired(&self.place.point), 1, "{}", worker.tail());
         fleet.let_go(queue, job).await;
         worker.kill9().await;
@@ -176,7 +195,7 @@ impl Case {
         let stops = format!("{}=stop;{fails}", self.place.point);
         let stops = fleet.faults(&format!("case-{no}"), stops);
         let zombie = self.first(fleet).concurrency(1).armed(&stops).start();
-        let job = fleet.begin(&self.subject).await;
+        let job = self.begin(fleet).await;
         wait_until("the fault point acts", LONG, async || match stops.fired(&self.place.point) {
             1 => Ok(()),
             _ => Err(format!("{}\n{}", fleet.describe(job).await, zombie.tail())),

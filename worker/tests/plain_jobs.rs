@@ -109,6 +109,19 @@ async fn handle(job: Job, runs: Data<Runs>) -> Result<Value, BoxDynError> {
         "large" => Ok(json!("x".repeat(65_535))),
         "hopeless" => Err(AbortError::new("no such report").into()),
         "slow" => std::future::pending().await,
+        "stops" => {
+            job.cancelled().await;
+            assert!(job.is_cancelled());
+            Err("stopped".into())
+        }
+        "goes on" => {
+            job.cancelled().await;
+            Ok(json!("to its end"))
+        }
+        "puts off" => {
+            job.cancelled().await;
+            Err(Snooze(Duration::from_hours(1)).into())
+        }
         _ => Ok(json!({ "doubled": job.payload::<Value>()?["n"].as_i64().unwrap() * 2 })),
     }
 }
@@ -192,6 +205,28 @@ async fn plain_jobs_end_in_the_ledger_as_their_handlers_say() {
         }
         assert!(begun.elapsed() < DEADLINE, "{stats:?}");
         tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_handler_hears_of_a_cancel_and_decides_what_comes_of_it() {
+    let stage = Stage::new().await;
+    let mut ids = vec![];
+    for kind in ["stops", "goes on", "puts off"] {
+        ids.push(stage.enqueue(kind, |_| ()).await);
+    }
+    let (runs, _worker) = worker(&stage);
+    let begun = Instant::now();
+    while runs.0.lock().unwrap().len() < ids.len() {
+        assert!(begun.elapsed() < DEADLINE, "they don't run");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for id in &ids {
+        assert_eq!(stage.postgres.cancel(*id, None).await.unwrap(), Cancel::Requested);
+    }
+    for (id, state) in ids.into_iter().zip(["cancelled", "succeeded", "cancelled"]) {
+        let job = stage.ended(id).await;
+        assert_eq!((job.state.as_str(), job.attempts, job.deliveries), (state, 0, 1));
     }
 }
 

@@ -123,7 +123,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             context.out.data(&jobs, || output::rows(&job_table(&jobs), "no such jobs"))?;
             Ok(Ending::Fine)
         }
-        Command::Show { id } => show(id, &postgres, context).await,
+        Command::Show { id } => show(id, context).await,
         Command::Cancel { which, bound } => cancel(&which, bound, context).await,
         Command::Reprioritise { which, bound, priority } => {
             let priority = Some(Priority::try_from(priority)?);
@@ -175,8 +175,10 @@ struct Detail {
     dead_letter: Option<DeadLetter>,
 }
 
-async fn show(id: Uuid, postgres: &Postgres, context: &Context) -> Outcome {
-    let Some(job) = postgres.job(JobId(id), None).await? else { return Err(unknown(id).into()) };
+async fn show(id: Uuid, context: &Context) -> Outcome {
+    let client = super::enqueue::client(context).await?;
+    let postgres = client.postgres();
+    let Some(job) = client.job(JobId(id), None).await? else { return Err(unknown(id).into()) };
     let detail = Detail {
         failures: postgres.attempts(JobId(id)).await?,
         sagas: postgres.sagas_of(JobId(id)).await?,

@@ -27,7 +27,7 @@ use crate::{
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// List runs, newest first
+    /// List runs, newest first; the first run of a job is as old as the job
     List {
         /// Only runs in this state
         #[arg(long, value_parser = output::one_of(RunState::ALL, RunState::as_str))]

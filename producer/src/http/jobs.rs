@@ -221,7 +221,7 @@ pub(super) async fn show(
     Named(id): Named,
 ) -> Result<Json<JobBody>, ApiError> {
     let (id, postgres) = (job_id(&id)?, api.client.postgres());
-    let job = postgres.job(id, Some(tenant.as_str())).await?.ok_or_else(unknown)?;
+    let job = api.client.job(id, Some(tenant.as_str())).await?.ok_or_else(unknown)?;
     let attempts_made = postgres.attempts(id).await?;
     let mut sagas = vec![];
     for saga in postgres.sagas_of(id).await? {

@@ -25,7 +25,7 @@ pub struct RetryPolicy {
 impl RetryPolicy {
     /// A step's forward tries: quick, because the job itself has further attempts.
     pub const FORWARD: Self =
-        Self { tries: 3, base: Duration::from_millis(100), cap: Duration::from_secs(2) };
+        Self { tries: 3, base: Duration::from_millis(200), cap: Duration::from_secs(2) };
     /// A compensation's tries: patient, because after them a person is needed.
     pub const PATIENT: Self =
         Self { tries: 20, base: Duration::from_millis(200), cap: Duration::from_secs(30) };

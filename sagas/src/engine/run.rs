@@ -24,6 +24,7 @@ use crate::{
     stores::postgres::{
         compensation::{Turn, Turning},
         ending::{Completed, Completion, Ending, Failure, Parking, Run, Verdict},
+        inspect::StepView,
         stage::NewSaga,
         take::{OpenSaga, StepRecord},
     },
@@ -616,7 +617,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         let span = tracing::info_span!("compensate", step = undo.name(), saga = self.saga.kind());
         let started_at = Utc::now();
         let mut waits = RetryPolicy::PATIENT.waits();
-        let mut attempts = 0;
+        let (mut attempts, mut put_off) = (0, None);
         let outcome = loop {
             attempts += 1;
             let tried =
@@ -627,10 +628,11 @@ impl<'a, S: Saga> Drive<'a, S> {
                 break Err(error);
             };
             tracing::warn!(step = undo.name(), attempts, %error, "compensation failed; trying again");
-            // For longer than a try waits here, the job waits without its slot: whoever asks for time can be undone then.
+            // For longer than a try waits here the job waits without its slot, but not for ever.
             let wish = error.retry_after().unwrap_or_default();
             if wish > RetryPolicy::PATIENT.cap {
-                break Err(StepError::Snooze(wish));
+                put_off = self.may_put_off(undo.name()).await.then_some(wish);
+                break Err(error);
             }
             if let Err(ended) = ctx.pause(wait.max(wish)).await {
                 break Err(ended);
@@ -649,7 +651,26 @@ impl<'a, S: Saga> Drive<'a, S> {
             ended_at: Utc::now(),
             error: outcome.as_ref().err().map(ToString::to_string),
         });
-        outcome
+        put_off.map_or(outcome, |wish| Err(StepError::Snooze(wish)))
+    }
+
+    /// Whether a compensation that a store asks to come again later may: in as many deliveries as it has tries in one. The log
+    /// has those that failed.
+    async fn may_put_off(&self, step: &str) -> bool {
+        let postgres = &self.engine.postgres;
+        match postgres.in_time(postgres.steps(self.ctx.saga_id)).await {
+            Ok(steps) => {
+                let failed = |at: &StepView| {
+                    at.step_name == step && at.direction == "compensate" && at.state == "failed"
+                };
+                steps.into_iter().filter(failed).count() + 1 < RetryPolicy::PATIENT.tries
+            }
+            // Nothing can be parked now, either.
+            Err(error) => {
+                tracing::warn!(%error, step, "the log can't be read; the compensation comes again later");
+                true
+            }
+        }
     }
 
     async fn undo_once(

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use queue::JobId;
+use queue::{Envelope, JobId, Priority};
 use sagas::stores::postgres::accept::{Accepted, Idempotency, NewJob, Until};
 use serde_json::json;
 
@@ -39,7 +39,7 @@ async fn protocol_18_two_relays_never_take_the_same_jobs_and_neither_waits() {
     ledger.postgres.accept(&jobs, false).await.unwrap();
     let one = ledger.postgres.undispatched(6, &[]).await.unwrap();
     let two = ledger.postgres.undispatched(6, &[]).await.unwrap();
-    let ids = |batch: &[queue::Envelope]| batch.iter().map(|e| e.id).collect::<BTreeSet<JobId>>();
+    let ids = |batch: &[Envelope]| batch.iter().map(|e| e.id).collect::<BTreeSet<JobId>>();
     let (one_ids, two_ids) = (ids(&one.envelopes), ids(&two.envelopes));
     assert_eq!((one_ids.len(), two_ids.len()), (6, 4));
     assert!(one_ids.is_disjoint(&two_ids));
@@ -128,4 +128,38 @@ async fn protocol_20_accepting_again_after_an_unknown_outcome_accepts_nothing_tw
     let before = ledger.snapshot().await;
     assert_eq!(ledger.postgres.accept(&jobs, false).await.unwrap(), first);
     assert_eq!(ledger.snapshot().await, before);
+}
+
+#[tokio::test]
+async fn the_relay_takes_urgent_jobs_first_and_a_few_of_each_priority() {
+    let ledger = Ledger::start().await;
+    let of = |priority: u8, count: usize| -> Vec<_> {
+        let one = || NewJob {
+            priority: Priority::try_from(i64::from(priority)).unwrap(),
+            ..job("report", json!({}))
+        };
+        (0..count).map(|_| one()).collect()
+    };
+    // A large batch, then what is more urgent, then another large one.
+    for jobs in [of(3, 200), of(9, 2), of(5, 200), of(0, 1)] {
+        ledger.postgres.accept(&jobs, false).await.unwrap();
+    }
+    let counted = |batch: &[Envelope]| {
+        [9, 5, 3, 0].map(|priority| batch.iter().filter(|e| e.priority.get() == priority).count())
+    };
+    let one = ledger.postgres.undispatched(100, &[]).await.unwrap();
+    assert_eq!(counted(&one.envelopes), [2, 92, 5, 1]);
+    // Another relay meanwhile takes others.
+    let two = ledger.postgres.undispatched(100, &[]).await.unwrap();
+    assert_eq!(counted(&two.envelopes), [0, 95, 5, 0]);
+    let mut seen: Vec<_> = one.envelopes.iter().chain(&two.envelopes).map(|e| e.id).collect();
+    seen.sort();
+    seen.dedup();
+    assert_eq!(seen.len(), 200);
+    let (done, others): (Vec<_>, Vec<_>) =
+        (one.envelopes.iter().map(|e| e.id).collect(), two.envelopes.iter().map(|e| e.id).collect());
+    one.done(&done).await.unwrap();
+    two.done(&others).await.unwrap();
+    let rest = ledger.postgres.undispatched(1000, &[]).await.unwrap();
+    assert_eq!(counted(&rest.envelopes), [0, 13, 190, 0]);
 }

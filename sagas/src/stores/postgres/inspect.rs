@@ -150,7 +150,7 @@ pub struct SagaView {
 const SAGA: &str = "SELECT id, job_id, kind, definition_version, tenant, state, next_step, verdict, error, created_at, finished_at,
        resolved_at, resolved_by, resolution FROM saga_runs";
 
-/// Which saga runs to list; newest first.
+/// Which saga runs to list; newest first, where the first run of a job may be as old as the job.
 #[derive(Debug, Clone, Default)]
 pub struct SagaFilter {
     /// Only in this state.

@@ -104,6 +104,12 @@ impl Ledger for PlainLedger {
         self.postgres.mark_alone(job, Fence(grant.fence)).await.map_err(ledger_error)
     }
 
+    async fn wanted_to_end(&self, jobs: &[JobId]) -> Result<Vec<JobId>, LedgerError> {
+        let jobs: Vec<_> = jobs.iter().map(|id| id.0).collect();
+        let asked = self.postgres.in_time(self.postgres.cancel_requests(&jobs));
+        asked.await.map_err(ledger_error)
+    }
+
     async fn end(&self, job: JobId, grant: &Grant, end: &End) -> Result<bool, LedgerError> {
         let run = Run {
             job_id: job,

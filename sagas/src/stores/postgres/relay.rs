@@ -32,16 +32,28 @@ pub(super) const ENVELOPE: &str =
     "id, kind, queue, priority, tenant, traceparent, tracestate, created_at, run_at, run_at > now() AS later";
 
 impl Postgres {
-    /// The oldest undispatched jobs, at most `limit`, without those of the queues in `full`: their jobs, however many,
-    /// must not hold up the others.
+    /// Undispatched jobs, at most `limit`, without those of the queues in `full`: their jobs, however many, must not hold up the
+    /// others. The highest priority comes first, and of one priority the oldest; but each priority has a twentieth for itself,
+    /// so that none waits for all of another.
     pub async fn undispatched(&self, limit: i64, full: &[String]) -> Result<Batch, StoreError> {
         let mut tx = self.begin().await?;
         let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
-            "SELECT {ENVELOPE} FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting' AND queue <> ALL ($2)
-             ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED"
+            "WITH of_each AS MATERIALIZED (
+                 SELECT j.id FROM generate_series(0, 9) AS p (priority), LATERAL (
+                     SELECT id FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting' AND queue <> ALL ($2)
+                       AND priority = p.priority::smallint
+                     ORDER BY created_at LIMIT $3 FOR UPDATE SKIP LOCKED) AS j
+                 LIMIT $1
+             ), highest AS MATERIALIZED (
+                 SELECT id FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting' AND queue <> ALL ($2)
+                   AND id <> ALL (ARRAY(SELECT id FROM of_each))
+                 ORDER BY priority DESC, created_at LIMIT $1 - (SELECT count(*) FROM of_each) FOR UPDATE SKIP LOCKED
+             )
+             SELECT {ENVELOPE} FROM jobs WHERE id IN (SELECT id FROM of_each UNION ALL SELECT id FROM highest) ORDER BY created_at"
         )))
         .bind(limit)
         .bind(full)
+        .bind((limit / 20).max(1))
         .fetch_all(&mut *tx)
         .await?;
         let envelopes: Vec<Envelope> = rows.iter().map(envelope).collect::<Result<_, _>>()?;

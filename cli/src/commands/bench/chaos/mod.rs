@@ -416,8 +416,6 @@ async fn spoil(plant: Plant, stores: &Stores, pool: &PgPool) -> anyhow::Result<(
     .await?;
     let sql = match plant {
         Plant::Lost => {
-            // The database itself would refuse it.
-            sqlx::query("ALTER TABLE flotilla.jobs DISABLE TRIGGER jobs_transitions").execute(pool).await?;
             "UPDATE flotilla.jobs SET state = 'waiting', finished_at = NULL, run_at = now() + interval '1 day' WHERE id =
              (SELECT id FROM flotilla.jobs WHERE kind = 'mark' AND state = 'succeeded' LIMIT 1)"
         }
@@ -441,7 +439,12 @@ async fn spoil(plant: Plant, stores: &Stores, pool: &PgPool) -> anyhow::Result<(
             return Ok(stores.vectors.remove(&collection, &[(shown, 1)]).await?);
         }
     };
-    let done = sqlx::query(sql).execute(pool).await?;
+    // The database itself would refuse what is planted.
+    let mut tx = pool.begin().await?;
+    sqlx::query("ALTER TABLE flotilla.jobs DISABLE TRIGGER jobs_transitions").execute(&mut *tx).await?;
+    let done = sqlx::query(sql).execute(&mut *tx).await?;
+    sqlx::query("ALTER TABLE flotilla.jobs ENABLE TRIGGER jobs_transitions").execute(&mut *tx).await?;
+    tx.commit().await?;
     if done.rows_affected() != 1 {
         bail!("{plant:?} was not planted: the run was too short for it");
     }

@@ -1,0 +1,2 @@
+DROP INDEX jobs_undispatched;
+CREATE INDEX jobs_undispatched ON jobs (created_at) WHERE dispatched_at IS NULL AND state = 'waiting';
