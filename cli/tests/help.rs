@@ -1,7 +1,11 @@
 //! Every command explains itself, and keeps the names that scripts use.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::process::{Command, Output};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
 
 /// Each command with flags that documentation and scripts rely on.
 const COMMANDS: &[(&str, &[&str])] = &[
@@ -161,4 +165,44 @@ fn wrong_usage_is_exit_code_2_on_stderr() {
         assert!(output.stdout.is_empty(), "{arguments:?}");
         assert!(String::from_utf8_lossy(&output.stderr).contains("error"), "{arguments:?}");
     }
+}
+
+/// The files below a folder, but for what is built or downloaded.
+fn below(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        if entry.file_type().unwrap().is_file() {
+            files.push(entry.path());
+        } else if !name.starts_with('.') && !["target", "models"].contains(&name.as_str()) {
+            below(&entry.path(), files);
+        }
+    }
+}
+
+#[test]
+fn documents_name_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let mut files = vec![];
+    below(root, &mut files);
+    let tests: BTreeSet<&str> = files
+        .iter()
+        .filter_map(|path| {
+            let (folder, name) = (path.parent()?, path.file_stem()?.to_str()?);
+            match path.file_name()?.to_str()? {
+                "main.rs" if folder.parent()?.ends_with("tests") => folder.file_name()?.to_str(),
+                file if file.ends_with(".rs") && folder.ends_with("tests") => Some(name),
+                _ => None,
+            }
+        })
+        .collect();
+    let mut named = 0;
+    for path in files.iter().filter(|path| path.extension().is_some_and(|ending| ending == "md")) {
+        let text = std::fs::read_to_string(path).unwrap();
+        for name in text.split("binary(").skip(1).filter_map(|rest| rest.split(')').next()) {
+            named += 1;
+            assert!(tests.contains(name), "{}: there is no test program {name}", path.display());
+        }
+    }
+    assert!(named > 10, "found {named} only");
 }
