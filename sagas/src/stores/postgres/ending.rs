@@ -349,8 +349,11 @@ impl Postgres {
                  ), done AS (
                     UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
                            finished_at = now(), last_error = NULL
-                    FROM alive LEFT JOIN ended ON ended.id = alive.saga
-                    WHERE j.id = alive.id AND NOT alive.cancelled AND (alive.saga IS NULL OR ended.id IS NOT NULL) RETURNING j.id
+                    FROM alive
+                    -- Not a join: it would look at each run for each job.
+                    WHERE j.id = alive.id AND NOT alive.cancelled
+                      AND (alive.saga IS NULL OR alive.saga = ANY (ARRAY(SELECT id FROM ended)))
+                    RETURNING j.id
                  )
                  SELECT id, false FROM done UNION ALL SELECT id, true FROM alive WHERE cancelled"
             ),
