@@ -25,9 +25,14 @@ impl Retries {
     /// The wait after `failures` charged failures (1 is the first): exponential back-off with full jitter, that is any
     /// time between zero and the range, so that jobs which failed together don't come back together. `random` is in 0..1.
     pub fn wait(&self, failures: u32, random: f64) -> Duration {
-        let doubled = self.base.saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)));
-        doubled.min(self.cap).mul_f64(random.clamp(0.0, 1.0))
+        back_off(self.base, self.cap, failures.saturating_sub(1), random)
     }
+}
+
+/// Exponential back-off with full jitter: any time between zero and `base` doubled so often, at most `cap`. `random` is in
+/// 0..1.
+pub fn back_off(base: Duration, cap: Duration, doublings: u32, random: f64) -> Duration {
+    base.saturating_mul(2_u32.saturating_pow(doublings)).min(cap).mul_f64(random.clamp(0.0, 1.0))
 }
 
 #[cfg(test)]

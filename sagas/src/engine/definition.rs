@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use queue::retries::back_off;
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::StepContext;
@@ -33,10 +34,7 @@ impl RetryPolicy {
     /// The waits between tries.
     pub fn waits(self) -> impl Iterator<Item = Duration> {
         let doublings = 0..u32::try_from(self.tries.saturating_sub(1)).unwrap_or(u32::MAX);
-        doublings.map(move |n| {
-            let most = self.base.saturating_mul(2_u32.saturating_pow(n)).min(self.cap);
-            most.mul_f64(rand::random_range(0.0..=1.0))
-        })
+        doublings.map(move |n| back_off(self.base, self.cap, n, rand::random()))
     }
 }
 

@@ -415,8 +415,7 @@ impl Engine {
         let exponent = u32::try_from(attempts).unwrap_or(0).min(20);
         let (base, cap) =
             (policy.base.unwrap_or(self.settings.retry_base), policy.cap.unwrap_or(self.settings.retry_cap));
-        let most = base.saturating_mul(2u32.saturating_pow(exponent)).min(cap);
-        let jittered = most.mul_f64(rand::random_range(0.0..=1.0));
+        let jittered = queue::retries::back_off(base, cap, exponent, rand::random());
         jittered.max(error.retry_after().unwrap_or_default().min(LONGEST_WAIT))
     }
 }

@@ -4,18 +4,17 @@ use sagas::{JobState, RunState};
 
 use crate::ledger::Ledger;
 
-/// Puts the one row of a table into a state, past its triggers, and tells whether it may become each of the others.
+/// Puts the one row of a table into a state, past its triggers, and tells whether it may become the other.
 async fn allowed(ledger: &Ledger, table: &str, from: &str, to: &str) -> bool {
+    let (rest, ended) = match table {
+        "jobs" => ("worker = 'w'", "'succeeded', 'cancelled', 'dead', 'parked'"),
+        _ => ("verdict = '{}'", "'completed', 'compensated'"),
+    };
     let set = |state: &str| {
-        match table {
-        "jobs" => format!(
-            "UPDATE jobs SET state = '{state}', worker = 'w',
-                    finished_at = CASE WHEN '{state}' IN ('succeeded', 'cancelled', 'dead', 'parked') THEN now() END"
-        ),
-        _ => format!(
-            "UPDATE sagas SET state = '{state}', verdict = '{{}}', finished_at = CASE WHEN '{state}' IN ('completed', 'compensated') THEN now() END"
-        ),
-    }
+        format!(
+            "UPDATE {table} SET state = '{state}', {rest},
+                    finished_at = CASE WHEN '{state}' IN ({ended}) THEN now() END"
+        )
     };
     let sql =
         async |sql: String| sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(ledger.postgres.pool()).await;
@@ -40,24 +39,16 @@ async fn the_database_lets_a_job_and_a_run_become_what_the_code_says_they_may() 
     let ledger = Ledger::start().await;
     let job = ledger.take("w", ledger.ingest("a").await).await;
     ledger.staged(&job).await;
-    for from in JobState::ALL {
-        for to in JobState::ALL {
-            let may = from == to || from.may_become(*to);
-            assert_eq!(
-                allowed(&ledger, "jobs", from.as_str(), to.as_str()).await,
-                may,
-                "job: {from} to {to}"
-            );
-        }
+    for (from, to) in pairs(JobState::ALL) {
+        let may = from == to || from.may_become(to);
+        assert_eq!(allowed(&ledger, "jobs", from.as_str(), to.as_str()).await, may, "job: {from} to {to}");
     }
-    for from in RunState::ALL {
-        for to in RunState::ALL {
-            let may = from == to || from.may_become(*to);
-            assert_eq!(
-                allowed(&ledger, "sagas", from.as_str(), to.as_str()).await,
-                may,
-                "run: {from} to {to}"
-            );
-        }
+    for (from, to) in pairs(RunState::ALL) {
+        let may = from == to || from.may_become(to);
+        assert_eq!(allowed(&ledger, "sagas", from.as_str(), to.as_str()).await, may, "run: {from} to {to}");
     }
+}
+
+fn pairs<S: Copy>(all: &[S]) -> impl Iterator<Item = (S, S)> {
+    all.iter().flat_map(|from| all.iter().map(|to| (*from, *to)))
 }
