@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
@@ -62,7 +62,11 @@ pub struct Roles {
     pub heartbeat: Heartbeat,
     shutdown: CancellationToken,
     tasks: Vec<JoinHandle<()>>,
-    _stop: DropGuard,
+    /// Outlives the others: the worker is there, and counts, until its last jobs are known to have ended.
+    presence: JoinHandle<()>,
+    leave: CancellationToken,
+    lease: Duration,
+    _stop: [DropGuard; 2],
 }
 
 impl Roles {
@@ -80,14 +84,16 @@ impl Roles {
         let tasks = vec![
             Reaper::spawn(queue.clone(), queues.clone(), shutdown.clone()),
             Scheduler::spawn(queue.clone(), queues.clone(), shutdown.clone()),
-            Presence::spawn(queue.clone(), worker.clone(), queues.clone(), shutdown.clone()),
         ];
+        let leave = CancellationToken::new();
+        let presence = Presence::spawn(queue.clone(), worker.clone(), queues.clone(), leave.clone());
         let claimer = ClaimerConfig { queues, worker, batch, slots };
         let (claimer, jobs) =
             Claimer::spawn(queue.clone(), heartbeat.clone(), claimer, gates, shutdown.clone());
         let backend = QueueBackend::new(claimer, jobs, acker.clone());
-        let stop = shutdown.clone().drop_guard();
-        Ok((Self { acker, heartbeat, shutdown, tasks, _stop: stop }, backend))
+        let stop = [shutdown.clone().drop_guard(), leave.clone().drop_guard()];
+        let lease = queue.config().lease;
+        Ok((Self { acker, heartbeat, shutdown, tasks, presence, leave, lease, _stop: stop }, backend))
     }
 
     /// The layer that acks what succeeds and tries the rest again, first within `base`; see [`AckLayer`].
@@ -100,10 +106,15 @@ impl Roles {
         self.shutdown.cancel();
     }
 
-    /// Stops the roles and waits for them. Call it after the apalis worker has ended.
-    pub async fn join(mut self) {
+    /// Stops the roles and waits for them, and at most for one lease until Redis knows what became of all jobs. Call it after
+    /// the apalis worker has ended.
+    pub async fn join(self) {
         self.stop();
-        for task in self.tasks.drain(..) {
+        if timeout(self.lease, self.acker.flush()).await.is_err() {
+            tracing::warn!("Redis wasn't told of all jobs that ended; their leases have run out");
+        }
+        self.leave.cancel();
+        for task in self.tasks.into_iter().chain([self.presence]) {
             if let Err(error) = task.await {
                 tracing::error!(%error, "a role ended abnormally");
             }
