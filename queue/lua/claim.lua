@@ -69,7 +69,7 @@ local function ring_of(priority)
   local ring = rings[priority]
   if not ring then
     local names = redis.call('LRANGE', ring_key(priority), 0, reach - 1)
-    ring = { names = names, head = 1, read = #names, whole = #names < reach }
+    ring = { names = names, head = 1, read = #names, whole = #names < reach, served = {}, lists = {} }
     rings[priority] = ring
   end
   return ring
@@ -255,14 +255,22 @@ local function lightest()
   return found
 end
 
--- Strict: the highest priority with a tenant in its ring.
-local top = 9
+-- Strict: the highest priority with a tenant in its ring, or by turns one below it. If none of those is old enough now, none
+-- will be in this claim.
+local top, nothing_aged = 9, false
+local function top_or_aged()
+  if nothing_aged or not is_for_aged() then return top end
+  local priority = aged_below(top)
+  nothing_aged = not priority
+  return priority or top
+end
+
 local function highest()
   local ring = rings[top]
-  if ring and ring.head <= ring.read then return is_for_aged() and aged_below(top) or top end
+  if ring and ring.head <= ring.read then return top_or_aged() end
   while top >= 0 and not next_tenant(top) and ring_of(top).whole do top = top - 1 end
   if top < 0 or not next_tenant(top) then return end
-  return is_for_aged() and aged_below(top) or top
+  return top_or_aged()
 end
 
 -- Who was kept waiting by a rate, and may go on.
@@ -280,10 +288,6 @@ local function nothing_below(top)
   return true
 end
 
--- Tenants that were served from the part of a ring that is read, where each is met once: whether they have more is asked of all
--- together at the end.
-local met = {}
-
 -- Where neither policies nor stale entries need a look: what a turn of `serve` does for each entry.
 local function take_plainly(entry)
   claimed = claimed + 1
@@ -295,14 +299,21 @@ local function took_plainly(priority, jobs)
   count.tick = (count.tick + jobs) % AGED_ROUND
 end
 
--- A turn of a tenant that is met once.
-local function serve_once(priority, ring, tenant, key)
-  local entry = redis.call('LPOP', key)
-  ring.head = ring.head + 1
-  if not entry then return end
-  take_plainly(entry)
-  took_plainly(priority, 1)
-  met[#met + 1] = { ring = ring, tenant = tenant, key = key }
+-- A turn for each of the next tenants of a ring longer than the claim, which meets each once. Whether they have more is asked
+-- of all together at the end.
+local function serve_once(priority, ring, turns)
+  local prefix, before = list_key(priority, ''), claimed
+  for place = ring.head, ring.head + turns - 1 do
+    local tenant = ring.names[place]
+    local list = prefix .. tenant
+    local entry = redis.call('LPOP', list)
+    if entry then
+      take_plainly(entry)
+      ring.served[#ring.served + 1], ring.lists[#ring.lists + 1] = tenant, list
+    end
+  end
+  ring.head = ring.head + turns
+  took_plainly(priority, claimed - before)
 end
 
 -- All turns that are left, where no other tenant and no other priority waits.
@@ -319,7 +330,10 @@ local function serve_plainly(priority)
   local tenant = ring.names[ring.head]
   local key = list_key(priority, tenant)
   heads[priority] = nil
-  if not ring.whole and not lists[key] then return serve_once(priority, ring, tenant, key) end
+  if not ring.whole and not lists[key] then
+    local all = nothing_aged and priority == top
+    return serve_once(priority, ring, all and math.min(max - claimed, ring.read - ring.head + 1) or 1)
+  end
   local list = list_of(priority, tenant)
   -- An old job of the lowest priority has one turn alone: the higher ones wait, too.
   if priority == top and list.part == 1 and list.left > 0 and ring.head == #ring.names and nothing_below(priority) then
@@ -332,14 +346,14 @@ local function serve_plainly(priority)
   end_turn(priority, tenant, list.left > 0)
 end
 
--- Those of `met` who have more go to the end of their rings. In a slot that is being moved a command over several keys fails
--- when one is missing: then each is asked for by itself.
+-- Those whom `serve_once` served and who have more go to the end of their rings. In a slot that is being moved a command over
+-- several keys fails when one is missing: then each is asked for by itself.
 local function keep_in_rings()
-  local keys = {}
-  for i, one in ipairs(met) do keys[i] = one.key end
-  local all = #keys == 0 or redis.pcall('EXISTS', unpack(keys)) == #keys
-  for _, one in ipairs(met) do
-    if all or redis.call('EXISTS', one.key) == 1 then one.ring.names[#one.ring.names + 1] = one.tenant end
+  for _, ring in pairs(rings) do
+    local all = #ring.lists == 0 or redis.pcall('EXISTS', unpack(ring.lists)) == #ring.lists
+    for i, tenant in ipairs(ring.served) do
+      if all or redis.call('EXISTS', ring.lists[i]) == 1 then ring.names[#ring.names + 1] = tenant end
+    end
   end
 end
 
