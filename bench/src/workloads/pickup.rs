@@ -15,7 +15,7 @@ use crate::{
 
 const WORKERS: usize = 2;
 /// Jobs before the samples, so that every connection stands.
-const WARM_UP: u64 = 10;
+pub const WARM_UP: u64 = 10;
 
 pub async fn measure(server: &Server, plan: Plan) -> anyhow::Result<Vec<Figure>> {
     let ours = pick_ups(server, Side::Ours, plan.samples).await?;
