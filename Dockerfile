@@ -16,8 +16,8 @@ COPY . .
 # does not belong to the layer.
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
     --mount=type=cache,target=/src/target,sharing=locked \
-    cargo build --release --locked -p cli --bin flotilla \
-    && install -D -m 0755 target/release/flotilla /out/flotilla
+    cargo build --profile dist --locked -p cli --bin flotilla \
+    && install -D -m 0755 target/dist/flotilla /out/flotilla
 
 FROM debian:bookworm-slim AS runtime
 # CA certificates come with the build image: TLS to an embedding endpoint needs them, nothing else does.

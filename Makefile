@@ -61,8 +61,8 @@ lint: ## format, clippy with warnings as errors, deployment files, licences and 
 advisories: ## known vulnerabilities of our dependencies; needs the advisory database from the network
 	cargo deny --all-features check advisories
 
-bench: build ## the benchmarks, as JSON lines
-	cargo build --release --locked -p bench
+bench: ## the benchmarks, as JSON lines, with the program as the image has it
+	cargo build --profile dist --locked -p cli -p bench
 	@scripts/bench.sh
 
 fmt: ## format the code

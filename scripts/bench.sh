@@ -3,7 +3,7 @@
 # shared: compare only within one run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-flotilla=${FLOTILLA_BIN:-${CARGO_TARGET_DIR:-target}/release/flotilla}
+flotilla=${FLOTILLA_BIN:-${CARGO_TARGET_DIR:-target}/dist/flotilla}
 FLOTILLA_VECTORS_BIN=$(scripts/build-vectors.sh)
 export FLOTILLA_VECTORS_BIN
 for bench in queue saga enqueue ingest embed; do

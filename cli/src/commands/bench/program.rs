@@ -17,7 +17,7 @@ pub async fn run(bench: &str, args: &[String]) -> anyhow::Result<Report> {
     let own = std::env::current_exe()?;
     let program = find(&own).ok_or_else(|| {
         anyhow!(
-            "{PROGRAM} is not beside {}: build both with `make bench`, or `cargo build --release -p bench -p cli`",
+            "{PROGRAM} is not beside {}: build both: `cargo build --profile dist -p bench -p cli`",
             own.display()
         )
     })?;
