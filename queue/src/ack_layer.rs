@@ -70,13 +70,12 @@ impl AckLayer {
 impl<L: Ledger> AckLayer<L> {
     /// Over a ledger.
     pub fn over(ledger: L, acker: Acker) -> Self {
-        Self {
-            acker,
-            ledger,
-            retries: Retries::default(),
-            company: Arc::default(),
-            cancels: Cancels::default(),
-        }
+        let asked = ledger.clone();
+        let cancels = Cancels::new(move |jobs| {
+            let ledger = asked.clone();
+            async move { ledger.wanted_to_end(&jobs).await }
+        });
+        Self { acker, ledger, retries: Retries::default(), company: Arc::default(), cancels }
     }
 
     /// Sets when failed jobs are tried again.
@@ -198,7 +197,7 @@ impl<L: Ledger> AckLayer<L> {
         // The payload goes to the handler; what stays here is cheap to copy.
         let payload = std::mem::take(&mut grant.payload);
         task.args.grant = Some(Grant { payload, ..grant.clone() });
-        let watched = L::COUNTS.then(|| self.cancels.watch(id, grant.fence, &self.ledger));
+        let watched = L::COUNTS.then(|| self.cancels.watch(id, grant.fence));
         task.args.cancel = watched.as_ref().map(|watched| watched.token.clone());
         let is_cancelled = || watched.as_ref().is_some_and(|watched| watched.token.is_cancelled());
         let limit = grant.timeout;

@@ -1,7 +1,6 @@
 #![doc = include_str!("../README.md")]
 
 mod auditor;
-mod canceller;
 mod gatekeeper;
 mod health;
 mod process;

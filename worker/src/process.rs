@@ -17,7 +17,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     auditor::{self, AuditorSettings},
-    canceller,
     gatekeeper::Gatekeeper,
     health::{self, MetricsRender},
     runner::Runner,
@@ -146,7 +145,6 @@ pub async fn run(
     let stop_jobs = CancellationToken::new();
     let runner =
         Arc::new(Runner::new(engine, acker.clone(), gatekeeper, settings.engine.calls, stop_jobs.clone()));
-    tokio::spawn(canceller::run(Arc::clone(&runner), stores.postgres.clone(), background.clone()));
     tokio::spawn(health::serve(listener, breakers, metrics, shutdown.clone(), background.clone()));
 
     let (claimer, jobs) = Claimer::spawn(

@@ -1,12 +1,8 @@
 //! From a claimed job to an answer for Redis: take, run, ack.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use queue::{Acker, Done, Job, JobId, Lease};
+use queue::{Acker, Cancels, Done, Job, Lease};
 use sagas::{
     Dependency, StepError,
     coalescing::{Coalescer, Limits},
@@ -36,7 +32,8 @@ pub(crate) struct Runner {
     stop: CancellationToken,
     /// Held shared by every job, and exclusively by one that may kill the process.
     company: RwLock<()>,
-    running: Mutex<HashMap<JobId, CancellationToken>>,
+    /// The pivot looks for a request to cancel itself; this only saves work.
+    cancels: Cancels,
 }
 
 impl Runner {
@@ -48,21 +45,12 @@ impl Runner {
         stop: CancellationToken,
     ) -> Self {
         let take = Coalescer::spawn(engine.take(), Limits::default());
-        Self {
-            engine,
-            take,
-            acker,
-            gatekeeper,
-            limits,
-            stop,
-            company: RwLock::new(()),
-            running: Mutex::default(),
-        }
-    }
-
-    /// The jobs that run, with the token that cancels each.
-    pub fn running(&self) -> MutexGuard<'_, HashMap<JobId, CancellationToken>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+        let postgres = engine.postgres().clone();
+        let cancels = Cancels::new(move |jobs| {
+            let postgres = postgres.clone();
+            async move { postgres.in_time(postgres.cancel_requests(&jobs)).await }
+        });
+        Self { engine, take, acker, gatekeeper, limits, stop, company: RwLock::new(()), cancels }
     }
 
     /// Brings one claimed job to the end that this delivery can give it. Its slot is free when this returns.
@@ -134,14 +122,14 @@ impl Runner {
     }
 
     async fn run(&self, taken: TakenJob, lease: &Lease) -> Option<Done> {
-        let cancel = CancellationToken::new();
-        let id = taken.id;
-        self.running().insert(id, cancel.clone());
-        let delivery =
-            Delivery { job: Arc::new(taken), lease: lease.clone(), cancel, stop: self.stop.clone() };
-        let ended = self.engine.run(delivery).await;
-        self.running().remove(&id);
-        match ended {
+        let watched = self.cancels.watch(taken.id, taken.fence.0);
+        let delivery = Delivery {
+            job: Arc::new(taken),
+            lease: lease.clone(),
+            cancel: watched.token.clone(),
+            stop: self.stop.clone(),
+        };
+        match self.engine.run(delivery).await {
             Ended::Ack => Some(Done::Ack),
             Ended::Release(wait) => Some(Done::Release(wait)),
             Ended::Abandoned => None,

@@ -298,7 +298,7 @@ async fn protocol_14_a_cancel_before_the_pivot_holds_it_back() {
     let before = ledger.snapshot().await;
     assert_eq!(ledger.publish(&[publish_of(&job, &stage)]).await, [Published::Cancelled]);
     assert_eq!(ledger.snapshot().await, before);
-    assert_eq!(ledger.postgres.cancel_requests(&[job.id.0]).await.unwrap(), [job.id]);
+    assert_eq!(ledger.postgres.cancel_requests(&[job.id]).await.unwrap(), [job.id]);
     // The request outlives the delivery.
     assert!(ledger.take("another", job.id).await.cancel_requested);
 

@@ -178,7 +178,7 @@ async fn work_beside_a_step_hears_that_its_run_has_to_end() {
         tokio::task::yield_now().await;
     }
     ledger.postgres.cancel(id, None).await.unwrap();
-    // What the canceller does when it sees the request.
+    // What a worker does when it sees the request.
     cancel.cancel();
     let ended =
         tokio::time::timeout(Duration::from_secs(30), running).await.expect("the thread heard").unwrap();

@@ -493,10 +493,10 @@ impl Postgres {
     }
 
     /// Which of these running jobs a person wants to end.
-    pub async fn cancel_requests(&self, running: &[Uuid]) -> Result<Vec<JobId>, StoreError> {
+    pub async fn cancel_requests(&self, running: &[JobId]) -> Result<Vec<JobId>, StoreError> {
         let ids: Vec<Uuid> =
             sqlx::query_scalar("SELECT id FROM jobs WHERE id = ANY($1) AND cancel_requested_at IS NOT NULL")
-                .bind(running)
+                .bind(running.iter().map(|id| id.0).collect::<Vec<_>>())
                 .fetch_all(&self.pool)
                 .await?;
         Ok(ids.into_iter().map(JobId).collect())

@@ -105,8 +105,7 @@ impl Ledger for PlainLedger {
     }
 
     async fn wanted_to_end(&self, jobs: &[JobId]) -> Result<Vec<JobId>, LedgerError> {
-        let jobs: Vec<_> = jobs.iter().map(|id| id.0).collect();
-        let asked = self.postgres.in_time(self.postgres.cancel_requests(&jobs));
+        let asked = self.postgres.in_time(self.postgres.cancel_requests(jobs));
         asked.await.map_err(ledger_error)
     }
 
