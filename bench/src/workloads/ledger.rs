@@ -5,7 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use devstack::testing::TestServices;
 
-use super::{CALLERS, Plan, pickup::WARM_UP, say};
+use super::{
+    CALLERS, Plan,
+    pickup::{WARM_UP, sample},
+    say,
+};
 use crate::{
     fleet::Fleet,
     payload::Payload,
@@ -81,22 +85,17 @@ async fn pick_ups(server: &Server, samples: u64) -> anyhow::Result<(Vec<Duration
     let database = Some(services.postgres().url());
     let mut fleet = Fleet::start(Side::Ledger, server.url(), database, 2, 1, true).await?;
     fleet.go().await?;
-    let (mut times, mut commits) = (vec![], vec![]);
-    for number in 0..samples + WARM_UP {
-        tokio::time::sleep(Duration::from_micros(5000 + number * 1777 % 10_000)).await;
+    let mut commits = vec![];
+    let times = sample(&mut fleet, samples, async |number| {
         let start = Instant::now();
         for id in [2 * number, 2 * number + 1] {
             sqlx::query("INSERT INTO bare VALUES ($1)").bind(id as i64).execute(&mut bare).await?;
         }
-        let committed = start.elapsed();
-        producer.push(&[Payload::now(number)]).await?;
-        let (picked, after) = fleet.picked().await?;
-        ensure!(picked == number, "job {picked} was picked up instead of {number}");
-        if number >= WARM_UP {
-            times.push(after);
-            commits.push(committed);
-        }
-    }
+        commits.push(start.elapsed());
+        producer.push(&[Payload::now(number)]).await
+    })
+    .await?;
+    let commits = commits.split_off(WARM_UP as usize);
     fleet.stop().await?;
     producer.check_all_ended(samples + WARM_UP).await?;
     let ((p50, p99), (least_p50, least_p99)) = (percentiles(times.clone()), percentiles(commits.clone()));
