@@ -99,7 +99,7 @@ impl Deployment {
             id: WorkerId::for_this_process(),
             heartbeat: Duration::from_secs(1),
             drain_grace: Duration::from_secs(5),
-            addr: "127.0.0.1:0".parse().unwrap(),
+            addr: Some("127.0.0.1:0".parse().unwrap()),
             engine: EngineSettings::default(),
             janitor: JanitorSettings::default(),
             auditor: worker::AuditorSettings::default(),

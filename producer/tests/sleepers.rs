@@ -155,7 +155,7 @@ impl Deployment {
         let queues = ["approval", "sum", "part"].map(name).to_vec();
         let mut settings = WorkerSettings::new(queues, Duration::from_secs(4));
         settings.concurrency = 1;
-        settings.addr = "127.0.0.1:0".parse().unwrap();
+        settings.addr = Some("127.0.0.1:0".parse().unwrap());
         let worker =
             worker::run(settings, stores, registry, stage.queue.clone(), Arc::new(String::new), stop.clone());
         let worker = tokio::spawn(worker);

@@ -1,6 +1,11 @@
 //! Wires a worker process together, runs it, and drains it.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use apalis::prelude::*;
 use queue::{
@@ -13,6 +18,7 @@ use sagas::{
     janitor::{self, JanitorSettings},
     kinds::Stores,
 };
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -35,8 +41,9 @@ pub struct WorkerSettings {
     pub heartbeat: Duration,
     /// How long running jobs may go on after a request to stop.
     pub drain_grace: Duration,
-    /// Where `/healthz`, `/readyz` and `/metrics` are served; port 0 takes a free one.
-    pub addr: SocketAddr,
+    /// Where `/healthz`, `/readyz` and `/metrics` are served; port 0 takes a free one. `None`: [`USUAL_ADDR`], or a free port
+    /// there if another worker on this machine has it.
+    pub addr: Option<SocketAddr>,
     /// The engine's limits and policies.
     pub engine: EngineSettings,
     /// The janitor's.
@@ -57,7 +64,7 @@ impl WorkerSettings {
             id: WorkerId::for_this_process(),
             heartbeat: HeartbeatConfig::default().interval.min(lease / 3),
             drain_grace: Duration::from_secs(25),
-            addr: SocketAddr::from(([127, 0, 0, 1], 9090)),
+            addr: None,
             engine,
             janitor: JanitorSettings::default(),
             auditor: AuditorSettings::default(),
@@ -80,12 +87,15 @@ pub enum WorkerError {
         /// The address.
         addr: SocketAddr,
         /// Why not.
-        error: std::io::Error,
+        error: io::Error,
     },
     /// apalis ended by itself.
     #[error("the worker ended: {0}")]
     Ended(String),
 }
+
+/// Where a worker is asked for its health, unless told otherwise.
+pub const USUAL_ADDR: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090);
 
 /// How long the last acks may take once all jobs have ended.
 const FLUSH_WITHIN: Duration = Duration::from_secs(5);
@@ -109,9 +119,7 @@ pub async fn run(
     }
     let heartbeat =
         Heartbeat::spawn(queue.config().clone(), HeartbeatConfig { interval: settings.heartbeat })?;
-    let listener = tokio::net::TcpListener::bind(settings.addr)
-        .await
-        .map_err(|error| WorkerError::Listen { addr: settings.addr, error })?;
+    let listener = listen(settings.addr, USUAL_ADDR).await?;
 
     // Background loops outlive the drain: leases must be kept and breakers probed until the last job has ended.
     let background = CancellationToken::new();
@@ -185,7 +193,7 @@ pub async fn run(
     let ended = worker
         .run_until(async move {
             stopped.cancelled().await;
-            Ok::<(), std::io::Error>(())
+            Ok::<(), io::Error>(())
         })
         .await;
     if tokio::time::timeout(FLUSH_WITHIN, acker.flush()).await.is_err() {
@@ -208,4 +216,37 @@ async fn handle(job: queue::Job, runner: Data<Arc<Runner>>) -> Result<(), BoxDyn
     let runner = Arc::clone(&runner);
     tokio::spawn(async move { runner.process(job).await }).await?;
     Ok(())
+}
+
+/// Without an address it is the usual one, or a free port beside it: a further worker on the machine needs no setting. An address that
+/// was asked for is kept to, because somebody looks there.
+async fn listen(addr: Option<SocketAddr>, usual: SocketAddr) -> Result<TcpListener, WorkerError> {
+    let wanted = addr.unwrap_or(usual);
+    let refused = |error| WorkerError::Listen { addr: wanted, error };
+    match TcpListener::bind(wanted).await {
+        Err(error) if addr.is_none() && error.kind() == io::ErrorKind::AddrInUse => {
+            let listener = TcpListener::bind((usual.ip(), 0)).await.map_err(refused)?;
+            let addr = listener.local_addr().map_err(refused)?;
+            tracing::info!(%addr, taken = %usual, "health and metrics are served on a free port");
+            Ok(listener)
+        }
+        bound => bound.map_err(refused),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_further_worker_on_a_machine_takes_a_free_port_unless_it_was_given_one() {
+        let first = listen(Some(SocketAddr::from(([127, 0, 0, 1], 0))), USUAL_ADDR).await.unwrap();
+        let taken = first.local_addr().unwrap();
+        let second = listen(None, taken).await.unwrap().local_addr().unwrap();
+        assert_eq!(second.ip(), taken.ip());
+        assert_ne!(second.port(), taken.port());
+        let error = listen(Some(taken), USUAL_ADDR).await.unwrap_err();
+        assert!(matches!(error, WorkerError::Listen { addr, .. } if addr == taken), "{error}");
+    }
 }

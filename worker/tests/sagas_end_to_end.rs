@@ -160,7 +160,7 @@ impl Fleet {
             id: WorkerId::for_this_process(),
             heartbeat: Duration::from_secs(1),
             drain_grace: Duration::from_secs(5),
-            addr: "127.0.0.1:0".parse().unwrap(),
+            addr: Some("127.0.0.1:0".parse().unwrap()),
             engine: EngineSettings {
                 retry_base: Duration::from_millis(50),
                 unroutable_after: Duration::ZERO,

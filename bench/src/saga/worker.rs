@@ -71,7 +71,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let queue = Queue::connect(QueueConfig { url: args.redis, ..QueueConfig::default() }).await?;
     let mut settings = WorkerSettings::new(vec![QueueName::new(KIND)?], queue.config().lease);
     settings.concurrency = args.concurrency;
-    settings.addr.set_port(0);
+    settings.addr = Some(([127, 0, 0, 1], 0).into());
     worker::run(settings, stores, registry, queue, Arc::new(String::new), shutdown).await?;
     let used = used()?;
     println!("ended {} {}", used.cpu.as_micros(), used.peak_rss_kb);

@@ -29,9 +29,9 @@ pub struct Args {
     /// Jobs that run at once
     #[arg(long, env = "FLOTILLA_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=4096))]
     concurrency: u16,
-    /// Where /healthz, /readyz and /metrics are served
-    #[arg(long, env = "FLOTILLA_WORKER_ADDR", default_value = "127.0.0.1:9090")]
-    addr: SocketAddr,
+    /// Where /healthz, /readyz and /metrics are served [default: 127.0.0.1:9090, or a free port if that is taken]
+    #[arg(long, env = "FLOTILLA_WORKER_ADDR")]
+    addr: Option<SocketAddr>,
     /// How long running jobs may go on after SIGTERM or SIGINT, in milliseconds; then they are given back
     #[arg(long, env = "FLOTILLA_DRAIN_GRACE_MS", value_name = "MS", default_value_t = 25_000)]
     drain_grace: u64,

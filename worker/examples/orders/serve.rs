@@ -52,7 +52,7 @@ pub async fn serve(sagas: impl FnOnce(Registry, PgPool, Payments) -> Registry) -
     let queue = Queue::connect(QueueConfig::from_env()?).await?;
     let queues = vec![QueueName::new("order")?, QueueName::new("ingest")?];
     let mut settings = WorkerSettings::new(queues, queue.config().lease);
-    settings.addr = env::var("FLOTILLA_WORKER_ADDR").map_or(Ok(settings.addr), |addr| addr.parse())?;
+    settings.addr = env::var("FLOTILLA_WORKER_ADDR").ok().map(|addr| addr.parse()).transpose()?;
     let shutdown = CancellationToken::new();
     tokio::spawn({
         let shutdown = shutdown.clone();
