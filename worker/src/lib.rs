@@ -8,4 +8,4 @@ mod runner;
 
 pub use auditor::AuditorSettings;
 pub use health::MetricsRender;
-pub use process::{WorkerError, WorkerSettings, run};
+pub use process::{USUAL_ADDR, WorkerError, WorkerSettings, run};

@@ -119,7 +119,7 @@ pub async fn run(
     }
     let heartbeat =
         Heartbeat::spawn(queue.config().clone(), HeartbeatConfig { interval: settings.heartbeat })?;
-    let listener = listen(settings.addr, USUAL_ADDR).await?;
+    let (listener, addr) = listen(settings.addr, USUAL_ADDR).await?;
 
     // Background loops outlive the drain: leases must be kept and breakers probed until the last job has ended.
     let background = CancellationToken::new();
@@ -183,7 +183,7 @@ pub async fn run(
         }
     });
     tracing::info!(worker = %settings.id, queues = ?settings.queues.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        concurrency = settings.concurrency, "worker ready");
+        concurrency = settings.concurrency, %addr, "worker ready");
     let worker = WorkerBuilder::new(settings.id.to_string())
         .backend(QueueBackend::new(claimer, jobs, acker.clone()))
         .data(runner)
@@ -220,18 +220,21 @@ async fn handle(job: queue::Job, runner: Data<Arc<Runner>>) -> Result<(), BoxDyn
 
 /// Without an address it is the usual one, or a free port beside it: a further worker on the machine needs no setting. An address that
 /// was asked for is kept to, because somebody looks there.
-async fn listen(addr: Option<SocketAddr>, usual: SocketAddr) -> Result<TcpListener, WorkerError> {
+async fn listen(
+    addr: Option<SocketAddr>,
+    usual: SocketAddr,
+) -> Result<(TcpListener, SocketAddr), WorkerError> {
     let wanted = addr.unwrap_or(usual);
     let refused = |error| WorkerError::Listen { addr: wanted, error };
-    match TcpListener::bind(wanted).await {
+    let listener = match TcpListener::bind(wanted).await {
         Err(error) if addr.is_none() && error.kind() == io::ErrorKind::AddrInUse => {
-            let listener = TcpListener::bind((usual.ip(), 0)).await.map_err(refused)?;
-            let addr = listener.local_addr().map_err(refused)?;
-            tracing::info!(%addr, taken = %usual, "health and metrics are served on a free port");
-            Ok(listener)
+            TcpListener::bind((usual.ip(), 0)).await
         }
-        bound => bound.map_err(refused),
+        bound => bound,
     }
+    .map_err(refused)?;
+    let bound = listener.local_addr().map_err(refused)?;
+    Ok((listener, bound))
 }
 
 #[cfg(test)]
@@ -241,9 +244,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_further_worker_on_a_machine_takes_a_free_port_unless_it_was_given_one() {
-        let first = listen(Some(SocketAddr::from(([127, 0, 0, 1], 0))), USUAL_ADDR).await.unwrap();
-        let taken = first.local_addr().unwrap();
-        let second = listen(None, taken).await.unwrap().local_addr().unwrap();
+        let (_first, taken) = listen(Some(SocketAddr::from(([127, 0, 0, 1], 0))), USUAL_ADDR).await.unwrap();
+        let (_, second) = listen(None, taken).await.unwrap();
         assert_eq!(second.ip(), taken.ip());
         assert_ne!(second.port(), taken.port());
         let error = listen(Some(taken), USUAL_ADDR).await.unwrap_err();
