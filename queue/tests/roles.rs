@@ -5,6 +5,7 @@ mod support;
 
 use std::{
     collections::HashSet,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -13,7 +14,7 @@ use queue::{
     QueueError, QueueName, Reaper, Scheduler,
 };
 use support::{DEADLINE, Stage, eventually, job, jobs, name, worker};
-use tokio::time::timeout;
+use tokio::{sync::Barrier, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 /// One worker's roles over a stage's queue.
@@ -177,6 +178,43 @@ async fn rule_24_an_idle_worker_costs_at_most_three_commands_a_second() {
         let most = 3 * (seconds as u64 + 1);
         assert!(count <= most, "{partitions} partitions: {count} commands in {seconds:.2} s");
     }
+}
+
+/// One thread, on which the acker would go first among all that the last job to end has woken.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn jobs_that_end_at_once_are_acked_by_one_call() {
+    const JOBS: usize = 12;
+    let stage = Stage::new().await;
+    stage.queue.push(&jobs(1 + JOBS)).await.unwrap();
+    let mut roles = roles(&stage, 1 + JOBS);
+    // From now on Redis knows the script. The slots stay taken, so that nothing is claimed.
+    let first = roles.next().await;
+    roles.acker.done(&first.lease, Done::Ack).await;
+    roles.acker.flush().await;
+    let mut raw = stage.raw().await;
+    let calls = async |raw: &mut redis::aio::MultiplexedConnection| -> u64 {
+        let info: String = redis::cmd("INFO").arg("commandstats").query_async(raw).await.unwrap();
+        let of = info.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:calls="));
+        of.and_then(|rest| rest.split(',').next()?.parse().ok()).unwrap()
+    };
+    let (together, mut ends) = (Arc::new(Barrier::new(JOBS)), JoinSet::new());
+    let mut claimed = Vec::new();
+    for _ in 0..JOBS {
+        claimed.push(roles.next().await);
+    }
+    let before = calls(&mut raw).await;
+    for job in claimed {
+        let (together, acker) = (Arc::clone(&together), roles.acker.clone());
+        ends.spawn(async move {
+            together.wait().await;
+            acker.done(&job.lease, Done::Ack).await;
+            job
+        });
+    }
+    let ended = ends.join_all().await;
+    roles.acker.flush().await;
+    assert_eq!(ended.len(), JOBS);
+    assert_eq!(calls(&mut raw).await - before, 1);
 }
 
 #[tokio::test]

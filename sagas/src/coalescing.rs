@@ -1,8 +1,9 @@
 //! The coalescer: turns concurrent single calls into batches.
 //!
-//! A flush starts at once when none is in flight; calls that arrive meanwhile wait and form the next batch, at most
-//! as many as the [batch size](crate::batch_size) allows, or after `max_wait`. So an idle system pays no delay and a busy one shares its round trips and commits. A
-//! batch that is refused because of its data is split until the guilty item alone fails (PROTOCOL.md 20).
+//! A flush starts as soon as none is in flight and every task that was ready had its turn to join; calls that arrive meanwhile
+//! wait and form the next batch, at most as many as the [batch size](crate::batch_size) allows, or after `max_wait`. So an idle
+//! system pays no delay and a busy one shares its round trips and commits. A batch that is refused because of its data is split
+//! until the guilty item alone fails (PROTOCOL.md 20).
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -106,6 +107,8 @@ async fn run<B: Batch>(batch: Arc<B>, limits: Limits, mut calls: mpsc::Receiver<
     let slots = Arc::new(Semaphore::new(limits.in_flight));
     let size = Arc::new(Mutex::new(BatchSize::new(limits.items)));
     while let Some(first) = calls.recv().await {
+        // Whatever woke this caller, a flush that answered or a claim, has woken others who are about to call.
+        tokio::task::yield_now().await;
         let mut pending = vec![first];
         let most = size.lock().unwrap_or_else(PoisonError::into_inner).limit();
         let slot = fill::<B>(&mut calls, &mut pending, most, limits, &slots).await;
@@ -292,6 +295,30 @@ mod tests {
         let flushes: Vec<usize> = evens.0.lock().unwrap().iter().map(Vec::len).collect();
         // Two for each of the six halvings, the whole, and what the first ones went with.
         assert!(flushes.len() <= 16, "{flushes:?}");
+    }
+
+    /// One thread, on which the coalescer would go first among all that the last caller has woken.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn callers_that_one_event_has_woken_share_a_flush() {
+        let evens = Evens::default();
+        evens.1.notify_one();
+        let coalescer = Coalescer::spawn(evens.clone(), Limits::default());
+        let together = Arc::new(tokio::sync::Barrier::new(12));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let calls: Vec<_> = (0..12)
+            .map(|n| {
+                let (coalescer, together) = (coalescer.clone(), Arc::clone(&together));
+                tokio::spawn(async move {
+                    together.wait().await;
+                    coalescer.call(2 * n, deadline).await
+                })
+            })
+            .collect();
+        for call in calls {
+            call.await.unwrap().unwrap();
+        }
+        let flushes: Vec<usize> = evens.0.lock().unwrap().iter().map(Vec::len).collect();
+        assert_eq!(flushes, [12]);
     }
 
     /// Answers when let to, one flush at a time.

@@ -19,7 +19,7 @@ use sagas::{
     kinds::Stores,
 };
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     auditor::{self, AuditorSettings},
@@ -190,12 +190,12 @@ pub async fn run(
         .concurrency(settings.concurrency)
         .build(handle);
     let stopped = shutdown.clone();
-    let ended = worker
-        .run_until(async move {
-            stopped.cancelled().await;
-            Ok::<(), io::Error>(())
-        })
-        .await;
+    // In a task: whoever calls this may do so on a thread beside the runtime's, which each job would have to wake.
+    let ended = AbortOnDropHandle::new(tokio::spawn(worker.run_until(async move {
+        stopped.cancelled().await;
+        Ok::<(), io::Error>(())
+    })))
+    .await;
     if tokio::time::timeout(FLUSH_WITHIN, acker.flush()).await.is_err() {
         tracing::warn!("Redis didn't hear of the last jobs in time; the take will drop them");
     }
@@ -204,8 +204,9 @@ pub async fn run(
         tracing::debug!("the registry of workers knows this one for a minute more");
     }
     match ended {
-        Ok(()) => Ok(()),
-        Err(_) if shutdown.is_cancelled() => Ok(()),
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) if shutdown.is_cancelled() => Ok(()),
+        Ok(Err(error)) => Err(WorkerError::Ended(error.to_string())),
         Err(error) => Err(WorkerError::Ended(error.to_string())),
     }
 }
