@@ -14,6 +14,7 @@ mod keys;
 mod ledger;
 mod letters;
 mod lock_order;
+mod lookups;
 mod outbox;
 mod parked;
 mod progress;

@@ -79,11 +79,15 @@ impl Postgres {
     async fn turn_all(&self, items: &[&Turning]) -> Result<Vec<Turn>, StoreError> {
         let rows: Vec<(Uuid, bool)> = sqlx::query_as(crate::fenced_sql!(
             "WITH alive AS (
-                SELECT held.*, j.kind, j.tenant, j.begun_version, j.taken_at FROM jobs j
-                JOIN unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::jsonb[], $5::text[], $6::jsonb[], $7::smallint[])
-                     AS held (id, fence, saga, verdict, error, data, pivot) ON held.id = j.id
-                WHERE j.fence = held.fence AND j.state = 'running'
-                ORDER BY j.id FOR NO KEY UPDATE OF j
+                SELECT held.*, j.* FROM (
+                    SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::jsonb[], $5::text[], $6::jsonb[], $7::smallint[])
+                         AS held (id, fence, saga, verdict, error, data, pivot)
+                    ORDER BY id
+                ) AS held
+                CROSS JOIN LATERAL (
+                    SELECT j.kind, j.tenant, j.begun_version, j.taken_at FROM jobs j
+                    WHERE j.id = held.id AND j.fence = held.fence AND j.state = 'running' FOR NO KEY UPDATE
+                ) AS j
              ), turned AS (
                 UPDATE sagas s SET state = 'compensating', verdict = alive.verdict, error = alive.error, updated_at = now(),
                        fence = alive.fence, data = coalesce(alive.data, s.data)

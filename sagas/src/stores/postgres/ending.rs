@@ -329,12 +329,16 @@ impl Postgres {
         let ended: Vec<(Uuid, bool)> = sqlx::query_as(crate::fenced_sql!(
             concat!(
                 "WITH alive AS (
-                    SELECT held.*, j.kind, j.tenant, j.taken_at, held.revocable AND j.cancel_requested_at IS NOT NULL AS cancelled
-                    FROM jobs j
-                    JOIN unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::integer[], $14::jsonb[], $15::text[], $16::boolean[])
-                         AS held (id, fence, saga, version, result, key_id, revocable) ON held.id = j.id
-                    WHERE j.fence = held.fence AND j.state = 'running'
-                    ORDER BY j.id FOR NO KEY UPDATE OF j
+                    SELECT held.*, j.kind, j.tenant, j.taken_at, held.revocable AND j.cancel_wanted AS cancelled
+                    FROM (
+                        SELECT * FROM unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::integer[], $14::jsonb[], $15::text[], $16::boolean[])
+                             AS held (id, fence, saga, version, result, key_id, revocable)
+                        ORDER BY id
+                    ) AS held
+                    CROSS JOIN LATERAL (
+                        SELECT j.kind, j.tenant, j.taken_at, j.cancel_requested_at IS NOT NULL AS cancel_wanted FROM jobs j
+                        WHERE j.id = held.id AND j.fence = held.fence AND j.state = 'running' FOR NO KEY UPDATE
+                    ) AS j
                  ), ended AS (
                     -- Whichever plan is kept, it looks each run up in the index.
                     INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at, finished_at)

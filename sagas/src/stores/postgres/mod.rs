@@ -277,6 +277,9 @@ pub(crate) struct Alive {
 /// **The fence.** Locks the rows of those jobs that still run under the fence given, in id order, and returns them. A
 /// job that is absent from the answer has lost its lease: nothing may be written for it. Every write of a saga is in a
 /// transaction that began with this statement.
+///
+/// A sub-select that locks is never merged into the join around it, so that each job is looked up by its id whatever Postgres
+/// thinks of the table (`docs/decisions/0052-each-job-by-its-id.md`).
 #[cfg_attr(feature = "faults", track_caller)]
 pub(crate) fn lock_alive<'a>(
     connection: &'a mut PgConnection,
@@ -285,10 +288,12 @@ pub(crate) fn lock_alive<'a>(
     let ids: Vec<Uuid> = jobs.iter().map(|(id, _)| id.0).collect();
     let fences: Vec<i64> = jobs.iter().map(|(_, fence)| fence.0).collect();
     let sql = crate::fenced_sql!(
-        "SELECT j.id, j.cancel_requested_at IS NOT NULL AS cancel_requested
-         FROM jobs j JOIN unnest($1::uuid[], $2::bigint[]) AS held (id, fence) ON held.id = j.id
-         WHERE j.fence = held.fence AND j.state = 'running'
-         ORDER BY j.id FOR NO KEY UPDATE OF j",
+        "SELECT held.id, j.cancel_requested
+         FROM (SELECT * FROM unnest($1::uuid[], $2::bigint[]) AS held (id, fence) ORDER BY id) AS held
+         CROSS JOIN LATERAL (
+             SELECT j.cancel_requested_at IS NOT NULL AS cancel_requested FROM jobs j
+             WHERE j.id = held.id AND j.fence = held.fence AND j.state = 'running' FOR NO KEY UPDATE
+         ) AS j",
         "j.fence = held.fence AND j.state = 'running'"
     );
     async move {

@@ -37,9 +37,12 @@ impl Postgres {
         let rows = sqlx::query(crate::fenced_sql!(
             "WITH said AS (
                  SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::smallint[], $4::text[]) AS s (id, fence, percent, message)
+                 ORDER BY id
              ), alive AS (
-                 SELECT j.id FROM jobs j JOIN said ON said.id = j.id
-                 WHERE j.fence = said.fence AND j.state = 'running' ORDER BY j.id FOR NO KEY UPDATE OF j
+                 SELECT j.id FROM said CROSS JOIN LATERAL (
+                     SELECT j.id FROM jobs j
+                     WHERE j.id = said.id AND j.fence = said.fence AND j.state = 'running' FOR NO KEY UPDATE
+                 ) AS j
              )
              INSERT INTO job_progress AS p (job_id, fence, percent, message)
              SELECT said.id, said.fence, said.percent, said.message FROM said JOIN alive USING (id)

@@ -223,10 +223,12 @@ impl Postgres {
             "WITH held AS (
                 SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::smallint[], $7::jsonb[], $8::bigint[])
                      AS s (id, job_id, kind, version, tenant, next_step, data, fence)
+                ORDER BY job_id
              ), alive AS (
-                SELECT j.id FROM jobs j JOIN held ON held.job_id = j.id
-                WHERE j.fence = held.fence AND j.state = 'running'
-                ORDER BY j.id FOR NO KEY UPDATE OF j
+                SELECT j.id FROM held CROSS JOIN LATERAL (
+                    SELECT j.id FROM jobs j
+                    WHERE j.id = held.job_id AND j.fence = held.fence AND j.state = 'running' FOR NO KEY UPDATE
+                ) AS j
              ), begun AS (
                 INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, next_step, data, fence)
                 SELECT held.id, held.job_id, kind, version, tenant, 'running', next_step, data, fence

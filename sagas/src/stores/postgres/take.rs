@@ -194,15 +194,21 @@ impl Postgres {
     ) -> Result<HashMap<JobId, TakenJob>, StoreError> {
         let rows = sqlx::query(
             "WITH due AS (
-                SELECT j.id, j.runs_alone, j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost, j.taken_at AS begun_at,
+                SELECT j.id, j.runs_alone, j.was_lost, j.begun_at,
                        CASE WHEN j.fence = 0 THEN begins.version ELSE j.begun_version END AS begun_version
-                FROM jobs j LEFT JOIN unnest($3::text[], $4::integer[]) AS begins (kind, version) ON begins.kind = j.kind
-                WHERE j.id = ANY($1) AND j.state IN ('waiting', 'running') AND j.run_at <= now()
-                  AND (j.document_id IS NULL OR j.state = 'running' OR NOT EXISTS (
-                      SELECT FROM jobs o
-                      WHERE o.document_id = j.document_id AND o.id <> j.id AND o.state IN ('waiting', 'running')
-                        AND (o.state = 'running' OR (o.doc_order < j.doc_order AND o.run_at <= now()))))
-                ORDER BY j.id FOR NO KEY UPDATE OF j
+                FROM (SELECT id FROM unnest($1::uuid[]) AS claimed (id) ORDER BY id) AS claimed
+                CROSS JOIN LATERAL (
+                    SELECT j.id, j.kind, j.fence, j.begun_version, j.runs_alone, j.taken_at AS begun_at,
+                           j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost
+                    FROM jobs j
+                    WHERE j.id = claimed.id AND j.state IN ('waiting', 'running') AND j.run_at <= now()
+                      AND (j.document_id IS NULL OR j.state = 'running' OR NOT EXISTS (
+                          SELECT FROM jobs o
+                          WHERE o.document_id = j.document_id AND o.id <> j.id AND o.state IN ('waiting', 'running')
+                            AND (o.state = 'running' OR (o.doc_order < j.doc_order AND o.run_at <= now()))))
+                    FOR NO KEY UPDATE OF j
+                ) AS j
+                LEFT JOIN unnest($3::text[], $4::integer[]) AS begins (kind, version) ON begins.kind = j.kind
              ), taken AS (
                 UPDATE jobs j SET
                     fence = fence + 1, deliveries = deliveries + 1,

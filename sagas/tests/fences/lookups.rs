@@ -1,0 +1,107 @@
+//! What the statements of every run read stays the same however many jobs are under way.
+
+use std::sync::Arc;
+
+use queue::JobId;
+use sagas::{
+    coalescing::Batch,
+    stores::postgres::{
+        Fence, Postgres, PostgresConfig,
+        accept::NewJob,
+        ending::{CompleteBatch, Completion, Verdict},
+        progress::Progress,
+    },
+};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::ledger::{Ledger, failure, job, run_of, saga_of};
+
+const ENDED: usize = 200;
+const UNDER_WAY: usize = 500;
+/// After so many runs a session keeps the plan of a statement.
+const RUNS: usize = 8;
+
+fn jobs(count: usize) -> Vec<NewJob> {
+    (0..count).map(|_| job("embed", json!({ "all": true }))).collect()
+}
+
+async fn succeed(ledger: &Ledger, jobs: &[JobId]) {
+    let success = |job_id: &JobId| Completion {
+        job_id: *job_id,
+        fence: Fence(1),
+        saga: None,
+        result: Value::Null,
+        steps: vec![],
+        revocable: false,
+    };
+    let all: Vec<_> = jobs.iter().map(|id| Arc::new(success(id))).collect();
+    CompleteBatch(ledger.postgres.clone()).flush(&all).await.unwrap();
+}
+
+/// Entries that scans of the index of unfinished jobs have returned so far, those of dead rows too.
+async fn entries_read(postgres: &Postgres) -> i64 {
+    sqlx::query("SELECT pg_stat_force_next_flush()").execute(postgres.pool()).await.unwrap();
+    sqlx::query_scalar("SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'jobs_unfinished'")
+        .fetch_one(postgres.pool())
+        .await
+        .unwrap()
+}
+
+/// Runs each statement for a few jobs; returns how many entries each has read.
+async fn entries_of_a_run(ledger: &Ledger) -> Vec<(&'static str, i64)> {
+    let postgres = &ledger.postgres;
+    let mut before = entries_read(postgres).await;
+    let mut reads = vec![];
+    let mut did = async |what: &'static str| {
+        let now = entries_read(postgres).await;
+        reads.push((what, now - before));
+        before = now;
+    };
+    let ids = ledger.accept(&jobs(4)).await;
+    did("accept").await;
+    let mut taken = vec![];
+    for id in &ids {
+        taken.push(ledger.take("w", *id).await);
+    }
+    did("take").await;
+    let said: Vec<_> = taken.iter().map(|job| Progress::new(job.id, job.fence, 50, "")).collect();
+    assert_eq!(postgres.record_progress(&said).await.unwrap().len(), taken.len());
+    did("progress").await;
+    assert!(postgres.begin_saga(&saga_of(&taken[0], Uuid::now_v7())).await.unwrap());
+    did("begin").await;
+    let (run, verdict) = (run_of(&taken[1], None), Verdict::Dead { failure: failure() });
+    postgres.begin_compensation(&run, &verdict, "a test's", None, 1).await.unwrap();
+    did("turn").await;
+    assert!(postgres.finish(&run, &verdict, &[]).await.unwrap());
+    did("finish").await;
+    succeed(ledger, &[ids[0], ids[2], ids[3]]).await;
+    did("complete").await;
+    reads
+}
+
+#[tokio::test]
+async fn jobs_are_looked_up_by_their_ids_whatever_else_is_under_way() {
+    let mut ledger = Ledger::start().await;
+    // One session, which keeps its plans and tells of its own reads.
+    let config =
+        PostgresConfig { max_connections: 1, ..PostgresConfig::new(ledger.services.postgres().url()) };
+    ledger.postgres = Postgres::connect(&config).await.unwrap();
+    let no_vacuum = "ALTER TABLE jobs SET (autovacuum_enabled = false)";
+    sqlx::query(no_vacuum).execute(ledger.postgres.pool()).await.unwrap();
+    // A ledger in its first seconds: hardly anything is unfinished, and reading all of that looks cheap.
+    let ended = ledger.accept(&jobs(ENDED)).await;
+    ledger.takes("w", &ended).await;
+    succeed(&ledger, &ended).await;
+    let mut first = entries_of_a_run(&ledger).await;
+    sqlx::query("ANALYZE jobs").execute(ledger.postgres.pool()).await.unwrap();
+    for _ in 0..RUNS {
+        first = entries_of_a_run(&ledger).await;
+    }
+    for ids in ledger.accept(&jobs(UNDER_WAY)).await.chunks(50) {
+        ledger.takes("w", ids).await;
+    }
+    let reads = entries_of_a_run(&ledger).await;
+    let most = |(_, entries): &(_, i64)| *entries < UNDER_WAY as i64 / 10;
+    assert!(reads.iter().all(most), "at first {first:?}, then {reads:?}");
+}
