@@ -128,7 +128,9 @@ async fn run(queue: Queue, mut inbox: mpsc::Receiver<Message>) {
     while inbox.recv_many(&mut messages, CHUNK).await > 0 {
         // Jobs end in batches, too: those that are about to say so come along.
         tokio::task::yield_now().await;
-        while let Ok(message) = inbox.try_recv() {
+        while messages.len() < CHUNK
+            && let Ok(message) = inbox.try_recv()
+        {
             messages.push(message);
         }
         while messages.len() < ENOUGH && !messages.iter().any(|one| matches!(one, Message::Flush(_))) {
