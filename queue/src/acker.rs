@@ -128,11 +128,6 @@ async fn run(queue: Queue, mut inbox: mpsc::Receiver<Message>) {
     while inbox.recv_many(&mut messages, CHUNK).await > 0 {
         // Jobs end in batches, too: those that are about to say so come along.
         tokio::task::yield_now().await;
-        while messages.len() < CHUNK
-            && let Ok(message) = inbox.try_recv()
-        {
-            messages.push(message);
-        }
         while messages.len() < ENOUGH && !messages.iter().any(|one| matches!(one, Message::Flush(_))) {
             let more = inbox.recv_many(&mut messages, CHUNK);
             if !matches!(timeout_at(sent_at + PAUSE, more).await, Ok(1..)) {

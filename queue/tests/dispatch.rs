@@ -80,19 +80,11 @@ async fn rule_7_the_ring_survives_more_tenants_than_one_claim_reaches() {
 async fn rule_7_the_work_of_a_claim_does_not_grow_with_tenants_or_backlog() {
     let stage = Stage::new().await;
     let commands_per_claim = async || {
-        let mut raw = stage.raw().await;
-        let count = async |raw: &mut redis::aio::MultiplexedConnection| -> u64 {
-            let info: String = redis::cmd("INFO").arg("commandstats").query_async(raw).await.unwrap();
-            info.lines()
-                .filter(|line| line.starts_with("cmdstat_"))
-                .filter_map(|line| line.split("calls=").nth(1)?.split(',').next()?.parse::<u64>().ok())
-                .sum()
-        };
-        let before = count(&mut raw).await;
+        let before = stage.calls(|_| true).await;
         let claims = stage.claim(10).await;
         assert_eq!(claims.len(), 10);
         let refs: Vec<_> = claims.iter().map(queue::Claim::lease_ref).collect();
-        let spent = count(&mut raw).await - before;
+        let spent = stage.calls(|_| true).await - before;
         stage.queue.ack(&refs).await.unwrap();
         spent
     };

@@ -48,21 +48,11 @@ async fn fill(stage: &Stage, tenant: &str, count: usize) {
     }
 }
 
-/// Commands that Redis has run so far, those inside scripts too.
-async fn commands(stage: &Stage) -> u64 {
-    let mut raw = stage.raw().await;
-    let info: String = redis::cmd("INFO").arg("commandstats").query_async(&mut raw).await.unwrap();
-    info.lines()
-        .filter(|line| line.starts_with("cmdstat_"))
-        .filter_map(|line| line.split("calls=").nth(1)?.split(',').next()?.parse::<u64>().ok())
-        .sum()
-}
-
 /// Claims ten jobs and acks them; returns the commands of the claim.
 async fn cost_of_ten(stage: &Stage) -> u64 {
-    let before = commands(stage).await;
+    let before = stage.calls(|_| true).await;
     let claims = stage.claim(10).await;
-    let spent = commands(stage).await - before;
+    let spent = stage.calls(|_| true).await - before;
     assert_eq!(claims.len(), 10);
     let refs: Vec<_> = claims.iter().map(Claim::lease_ref).collect();
     stage.queue.ack(&refs).await.unwrap();

@@ -377,13 +377,7 @@ async fn a_worker_comes_back_when_a_rate_has_tokens_and_does_not_poll_meanwhile(
     fleet.next().await;
     let took = begun.elapsed();
     assert!(took >= Duration::from_millis(700), "four jobs at 4/s took only {took:?}");
-    let mut raw = stage.raw().await;
-    let info: String = redis::cmd("INFO").arg("commandstats").query_async(&mut raw).await.unwrap();
-    let calls: u64 = info
-        .lines()
-        .filter(|line| line.starts_with("cmdstat_eval"))
-        .filter_map(|line| line.split("calls=").nth(1)?.split(',').next()?.parse::<u64>().ok())
-        .sum();
+    let calls = stage.calls(|name| name.starts_with("eval")).await;
     assert!(calls < 40, "{calls} script calls for 4 jobs");
 }
 

@@ -156,22 +156,11 @@ async fn rule_24_an_idle_worker_costs_at_most_three_commands_a_second() {
         // A new subscription makes the worker look everywhere once.
         subscribed(&stage, partitions).await;
         assert!(roles.none_within(1500).await);
-        let mut raw = stage.raw().await;
         // What clients send; commands inside scripts are not counted as calls of a client.
-        let sent = async |raw: &mut redis::aio::MultiplexedConnection| -> u64 {
-            let info: String = redis::cmd("INFO").arg("commandstats").query_async(raw).await.unwrap();
-            info.lines()
-                .filter(|line| {
-                    ["evalsha:", "eval:", "exists:", "ping:", "get:", "set:"]
-                        .iter()
-                        .any(|name| line.starts_with(&format!("cmdstat_{name}")))
-                })
-                .filter_map(|line| line.split("calls=").nth(1)?.split(',').next()?.parse::<u64>().ok())
-                .sum()
-        };
-        let (begun, before) = (Instant::now(), sent(&mut raw).await);
+        let sent = || stage.calls(|name| ["evalsha", "eval", "exists", "ping", "get", "set"].contains(&name));
+        let (begun, before) = (Instant::now(), sent().await);
         assert!(roles.none_within(10_000).await);
-        let count = sent(&mut raw).await - before;
+        let count = sent().await - before;
         let seconds = begun.elapsed().as_secs_f64();
         println!("{partitions} partitions: {count} commands in {seconds:.2} s");
         // What comes every second comes once more in a time that begins right before it.
@@ -191,18 +180,13 @@ async fn jobs_that_end_at_once_are_acked_by_one_call() {
     let first = roles.next().await;
     roles.acker.done(&first.lease, Done::Ack).await;
     roles.acker.flush().await;
-    let mut raw = stage.raw().await;
-    let calls = async |raw: &mut redis::aio::MultiplexedConnection| -> u64 {
-        let info: String = redis::cmd("INFO").arg("commandstats").query_async(raw).await.unwrap();
-        let of = info.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:calls="));
-        of.and_then(|rest| rest.split(',').next()?.parse().ok()).unwrap()
-    };
+    let calls = || stage.calls(|name| name == "evalsha");
     let (together, mut ends) = (Arc::new(Barrier::new(JOBS)), JoinSet::new());
     let mut claimed = Vec::new();
     for _ in 0..JOBS {
         claimed.push(roles.next().await);
     }
-    let before = calls(&mut raw).await;
+    let before = calls().await;
     for job in claimed {
         let (together, acker) = (Arc::clone(&together), roles.acker.clone());
         ends.spawn(async move {
@@ -214,7 +198,7 @@ async fn jobs_that_end_at_once_are_acked_by_one_call() {
     let ended = ends.join_all().await;
     roles.acker.flush().await;
     assert_eq!(ended.len(), JOBS);
-    assert_eq!(calls(&mut raw).await - before, 1);
+    assert_eq!(calls().await - before, 1);
 }
 
 #[tokio::test]

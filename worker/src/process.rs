@@ -204,10 +204,9 @@ pub async fn run(
         tracing::debug!("the registry of workers knows this one for a minute more");
     }
     match ended {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) if shutdown.is_cancelled() => Ok(()),
-        Ok(Err(error)) => Err(WorkerError::Ended(error.to_string())),
-        Err(error) => Err(WorkerError::Ended(error.to_string())),
+        Err(panic) => Err(WorkerError::Ended(panic.to_string())),
+        Ok(Err(error)) if !shutdown.is_cancelled() => Err(WorkerError::Ended(error.to_string())),
+        Ok(_) => Ok(()),
     }
 }
 

@@ -61,6 +61,17 @@ impl Stage {
             .unwrap()
     }
 
+    /// Calls so far of the commands whose names are chosen, those inside scripts too.
+    pub async fn calls(&self, chosen: impl Fn(&str) -> bool) -> u64 {
+        let mut raw = self.raw().await;
+        let info: String = redis::cmd("INFO").arg("commandstats").query_async(&mut raw).await.unwrap();
+        info.lines()
+            .filter_map(|line| line.strip_prefix("cmdstat_")?.split_once(":calls="))
+            .filter(|(name, _)| chosen(name))
+            .map(|(_, rest)| rest.split(',').next().unwrap().parse::<u64>().unwrap())
+            .sum()
+    }
+
     /// Returns when all that was answered so far would survive SIGKILL: with `everysec` a write may wait while an fsync is
     /// under way.
     pub async fn written(&self) {
