@@ -37,8 +37,11 @@ async fn what_waits_and_ends_is_reported_by_the_class_of_its_tenant() {
     assert_eq!(fleet.flotilla(0, &["tenants", "show", TENANT])["class"], "gold");
     reports(&worker, "nobody-serves", "gold", [3.0, 0.0, 0.0]).await;
     reports(&worker, "ingest", "gold", [0.0, 0.0, 1.0]).await;
-    let counted = &fleet.flotilla(0, &["stats"])["tenant_classes"][1];
+    let stats = fleet.flotilla(0, &["stats"]);
+    let counted = &stats["tenant_classes"][1];
     assert_eq!((&counted["queue"], &counted["waiting"]), (&json!("nobody-serves"), &json!(3)), "{counted}");
+    let workers = |queue: &str| &stats["queues"][queue]["workers"];
+    assert_eq!((workers("nobody-serves"), workers("ingest")), (&json!(0), &json!(1)), "{stats}");
     assert!(counted["oldest_s"].as_f64().unwrap() > 0.0, "{counted}");
 
     // Its gauges end with it.

@@ -14,8 +14,8 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Queues to look at
-    #[arg(long, env = "FLOTILLA_QUEUES", value_delimiter = ',', default_value = "ingest,embed,delete")]
+    /// Only these; without it, all that somebody served or pushed to within a week
+    #[arg(long, value_delimiter = ',')]
     queues: Vec<QueueName>,
     /// Show it again and again, every so many seconds
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -38,6 +38,8 @@ struct One {
     #[serde(flatten)]
     now: QueueStats,
     rates: Rates,
+    /// Workers that serve it, heard of within a minute.
+    workers: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -64,10 +66,13 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
     }
 }
 
-async fn collect(queues: &[QueueName], postgres: &Postgres, queue: &Queue) -> anyhow::Result<Stats> {
+async fn collect(only: &[QueueName], postgres: &Postgres, queue: &Queue) -> anyhow::Result<Stats> {
+    let names = if only.is_empty() { queue.queues().await? } else { only.to_vec() };
+    let living = queue.workers().await?;
     let mut by_queue = BTreeMap::new();
-    for name in queues {
-        let one = One { now: queue.stats(name).await?, rates: queue.rates(name).await? };
+    for name in &names {
+        let workers = living.iter().filter(|worker| worker.queues.contains(name)).count();
+        let one = One { now: queue.stats(name).await?, rates: queue.rates(name).await?, workers };
         by_queue.insert(name.to_string(), one);
     }
     let dead = postgres.dead_letter_counts().await?;
@@ -100,8 +105,9 @@ fn described(stats: &Stats) -> String {
         "OLDEST",
         "ENDED/S",
         "DEAD/S",
+        "WORKERS",
     ]);
-    for (name, One { now: one, rates }) in &stats.queues {
+    for (name, One { now: one, rates, workers }) in &stats.queues {
         let mut row = vec![name.into()];
         row.extend(one.by_priority.iter().rev().map(|level| output::number(level.depth)));
         row.push(output::number(one.depth()));
@@ -110,6 +116,7 @@ fn described(stats: &Stats) -> String {
         row.push(one.oldest_ms().map(|ms| span(Duration::from_millis(ms))).unwrap_or_default().into());
         row.push(output::number(format!("{:.1}", rates.minute.per_second())));
         row.push(output::number(format!("{:.1}", rates.minute.dead_per_second())));
+        row.push(output::number(workers));
         queues.add_row(row);
     }
     let jobs = &stats.jobs;
@@ -138,7 +145,8 @@ fn described(stats: &Stats) -> String {
         ]
         .map(output::number),
     );
-    let mut text = format!("{}\n{}", output::tidy(&queues), output::tidy(&ledger));
+    let queues = output::rows(&queues, "nobody has served or pushed to a queue within a week\n");
+    let mut text = format!("{queues}\n{}", output::tidy(&ledger));
     if !stats.dead_letters.is_empty() {
         let mut dead = output::table(&["DEAD LETTERS OF", "CLASS", "OPEN"]);
         for one in &stats.dead_letters {
