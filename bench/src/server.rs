@@ -78,6 +78,33 @@ pub async fn postgres_cpu(pool: &sqlx::PgPool) -> anyhow::Result<f64> {
     Ok(ticks as f64 / per_second as f64)
 }
 
+/// CPU time of the whole machine, in ticks. Zeros where /proc doesn't say.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MachineTime {
+    all: u64,
+    /// What the hypervisor gave to others meanwhile.
+    stolen: u64,
+}
+
+impl MachineTime {
+    pub fn now() -> Self {
+        std::fs::read_to_string("/proc/stat").map_or_else(|_| Self::default(), |text| Self::read(&text))
+    }
+
+    /// The first line is the sum of all cores: user, nice, system, idle, iowait, irq, softirq, steal, and what these hold already.
+    fn read(text: &str) -> Self {
+        let line = text.lines().next().and_then(|line| line.strip_prefix("cpu ")).unwrap_or_default();
+        let ticks: Vec<u64> = line.split_whitespace().take(8).map_while(|tick| tick.parse().ok()).collect();
+        Self { all: ticks.iter().sum(), stolen: ticks.get(7).copied().unwrap_or_default() }
+    }
+
+    /// How much of the time between the two was stolen, in percent.
+    pub fn stolen_until(self, end: Self) -> f64 {
+        let all = end.all.saturating_sub(self.all).max(1);
+        end.stolen.saturating_sub(self.stolen) as f64 / all as f64 * 100.0
+    }
+}
+
 /// Of `/proc/<pid>/stat`: the parent, and CPU time in ticks. None if the process has gone.
 struct Stat {
     parent: u32,
@@ -95,4 +122,18 @@ fn stat(pid: u32) -> Option<Stat> {
         own: number(11)? + number(12)?,
         children: number(13)? + number(14)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_stolen_is_a_share_of_all_time() {
+        let begin = MachineTime::read("cpu  100 1 50 800 9 0 10 30 7 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n");
+        let end = MachineTime::read("cpu  150 1 70 900 9 0 10 60 9 0\n");
+        assert_eq!((begin.all, begin.stolen), (1000, 30));
+        assert!((begin.stolen_until(end) - 15.0).abs() < 1e-9);
+        assert!(MachineTime::read("").stolen_until(MachineTime::read("intr 7")).abs() < 1e-9);
+    }
 }

@@ -63,6 +63,7 @@ fn sagas_end_right_in_a_quick_run_also_with_errors() {
         "three-step.wal",
         "three-step.postgres-cpu",
         "three-step.latency.p99",
+        "three-step.latency.stolen",
         "three-step.compensation.p90",
         "three-step.errors",
     ] {

@@ -24,7 +24,7 @@ use tokio::{
 use self::three_step::{FAILS_EACH, KIND, Sinks, TABLES};
 use crate::{
     report::{Figure, median, percentile, percentiles},
-    server::postgres_cpu,
+    server::{MachineTime, postgres_cpu},
     sides::connect,
 };
 
@@ -245,9 +245,10 @@ impl Bench {
         let warm = ((rate * WARM_UP.as_secs_f64()) as u64).min(jobs);
         self.feed(0..warm, rate).await?;
         let since: String = sqlx::query_scalar("SELECT now()::text").fetch_one(self.pool()).await?;
-        let jobs = warm + jobs;
+        let (jobs, begin) = (warm + jobs, MachineTime::now());
         self.feed(warm..jobs, rate).await?;
         self.ended(jobs).await?;
+        let stolen = begin.stolen_until(MachineTime::now());
         stop(workers).await?;
         self.check_rows(jobs).await?;
         let times = self
@@ -269,10 +270,12 @@ impl Bench {
         let (p50, p99) = percentiles(times.clone());
         let (undone50, undone90) = (percentile(&undone, 0.5), percentile(&undone, 0.9));
         say(format!(
-            "at {rate:.0}/s: p50 {p50} ms, p99 {p99} ms; compensation p50 {undone50} ms, p90 {undone90} ms"
+            "at {rate:.0}/s: p50 {p50} ms, p99 {p99} ms; compensation p50 {undone50} ms, p90 {undone90} ms; \
+             {stolen:.1}% of the machine's time went to others"
         ));
         Ok(vec![
             Figure::new("three-step.latency.p99", "ms", p99, "the bar", 50.0).times(times),
+            Figure::new("three-step.latency.stolen", "% of the CPU", stolen, "no bar", 0.0),
             Figure::new("three-step.compensation.p50", "ms", undone50, "no bar", 0.0),
             Figure::new("three-step.compensation.p90", "ms", undone90, "the bar", 1000.0).times(undone),
         ])
