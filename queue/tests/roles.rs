@@ -156,7 +156,7 @@ async fn rule_24_an_idle_worker_costs_at_most_three_commands_a_second() {
         // A new subscription makes the worker look everywhere once.
         subscribed(&stage, partitions).await;
         assert!(roles.none_within(1500).await);
-        // What clients send; commands inside scripts are not counted as calls of a client.
+        // What a worker sends, by the names of its commands.
         let sent = || stage.calls(|name| ["evalsha", "eval", "exists", "ping", "get", "set"].contains(&name));
         let (begun, before) = (Instant::now(), sent().await);
         assert!(roles.none_within(10_000).await);

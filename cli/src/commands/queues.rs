@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use queue::{Mode, Priority, QueueName, QueuePolicy, Rate, Rates};
+use queue::{Mode, Priority, Queue, QueueError, QueueName, QueuePolicy, Rate, Rates};
 use sagas::stores::postgres::policies::QueueRow;
 use serde::Serialize;
 use serde_json::json;
@@ -146,13 +146,18 @@ struct Pace {
     rates: Rates,
 }
 
-async fn rates(mut names: Vec<QueueName>, context: &Context) -> Outcome {
+/// What a table of queues says without a row.
+pub const NONE_KNOWN: &str = "nobody has served or pushed to a queue within a week";
+
+/// These queues; without a name, all that somebody served or pushed to within a week.
+pub async fn or_all(only: &[QueueName], queue: &Queue) -> Result<Vec<QueueName>, QueueError> {
+    if only.is_empty() { queue.queues().await } else { Ok(only.to_vec()) }
+}
+
+async fn rates(only: &[QueueName], context: &Context) -> Outcome {
     let queue = context.queue().await?;
-    if names.is_empty() {
-        names = queue.queues().await?;
-    }
     let mut paces = vec![];
-    for name in names {
+    for name in or_all(only, &queue).await? {
         let stats = queue.stats(&name).await?;
         paces.push(Pace {
             waiting: stats.depth(),
@@ -188,14 +193,14 @@ async fn rates(mut names: Vec<QueueName>, context: &Context) -> Outcome {
                 output::number(days.last().copied().unwrap_or_default()),
             ]);
         }
-        output::rows(&table, "nobody has served or pushed to a queue within a week")
+        output::rows(&table, NONE_KNOWN)
     })?;
     Ok(Ending::Fine)
 }
 
 pub async fn run(command: Command, context: &Context) -> Outcome {
     let (queue, action, change): (QueueName, &str, Change) = match command {
-        Command::Rates { queues } => return rates(queues, context).await,
+        Command::Rates { queues } => return rates(&queues, context).await,
         Command::List => {
             let postgres = context.postgres().await?;
             let rows = postgres.policies_since(0).await?.queues;

@@ -6,6 +6,7 @@ use queue::{Queue, QueueName, QueueStats, Rates};
 use sagas::stores::postgres::{Postgres, classes::ClassCount, inspect::JobCounts};
 use serde::Serialize;
 
+use super::queues::{NONE_KNOWN, or_all};
 use crate::{
     context::Context,
     failure::{Ending, Outcome},
@@ -67,12 +68,11 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
 }
 
 async fn collect(only: &[QueueName], postgres: &Postgres, queue: &Queue) -> anyhow::Result<Stats> {
-    let names = if only.is_empty() { queue.queues().await? } else { only.to_vec() };
     let living = queue.workers().await?;
     let mut by_queue = BTreeMap::new();
-    for name in &names {
-        let workers = living.iter().filter(|worker| worker.queues.contains(name)).count();
-        let one = One { now: queue.stats(name).await?, rates: queue.rates(name).await?, workers };
+    for name in or_all(only, queue).await? {
+        let workers = living.iter().filter(|worker| worker.queues.contains(&name)).count();
+        let one = One { now: queue.stats(&name).await?, rates: queue.rates(&name).await?, workers };
         by_queue.insert(name.to_string(), one);
     }
     let dead = postgres.dead_letter_counts().await?;
@@ -145,8 +145,8 @@ fn described(stats: &Stats) -> String {
         ]
         .map(output::number),
     );
-    let queues = output::rows(&queues, "nobody has served or pushed to a queue within a week\n");
-    let mut text = format!("{queues}\n{}", output::tidy(&ledger));
+    let queues = output::rows(&queues, NONE_KNOWN);
+    let mut text = format!("{}\n\n{}", queues.trim_end(), output::tidy(&ledger));
     if !stats.dead_letters.is_empty() {
         let mut dead = output::table(&["DEAD LETTERS OF", "CLASS", "OPEN"]);
         for one in &stats.dead_letters {
