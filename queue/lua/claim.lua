@@ -75,6 +75,9 @@ local function ring_of(priority)
   return ring
 end
 
+-- Whether nobody can be in the ring: a list has an entry for each job that waits in it, besides stale ones.
+local function is_empty(priority) return count[WAITING[priority]] == 0 and count.z == 0 end
+
 local function next_tenant(priority)
   local ring = ring_of(priority)
   if ring.head <= ring.read or ring.whole then return ring.names[ring.head] end
@@ -250,7 +253,7 @@ local base = 0
 local function lightest()
   local found
   for priority = 9, 0, -1 do
-    if next_tenant(priority) and (not found or ahead[priority + 1] < ahead[found + 1]) then found = priority end
+    if not is_empty(priority) and next_tenant(priority) and (not found or ahead[priority + 1] < ahead[found + 1]) then found = priority end
   end
   return found
 end
@@ -268,7 +271,7 @@ end
 local function highest()
   local ring = rings[top]
   if ring and ring.head <= ring.read then return top_or_aged() end
-  while top >= 0 and not next_tenant(top) and ring_of(top).whole do top = top - 1 end
+  while top >= 0 and (is_empty(top) or not next_tenant(top) and ring_of(top).whole) do top = top - 1 end
   if top < 0 or not next_tenant(top) then return end
   return top_or_aged()
 end

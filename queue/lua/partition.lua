@@ -48,8 +48,11 @@ for i, name in ipairs(NAMES) do
 end
 
 -- The counter of each priority's waiting jobs, by the priority as a number and as text.
-local WAITING = { [0] = 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', 'w7', 'w8', 'w9' }
-for priority = 0, 9 do WAITING[string.sub(WAITING[priority], 2)] = WAITING[priority] end
+local WAITING = {
+  [0] = 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', 'w7', 'w8', 'w9',
+  ['0'] = 'w0', ['1'] = 'w1', ['2'] = 'w2', ['3'] = 'w3', ['4'] = 'w4',
+  ['5'] = 'w5', ['6'] = 'w6', ['7'] = 'w7', ['8'] = 'w8', ['9'] = 'w9',
+}
 
 local function depth(of)
   local sum = 0

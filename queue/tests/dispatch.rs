@@ -76,6 +76,27 @@ async fn rule_7_the_ring_survives_more_tenants_than_one_claim_reaches() {
     assert!(stage.claim(7).await.is_empty());
 }
 
+/// Nine priorities without a job would cost an idle fleet nine commands for each job that comes.
+#[tokio::test]
+async fn a_claim_reads_the_rings_of_those_priorities_alone_that_have_jobs() {
+    let stage = Stage::new().await;
+    let reads = || stage.calls(|name| name == "lrange");
+    let [low, high] = [job("acme", 2), job("acme", 5)];
+    stage.queue.push(&[low.clone(), high.clone()]).await.unwrap();
+    let before = reads().await;
+    assert_eq!(ids(&stage.claim(10).await), [high.id, low.id]);
+    assert_eq!(reads().await - before, 2);
+
+    // An entry that a change of priority left behind keeps its tenant in the old ring until a claim drops it there.
+    let moved = job("acme", 7);
+    stage.queue.push(std::slice::from_ref(&moved)).await.unwrap();
+    stage.queue.reprioritise(&[(name(), moved.id, Priority::LOWEST)]).await.unwrap();
+    let before = reads().await;
+    assert_eq!(ids(&stage.claim(10).await), [moved.id]);
+    assert!(reads().await - before > 1, "the stale entry was left where it is");
+    assert!(stage.claim(10).await.is_empty());
+}
+
 #[tokio::test]
 async fn rule_7_the_work_of_a_claim_does_not_grow_with_tenants_or_backlog() {
     let stage = Stage::new().await;
