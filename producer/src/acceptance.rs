@@ -42,8 +42,9 @@ impl Acceptor {
     /// One transaction for all jobs, then one push. With `push`, Redis gets them at once if it is there.
     async fn attempt(&self, jobs: &[NewJob]) -> Result<Vec<Accepted>, Failure> {
         // What fails here has begun nothing, so that callers get a prompt and certain answer while the ledger is down.
-        match tokio::time::timeout(self.settings.connect_within, self.postgres.reach()).await {
-            Ok(Ok(())) => {}
+        let reached = tokio::time::timeout(self.settings.connect_within, self.postgres.reach()).await;
+        let connection = match reached {
+            Ok(Ok(connection)) => connection,
             Ok(Err(error)) => {
                 tracing::warn!(%error, "the ledger can't be reached");
                 return Err(Failure::NotBegun);
@@ -52,9 +53,10 @@ impl Acceptor {
                 tracing::warn!(within = ?self.settings.connect_within, "no connection to the ledger in time");
                 return Err(Failure::NotBegun);
             }
-        }
+        };
         let queue = self.dispatch.open();
-        let accepted = self.postgres.accept(jobs, queue.is_some()).await.map_err(Failure::Begun)?;
+        let accepted =
+            self.postgres.accept_on(connection, jobs, queue.is_some()).await.map_err(Failure::Begun)?;
         if let Some(queue) = queue {
             self.dispatch.dispatch(queue, &new_ones(jobs, &accepted)).await;
         }

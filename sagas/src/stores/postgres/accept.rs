@@ -9,7 +9,7 @@ use chrono::{DateTime, Utc};
 use queue::{JobId, Priority, QueueName, TenantId, TraceContext};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sqlx::{PgConnection, Row};
+use sqlx::{PgConnection, Postgres as Db, Row, pool::PoolConnection};
 use uuid::Uuid;
 
 use super::{
@@ -143,8 +143,27 @@ impl Postgres {
     /// promises to put the jobs into Redis itself; otherwise the relay does.
     pub async fn accept(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
         if jobs.iter().all(is_plain) {
-            return self.accept_plain(jobs, dispatched).await;
+            return self.accept_plain(&mut *self.pool.acquire().await?, jobs, dispatched).await;
         }
+        self.accept_together(jobs, dispatched).await
+    }
+
+    /// [`accept`](Self::accept) on a connection that the caller has [reached](Self::reach).
+    pub async fn accept_on(
+        &self,
+        mut connection: PoolConnection<Db>,
+        jobs: &[NewJob],
+        dispatched: bool,
+    ) -> Result<Vec<Accepted>, StoreError> {
+        if jobs.iter().all(is_plain) {
+            return self.accept_plain(&mut connection, jobs, dispatched).await;
+        }
+        // A transaction begins in a task of its own, on a connection that it takes itself.
+        drop(connection);
+        self.accept_together(jobs, dispatched).await
+    }
+
+    async fn accept_together(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
         let mut tx = self.begin().await?;
         let replies = self.accept_in(&mut tx, jobs, dispatched).await?;
         tx.commit().await?;
@@ -152,11 +171,14 @@ impl Postgres {
     }
 
     /// Accepts jobs that touch nothing but their own rows: one statement, which commits by itself.
-    async fn accept_plain(&self, jobs: &[NewJob], dispatched: bool) -> Result<Vec<Accepted>, StoreError> {
-        let mut connection = self.pool.acquire().await?;
+    async fn accept_plain(
+        &self,
+        connection: &mut PgConnection,
+        jobs: &[NewJob],
+        dispatched: bool,
+    ) -> Result<Vec<Accepted>, StoreError> {
         let all: Vec<&NewJob> = jobs.iter().collect();
-        let strangers =
-            insert(&mut connection, &self.cipher, &all, &vec![None; jobs.len()], dispatched).await?;
+        let strangers = insert(connection, &self.cipher, &all, &vec![None; jobs.len()], dispatched).await?;
         let reply = |job: &NewJob| {
             if strangers.iter().any(|tenant| tenant == job.tenant.as_str()) {
                 Accepted::UnknownTenant

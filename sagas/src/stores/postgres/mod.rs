@@ -43,6 +43,7 @@ use std::{collections::HashMap, str::FromStr, time::Duration};
 use queue::JobId;
 use sqlx::{
     PgConnection, PgPool, Postgres as Db, Row, Transaction,
+    pool::PoolConnection,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use uuid::Uuid;
@@ -146,12 +147,12 @@ impl Postgres {
             .map_err(|_| sqlx::Error::WorkerCrashed)?
     }
 
-    /// Whether the server answers now: what fails here has begun nothing. Connections that are found dead are closed.
-    pub async fn reach(&self) -> Result<(), sqlx::Error> {
+    /// A connection on which the server has just answered: what fails here has begun nothing. Those that are found dead are closed.
+    pub async fn reach(&self) -> Result<PoolConnection<Db>, sqlx::Error> {
         loop {
             let mut connection = self.pool.acquire().await?;
             match outside_transaction(&mut connection).await {
-                Ok(true) => return Ok(()),
+                Ok(true) => return Ok(connection),
                 // Once the pool has none that was made before, it makes one, or says why it can't.
                 Ok(false) => {}
                 Err(error) => tracing::debug!(%error, "a connection to Postgres is dead"),
