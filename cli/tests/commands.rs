@@ -337,7 +337,7 @@ async fn a_whole_day_with_the_command_line() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_refuses_a_queue_that_may_evict_and_one_of_another_ledger() {
+async fn a_queue_that_may_evict_is_refused_and_one_of_another_ledger() {
     let cli = Cli { services: TestServices::start().await.unwrap() };
     cli.text(0, &["migrate", "up"]);
     // The cache evicts.
@@ -353,6 +353,8 @@ async fn a_worker_refuses_a_queue_that_may_evict_and_one_of_another_ledger() {
     let other = format!("{}/other", url.rsplit_once('/').unwrap().0);
     let others = |arguments: &[&str]| cli.run(&[arguments, &["--database-url", &other]].concat());
     assert!(others(&["migrate", "up"]).status.success());
+    let (_, err) = cli.text(0, &["audit"]);
+    assert!(err.contains("no stamp of this ledger under the prefix \"flotilla\""), "{err}");
     // The first ledger's worker stamps the prefix once it has seen that no data was lost.
     let _worker = Worker::start(&cli);
     let enqueue = ["enqueue", "ingest", "--payload", r#"{"document":"a","text":"b"}"#];
@@ -364,7 +366,9 @@ async fn a_worker_refuses_a_queue_that_may_evict_and_one_of_another_ledger() {
         }
         assert!(Instant::now() < deadline, "the prefix is never stamped");
     };
-    for output in [refused, others(&["worker", "--addr", "127.0.0.1:0"])] {
+    let (_, err) = cli.text(0, &["audit"]);
+    assert_eq!(err, "");
+    for output in [refused, others(&["worker", "--addr", "127.0.0.1:0"]), others(&["audit", "--repair"])] {
         assert_eq!(output.status.code(), Some(2));
         let err = String::from_utf8(output.stderr).unwrap();
         assert!(err.contains("belongs to ledger"), "{err}");

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use queue::{Queue, QueueError};
+use queue::Queue;
 use sagas::stores::postgres::Postgres;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -94,8 +94,8 @@ async fn own_prefix(
     let mut pauses = Growing::new(Duration::from_millis(100), Duration::from_secs(2));
     while !shutdown.is_cancelled() {
         match within(postgres.call_timeout(), postgres.ledger_id()).await {
-            Ok(ledger) => match check_prefix(queue, ledger).await {
-                Ok(()) => return Ok(Some(ledger)),
+            Ok(ledger) => match queue.is_stamped_by(ledger).await {
+                Ok(_) => return Ok(Some(ledger)),
                 Err(error) if error.is_unavailable() => {
                     tracing::warn!(%error, "waiting for the queue's Redis");
                 }
@@ -106,8 +106,4 @@ async fn own_prefix(
         pause(pauses.next(), shutdown).await;
     }
     Ok(None)
-}
-
-async fn check_prefix(queue: &Queue, ledger: Uuid) -> Result<(), QueueError> {
-    if queue.stamped().await? { queue.stamp(ledger).await } else { Ok(()) }
 }

@@ -132,20 +132,30 @@ impl Queue {
 
     /// Writes the ledger's id under the prefix, or checks it. [`QueueError::OtherLedger`] if another ledger owns it.
     pub async fn stamp(&self, ledger: Uuid) -> Result<(), QueueError> {
-        let ours = ledger.to_string();
         let mut set = redis::cmd("SET");
-        set.arg(self.stamp_key()).arg(&ours).arg("NX").arg("GET");
-        match self.shared.link.command(&set).await?.value {
-            Value::Nil => Ok(()),
-            value => {
-                let found = reply::text(value)?;
-                if found == ours {
-                    Ok(())
-                } else {
-                    Err(QueueError::OtherLedger { prefix: self.config().prefix.clone(), found, ours: ledger })
-                }
-            }
+        set.arg(self.stamp_key()).arg(ledger.to_string()).arg("NX").arg("GET");
+        let found = self.shared.link.command(&set).await?.value;
+        self.is_stamp_of(ledger, found).map(|_| ())
+    }
+
+    /// Whether the prefix has this ledger's stamp; writes nothing. `false`: it is new, or Redis lost its data.
+    /// [`QueueError::OtherLedger`] if another ledger owns it.
+    pub async fn is_stamped_by(&self, ledger: Uuid) -> Result<bool, QueueError> {
+        let mut get = redis::cmd("GET");
+        get.arg(self.stamp_key());
+        let found = self.shared.link.command(&get).await?.value;
+        self.is_stamp_of(ledger, found)
+    }
+
+    fn is_stamp_of(&self, ours: Uuid, found: Value) -> Result<bool, QueueError> {
+        if found == Value::Nil {
+            return Ok(false);
         }
+        let found = reply::text(found)?;
+        if found == ours.to_string() {
+            return Ok(true);
+        }
+        Err(QueueError::OtherLedger { prefix: self.config().prefix.clone(), found, ours })
     }
 
     /// Whether the prefix is stamped. `false` after a successful [`stamp`](Self::stamp) means that Redis lost its

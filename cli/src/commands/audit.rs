@@ -42,6 +42,15 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
         return last(&postgres, context).await;
     }
     let queue = if args.without_queue { None } else { Some(context.queue().await?) };
+    if let Some(queue) = &queue
+        && !queue.is_stamped_by(postgres.ledger_id().await?).await?
+    {
+        output::say(format!(
+            "Redis has no stamp of this ledger under the prefix {:?}: nobody has served it yet, Redis has lost its data, or \
+             FLOTILLA_PREFIX or REDIS_QUEUE_URL is not the fleet's",
+            queue.config().prefix
+        ));
+    }
     let auditor = Auditor::new(context.stores(postgres)?, queue);
     let settings = AuditSettings {
         wait_for_janitor: Duration::from_secs(args.wait),

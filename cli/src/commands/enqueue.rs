@@ -171,9 +171,8 @@ pub async fn client(context: &Context) -> anyhow::Result<Client> {
     };
     // Jobs must not get into a Redis that belongs to another ledger.
     if let Some(queue) = &queue {
-        match queue.stamped().await {
-            Ok(true) => queue.stamp(postgres.ledger_id().await?).await?,
-            Ok(false) => {}
+        match queue.is_stamped_by(postgres.ledger_id().await?).await {
+            Ok(_) => {}
             Err(error) if error.is_unavailable() => tracing::warn!(%error, "the job waits for the relay"),
             Err(error) => return Err(error.into()),
         }

@@ -11,6 +11,8 @@ use crate::stores::postgres::audit::OpenJob;
 impl Run<'_> {
     pub(super) async fn dispatch(&mut self) -> Result<(), AuditError> {
         let Some(queue) = self.queue else { return Ok(()) };
+        // Beside another ledger's jobs all of ours are missing, and all of its jobs unknown.
+        queue.is_stamped_by(self.stores.postgres.ledger_id().await?).await?;
         self.open_jobs(queue).await?;
         self.leases(queue).await
     }
@@ -103,6 +105,7 @@ impl Run<'_> {
         for (job, place) in jobs.iter().zip(places) {
             let Some(Place::Leased { left_ms: Some(left) }) = place else { continue };
             let (tenant, detail) = match ends.get(job) {
+                None if fast_or_gone(queue, name, *job).await? => continue,
                 None => (None, format!("queue {name} has a lease of a job that the ledger doesn't know")),
                 Some(end) => match end.ended_s {
                     Some(ended) if ended >= grace => {
@@ -123,6 +126,12 @@ impl Run<'_> {
         }
         Ok(suspects)
     }
+}
+
+/// Whether the queue alone has the job, which it was given with `durability=fast`, until its worker tells the ledger of it. It
+/// has left the queue if it has ended meanwhile.
+async fn fast_or_gone(queue: &Queue, name: &QueueName, job: Uuid) -> Result<bool, AuditError> {
+    Ok(queue.find(name, JobId(job)).await?.is_none_or(|listed| listed.envelope.fast.is_some()))
 }
 
 fn what_is_wrong(

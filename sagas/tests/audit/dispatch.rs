@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use sagas::audit::{AuditSettings, Auditor, FindingKind as Kind};
+use queue::{Envelope, QueueError, TenantId};
+use sagas::audit::{AuditError, AuditSettings, Auditor, FindingKind as Kind};
+use serde_json::json;
+use uuid::Uuid;
 
-use crate::stage::{Stage, TEXT, ingest_queue, settings};
+use crate::stage::{Stage, TENANT, TEXT, ingest_queue, settings, worker};
 
 async fn flush(stage: &Stage) {
     let client = redis::Client::open(stage.services.redis_queue().url()).unwrap();
@@ -81,6 +84,36 @@ async fn a_dispatched_job_that_redis_does_not_know_is_named_and_dispatched_again
     let report = stage.auditor().run(&now).await.unwrap();
     assert!(report.is_clean(), "{:#?}", report.findings);
     assert_eq!((report.pending.undispatched, report.pending.unfinished), (1, 2));
+}
+
+/// Its worker may have been killed before it could tell the ledger: then nobody but the queue has the job.
+#[tokio::test]
+async fn a_fast_job_that_only_the_queue_has_is_left_to_it() {
+    let stage = Stage::new().await;
+    // The ledger must know the queue for the audit to look at it.
+    stage.accept_only("story").await;
+    let tenant = TenantId::new(TENANT).unwrap();
+    let fast = Envelope { fast: Some(json!({})), ..Envelope::new("ingest", ingest_queue(), tenant.clone()) };
+    let strange = Envelope::new("ingest", ingest_queue(), tenant);
+    stage.queue.push(&[fast.clone(), strange.clone()]).await.unwrap();
+    assert_eq!(stage.queue.claim(&ingest_queue(), &worker(), 2).await.unwrap().len(), 2);
+
+    let later = stage.queue.at(chrono::Utc::now().timestamp_millis() + 3_600_000);
+    let auditor = Auditor::new(stage.stores.clone(), Some(later));
+    let report = auditor.run(&AuditSettings { repair: true, ..settings() }).await.unwrap();
+    let named: Vec<_> = report.findings.iter().map(|one| (one.kind, one.subject.clone())).collect();
+    assert_eq!(named, [(Kind::LeaseWithoutJob, strange.id.to_string())]);
+    let both = [(ingest_queue(), fast.id), (ingest_queue(), strange.id)];
+    assert_eq!(stage.queue.missing(&both).await.unwrap(), [strange.id]);
+}
+
+#[tokio::test]
+async fn rule_25_another_ledgers_queue_is_not_compared() {
+    let stage = Stage::new().await;
+    stage.queue.stamp(Uuid::now_v7()).await.unwrap();
+    stage.accept("story").await;
+    let error = stage.auditor().run(&AuditSettings { repair: true, ..settings() }).await.unwrap_err();
+    assert!(matches!(error, AuditError::Queue(QueueError::OtherLedger { .. })), "{error}");
 }
 
 #[tokio::test]
