@@ -19,7 +19,7 @@ pub struct Args {
     /// Mend what can be mended; exit code 0 if nothing is left
     #[arg(long)]
     repair: bool,
-    /// Wait at most so long until the janitor has nothing left to do; what is left then is a disagreement
+    /// Wait at most so long for sweeps that are due by then; one that is not made is a disagreement
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u64,
     /// Collections to look at beside those that are known

@@ -56,6 +56,27 @@ pub(crate) struct VersionRow {
     pub saga_state: Option<String>,
 }
 
+/// What the janitor has left to do.
+#[derive(Debug, Clone, FromRow)]
+pub(crate) struct SweepsLeft {
+    /// Versions to be swept, once or for the last time.
+    sweeps: i64,
+    /// Sagas that wait for a sweep.
+    finishing: i64,
+    /// Versions whose sweep should have been made by now.
+    pub overdue: i64,
+    /// When the next sweep is due, in seconds; negative: it is due already.
+    next_in_s: Option<f64>,
+}
+
+impl SweepsLeft {
+    /// Whether the janitor has nothing to do within this time.
+    pub fn rests_for(&self, time: Duration) -> bool {
+        let next = self.next_in_s.is_some_and(|next| next > time.as_secs_f64());
+        self.sweeps == 0 && self.finishing == 0 || next
+    }
+}
+
 /// What the audit of points and cache entries needs to know of a version.
 #[derive(Debug, Clone, FromRow)]
 pub(crate) struct VersionState {
@@ -383,6 +404,19 @@ impl Postgres {
             parked_sagas,
             ..Pending::default()
         })
+    }
+
+    /// What the janitor has left; `overdue` counts what has been due for `overdue` and longer.
+    pub(crate) async fn audit_sweeps(&self, overdue: Duration) -> Result<SweepsLeft, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT count(*) AS sweeps, (SELECT count(*) FROM sagas WHERE state = 'finishing') AS finishing,
+                    count(*) FILTER (WHERE sweep_after <= now() - make_interval(secs => $1)) AS overdue,
+                    extract(epoch FROM min(sweep_after) - now())::float8 AS next_in_s
+             FROM document_versions WHERE sweep_after IS NOT NULL",
+        )
+        .bind(overdue.as_secs_f64())
+        .fetch_one(&self.pool)
+        .await?)
     }
 
     /// How many jobs and sagas there are; the rest is counted on the way.
