@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use e2e::{Fleet, SHORT, TENANT, text, wait_until};
-use sagas::stores::postgres::ledger::Cancel;
+use producer::Durability;
+use queue::{JobId, QueueName};
+use sagas::stores::postgres::{accept::NewJob, ledger::Cancel};
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -43,6 +45,26 @@ async fn protocol_14_a_running_job_is_cancelled_and_leaves_nothing() {
     assert!(fleet.stores.document(TENANT, "a").await.unwrap().is_none());
     let report = fleet.audit_clean().await;
     assert_eq!((report.counts.points, report.counts.cache_entries), (0, 0));
+    assert!(worker.terminate().await.success(), "{}", worker.tail());
+    drop(worker);
+    fleet.end();
+}
+
+/// Redis alone has seen the job before a worker takes it, so that the ledger may refuse what the producer was told is accepted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn protocol_12_a_job_that_the_ledger_refuses_keeps_no_slot_from_others() {
+    let fleet = Fleet::start().await;
+    let refused = NewJob { parent: Some(JobId::new()), ..fleet.ingest_job("refused", "x") };
+    fleet.client().enqueue(refused, Durability::Fast).await.unwrap();
+    let worker = fleet.worker().concurrency(1).start();
+    let job = fleet.ingest("a", &text("a", 1)).await;
+    assert_eq!(fleet.ended(job).await, "succeeded", "{}", worker.tail());
+    let ingest = QueueName::new("ingest").unwrap();
+    wait_until("the refused one waits for another try", SHORT, async || {
+        let stats = fleet.queue.stats(&ingest).await.unwrap();
+        if (stats.scheduled, stats.in_flight) == (1, 0) { Ok(()) } else { Err(format!("{stats:?}")) }
+    })
+    .await;
     assert!(worker.terminate().await.success(), "{}", worker.tail());
     drop(worker);
     fleet.end();

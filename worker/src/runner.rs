@@ -20,6 +20,8 @@ use crate::gatekeeper::Gatekeeper;
 
 /// After so many deliveries that ended in a lost lease a job runs alone in its process (PROTOCOL.md 13).
 const ALONE_AFTER: i32 = 2;
+/// How long a job waits that the ledger refuses to hand out.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
 
 /// Runs claimed jobs. One for each process.
 pub(crate) struct Runner {
@@ -111,6 +113,11 @@ impl Runner {
                 self.limits.call_timeout.min(job.lease.remaining().saturating_sub(self.limits.lease_margin));
             match self.take.call(item.clone(), Instant::now() + within).await {
                 Ok(take) => return Some(take),
+                // It alone: a batch is split until the guilty one is found. Here it would hold its slot, its lease and the company.
+                Err(error) if !error.class.is_retryable() => {
+                    tracing::error!(%error, wait = ?REFUSED_FOR, "the ledger refuses the job; it is put off");
+                    return Some(Take::NotYet(REFUSED_FOR));
+                }
                 Err(error) => {
                     if !self.engine.breakers().confirm_outage(Dependency::Postgres, &error).await {
                         tracing::warn!(%error, "the take failed; trying again");

@@ -33,6 +33,23 @@ async fn protocol_18_the_relay_finds_a_job_that_was_committed_late() {
 }
 
 #[tokio::test]
+async fn protocol_12_sql_accepts_no_payload_that_a_worker_could_not_read() {
+    let ledger = Ledger::start().await;
+    let enqueue = async |levels: i32| {
+        sqlx::query_scalar::<_, uuid::Uuid>(
+            "SELECT enqueue('report', (repeat('{\"in\":', $1 - 1) || '{\"n\":1}' || repeat('}', $1 - 1))::jsonb, 'acme')",
+        )
+        .bind(levels)
+        .fetch_one(ledger.postgres.pool())
+        .await
+    };
+    let id = JobId(enqueue(126).await.unwrap());
+    assert!(ledger.take("w", id).await.unreadable.is_none());
+    let refused = enqueue(127).await.unwrap_err().to_string();
+    assert!(refused.contains("payload: nested deeper than 126 levels"), "{refused}");
+}
+
+#[tokio::test]
 async fn protocol_18_two_relays_never_take_the_same_jobs_and_neither_waits() {
     let ledger = Ledger::start().await;
     let jobs: Vec<NewJob> = (0..10).map(|n| ingest(&format!("d{n}"))).collect();

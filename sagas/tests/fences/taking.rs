@@ -14,6 +14,22 @@ fn waits(take: &Take) -> Option<Duration> {
     }
 }
 
+/// Nobody gets such a payload past the checks of today; a row may be older than they are.
+#[tokio::test]
+async fn protocol_12_a_payload_that_nobody_can_read_keeps_no_other_job_from_its_worker() {
+    let ledger = Ledger::start().await;
+    let ids = ledger.accept(&[job("report", json!({})), job("report", json!({ "n": 1 }))]).await;
+    sqlx::query("UPDATE jobs SET payload = (repeat('[', 200) || repeat(']', 200))::jsonb WHERE id = $1")
+        .bind(ids[0].0)
+        .execute(ledger.postgres.pool())
+        .await
+        .unwrap();
+    let takes = ledger.takes("w", &ids).await;
+    let [Take::Taken(deep), Take::Taken(plain)] = &takes[..] else { panic!("{takes:?}") };
+    assert!(deep.unreadable.as_ref().unwrap().contains("recursion limit"), "{deep:?}");
+    assert_eq!((&plain.unreadable, &plain.payload), (&None, &json!({ "n": 1 })));
+}
+
 #[tokio::test]
 async fn protocol_01_an_ended_or_unknown_job_is_never_taken() {
     let ledger = Ledger::start().await;

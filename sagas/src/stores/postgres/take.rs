@@ -333,11 +333,11 @@ impl Postgres {
 fn taken_job(row: &PgRow, cipher: &PayloadCipher) -> Result<TakenJob, sqlx::Error> {
     let (id, tenant): (Uuid, String) = (row.try_get("id")?, row.try_get("tenant")?);
     let key: Option<String> = row.try_get("payload_key_id")?;
-    let opened = sealing::open_taken(cipher, &tenant, id, row.try_get("payload")?, key.as_deref());
-    let (payload, unreadable) = match opened {
-        Ok(payload) => (payload, None),
-        Err(why) => (Value::Null, Some(why.to_string())),
-    };
+    // What one job has that nobody can read must not keep the others of the batch from their workers.
+    let opened = row.try_get("payload").map_err(|error| error.to_string()).and_then(|stored| {
+        sealing::open_taken(cipher, &tenant, id, stored, key.as_deref()).map_err(|why| why.to_string())
+    });
+    let (payload, unreadable) = opened.map_or_else(|why| (Value::Null, Some(why)), |payload| (payload, None));
     Ok(TakenJob {
         id: JobId(id),
         kind: row.try_get("kind")?,
