@@ -127,11 +127,33 @@ impl Context {
         Ok(Queue::lazy(self.queue_config()?)?)
     }
 
-    /// Puts an accepted job into Redis at once. Where that fails, the producer's relay does it: the job is in the ledger.
-    pub async fn dispatch(&self, job: queue::JobId, postgres: &Postgres) {
+    /// The queue that accepted jobs are put into at once; `None`: it can't be reached, and the relay of a producer or worker puts
+    /// them there. Fails if it is another ledger's, which no job of this one may get into.
+    pub async fn dispatcher(&self, postgres: &Postgres) -> anyhow::Result<Option<Queue>> {
+        let config = match self.queue_config() {
+            Ok(config) => config,
+            Err(error) => {
+                tracing::warn!(%error, "jobs wait for the relay of a producer or worker");
+                return Ok(None);
+            }
+        };
+        let queue = Queue::lazy(config)?;
+        match queue.is_stamped_by(postgres.ledger_id().await?).await {
+            Ok(_) => Ok(Some(queue)),
+            Err(error) if error.is_unavailable() => {
+                tracing::warn!(%error, "jobs wait for the relay of a producer or worker");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Puts an accepted job into Redis at once. Where that fails, the relay does it: the job is in the ledger.
+    pub async fn dispatch(&self, queue: Option<&Queue>, job: queue::JobId, postgres: &Postgres) {
+        let Some(queue) = queue else { return };
         let pushed = async {
             let envelope = postgres.envelope(job).await?.into_iter().collect::<Vec<_>>();
-            self.lazy_queue()?.push_accepted(&envelope).await?;
+            queue.push_accepted(&envelope).await?;
             anyhow::Ok(())
         };
         if let Err(error) = pushed.await {

@@ -233,6 +233,16 @@ async fn a_whole_day_with_the_command_line() {
     );
     assert_eq!(cli.json(0, &["dlq", "list", "--until", "1h"]), Value::Array(vec![]));
     let mended = r#"{"document":"docs/latin1.txt","text":"Müller mends pipes"}"#;
+    // A mended request could be enqueued, and is about the same document: nobody means to overwrite another one.
+    let other = r#"{"document":"docs/other.txt","text":"Müller mends pipes"}"#;
+    assert!(cli.text(1, &["dlq", "replay", id, "--payload", other]).1.contains("docs/latin1.txt"));
+    assert!(cli.text(1, &["dlq", "replay", id, "--payload", r#"{"text":"x"}"#]).1.contains("document"));
+    cli.text(2, &["dlq", "discard", id, "--tenant", "other", "--reason", "x"]);
+    let dead = cli.json(0, &["jobs", "show", not_utf8["job_id"].as_str().unwrap()]);
+    assert_eq!(
+        (&dead["dead_letter"]["state"], &dead["dead_letter"]["payload"]),
+        (&"open".into(), &Value::Null)
+    );
     let replayed = cli.json(0, &["dlq", "replay", id, "--payload", mended]);
     let job = replayed[0]["job"].as_str().unwrap().to_owned();
     cli.text(1, &["dlq", "replay", id]);
@@ -368,7 +378,9 @@ async fn a_queue_that_may_evict_is_refused_and_one_of_another_ledger() {
     };
     let (_, err) = cli.text(0, &["audit"]);
     assert_eq!(err, "");
-    for output in [refused, others(&["worker", "--addr", "127.0.0.1:0"]), others(&["audit", "--repair"])] {
+    let asked: [&[&str]; 3] =
+        [&["worker", "--addr", "127.0.0.1:0"], &["audit", "--repair"], &["dlq", "replay", "--all"]];
+    for output in std::iter::once(refused).chain(asked.map(others)) {
         assert_eq!(output.status.code(), Some(2));
         let err = String::from_utf8(output.stderr).unwrap();
         assert!(err.contains("belongs to ledger"), "{err}");
@@ -456,6 +468,7 @@ async fn schedules_and_waiting_jobs_are_changed_from_the_command_line() {
     cli.text(2, &["jobs", "cancel", &first, "--queue", "ingest"]);
     let gone = cli.json(0, &["jobs", "cancel", "--tenant", "default"]);
     assert_eq!(gone["cancelled"], 2, "{gone}");
+    assert_eq!(cli.json(1, &["jobs", "cancel", &first, &second])["ended"], 2);
 
     let held =
         ["enqueue", "report", "--payload", "{}", "--idempotency-key", "k", "--idempotency-until", "finished"];

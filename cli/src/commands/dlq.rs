@@ -4,6 +4,7 @@ mod many;
 
 use anyhow::{Context as _, bail};
 use chrono::{DateTime, Utc};
+use producer::{Client, ClientSettings};
 use sagas::{
     redaction::Redaction,
     stores::postgres::{
@@ -129,6 +130,16 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// Refuses filters beside a letter's id, which alone would decide.
+    fn goes_with_all(&self) -> anyhow::Result<()> {
+        let Self { tenant, kind, class, since, until, text } = self;
+        let texts = [tenant, kind, class, text].into_iter().any(Option::is_some);
+        if texts || since.is_some() || until.is_some() {
+            bail!("a filter goes with --all, not with a letter's id");
+        }
+        Ok(())
+    }
+
     fn with(self, state: &str, limit: i64) -> DeadLetterFilter {
         let state = (state != "all").then(|| state.to_owned());
         let Self { tenant, kind, class, since, until, text } = self;
@@ -189,6 +200,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
                 as_latest,
             };
             if let Some(id) = id {
+                filter.goes_with_all()?;
                 return replay(id, &how, &postgres, context).await;
             }
             let filter = filter.with("open", many::PAGE);
@@ -203,8 +215,9 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
                 let filter = filter.with("open", many::PAGE);
                 return many::discard(filter, &reason, dry_run, &postgres, context).await;
             };
+            filter.goes_with_all()?;
             match postgres.discard(id, &actor(), &reason).await? {
-                Resolved::Done(_) => {
+                Resolved::Done(_) | Resolved::OtherDocument(_) => {
                     context
                         .out
                         .data(&json!({ "id": id, "state": "discarded" }), || format!("{id} discarded"))?;
@@ -327,13 +340,26 @@ fn run_lines(run: &Value) -> String {
 }
 
 async fn replay(id: Uuid, how: &Replay, postgres: &Postgres, context: &Context) -> Outcome {
+    if let Some(payload) = &how.payload {
+        let Some(letter) = postgres.dead_letter(id).await? else { return Err(unknown(id).into()) };
+        let kind = how.kind.as_ref().unwrap_or(&letter.kind);
+        let settings = ClientSettings::from_lookup(|name| context.settings.get(name))?;
+        let client = Client::new(postgres.clone(), None, settings);
+        client.check_payload(kind, payload).map_err(|error| Refused(error.to_string()))?;
+    }
+    let queue = context.dispatcher(postgres).await?;
     match postgres.replay(id, how).await.context("the letter was not replayed")? {
         Resolved::Done(Some(job)) => {
-            context.dispatch(job, postgres).await;
+            context.dispatch(queue.as_ref(), job, postgres).await;
             context.out.data(&json!([{ "id": id, "job": job }]), || format!("{id} replayed as job {job}"))?;
             Ok(Ending::Fine)
         }
         Resolved::Done(None) => Ok(Ending::Fine),
+        Resolved::OtherDocument(dead) => Err(Refused(format!(
+            "payload.document: the replay would be about the dead job's document {dead:?}: enqueue this as a job of its own, and \
+             discard the letter"
+        ))
+        .into()),
         Resolved::Already(state) => Err(already(id, &state).into()),
         Resolved::Unknown => Err(unknown(id).into()),
     }

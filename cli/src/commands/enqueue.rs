@@ -162,21 +162,7 @@ fn ended(job: &JobView) -> String {
 pub async fn client(context: &Context) -> anyhow::Result<Client> {
     let postgres = context.postgres().await?;
     let settings = ClientSettings::from_lookup(|name| context.settings.get(name))?;
-    let queue = match context.queue_config() {
-        Ok(config) => Some(queue::Queue::lazy(config)?),
-        Err(error) => {
-            tracing::warn!(%error, "the job waits for the relay of a producer or worker");
-            None
-        }
-    };
-    // Jobs must not get into a Redis that belongs to another ledger.
-    if let Some(queue) = &queue {
-        match queue.is_stamped_by(postgres.ledger_id().await?).await {
-            Ok(_) => {}
-            Err(error) if error.is_unavailable() => tracing::warn!(%error, "the job waits for the relay"),
-            Err(error) => return Err(error.into()),
-        }
-    }
+    let queue = context.dispatcher(&postgres).await?;
     Ok(Client::new(postgres, queue, settings))
 }
 

@@ -17,7 +17,7 @@ use sagas::{
     },
 };
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::{
@@ -179,10 +179,13 @@ async fn show(id: Uuid, context: &Context) -> Outcome {
     let client = super::enqueue::client(context).await?;
     let postgres = client.postgres();
     let Some(job) = client.job(JobId(id), None).await? else { return Err(unknown(id).into()) };
+    // A payload is shown by those commands alone that are asked for it.
+    let dead_letter = postgres.dead_letter(id).await?;
+    let dead_letter = dead_letter.map(|letter| DeadLetter { payload: Value::Null, ..letter });
     let detail = Detail {
         failures: postgres.attempts(JobId(id)).await?,
         sagas: postgres.sagas_of(JobId(id)).await?,
-        dead_letter: postgres.dead_letter(id).await?,
+        dead_letter,
         job,
     };
     context.out.data(&detail, || described(&detail))?;
@@ -339,23 +342,32 @@ async fn cancel(which: &Which, bound: Bound, context: &Context) -> Outcome {
         .buffered(CANCELS_AT_ONCE)
         .collect()
         .await;
+    let mut failed = None;
     for answer in answers {
-        let word = match answer? {
-            Cancel::Cancelled => "cancelled",
-            Cancel::Requested => "requested",
-            Cancel::PastPivot => "past_pivot",
-            Cancel::Ended => "ended",
-            Cancel::Unknown => "unknown",
+        let word = match answer {
+            Ok(Cancel::Cancelled) => "cancelled",
+            Ok(Cancel::Requested) => "requested",
+            Ok(Cancel::PastPivot) => "past_pivot",
+            Ok(Cancel::Ended) => "ended",
+            Ok(Cancel::Unknown) => "unknown",
+            Err(error) => {
+                failed = Some(error);
+                continue;
+            }
         };
         *counts.entry(word).or_default() += 1;
     }
+    // Also what was done before another failed.
     client.postgres().record_action(&actor(), "jobs.cancel", "jobs", &json!(counts)).await?;
     context.out.data(&counts, || {
         counts.iter().filter(|(_, count)| **count > 0).fold(String::new(), |text, (word, count)| {
             format!("{text}{} {word}\n", output::counted(*count, "job"))
         })
     })?;
-    Ok(Ending::Fine)
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    Ok(Ending::fine_if(which.ids.is_empty() || counts["cancelled"] + counts["requested"] == ids.len()))
 }
 
 async fn cancel_one(id: Uuid, client: &producer::Client, context: &Context) -> Outcome {

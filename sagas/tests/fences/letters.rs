@@ -42,7 +42,7 @@ impl Ledger {
                         replayed += 1;
                     }
                     Resolved::Already(state) => assert_eq!(state, "replayed"),
-                    Resolved::Unknown => panic!("{id} is gone"),
+                    other => panic!("{id}: {other:?}"),
                 }
             }
         }

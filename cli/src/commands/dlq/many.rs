@@ -5,6 +5,7 @@ use std::{io::Write as _, time::Duration};
 
 use anyhow::Context as _;
 use sagas::{
+    Class,
     redaction::Redaction,
     stores::postgres::{
         Postgres,
@@ -51,7 +52,8 @@ pub async fn replay(
         return preview(&totals, "replayed", pace.limit, context);
     }
     let every = pace.rate.map(|rate| Duration::from_secs(1) / rate);
-    let (mut replayed, mut left, mut next) = (vec![], 0u64, Instant::now());
+    let queue = context.dispatcher(postgres).await?;
+    let (mut replayed, mut refused, mut left, mut next) = (vec![], 0u64, 0u64, Instant::now());
     'all: loop {
         let page = postgres.letter_places(&filter).await?;
         let Some(last) = page.last() else { break };
@@ -64,13 +66,21 @@ pub async fn replay(
                 sleep_until(next).await;
                 next = next.max(Instant::now()) + every;
             }
-            let done = postgres.replay(id, how).await;
-            match done.with_context(|| format!("{} letters were replayed before that", replayed.len()))? {
-                Resolved::Done(Some(job)) => {
-                    context.dispatch(job, postgres).await;
+            match postgres.replay(id, how).await {
+                Ok(Resolved::Done(Some(job))) => {
+                    context.dispatch(queue.as_ref(), job, postgres).await;
                     replayed.push((id, job));
                 }
-                _ => left += 1,
+                Ok(_) => left += 1,
+                // A letter that can't be read keeps none of those behind it waiting.
+                Err(error) if error.class == Class::Permanent => {
+                    output::say(format!("{id} was not replayed: {error}"));
+                    refused += 1;
+                }
+                Err(error) => {
+                    let before = format!("{} letters were replayed before that", replayed.len());
+                    return Err(error).context(before);
+                }
             }
         }
     }
@@ -82,7 +92,7 @@ pub async fn replay(
     })?;
     let others = if left > 0 { format!(", {left} left to somebody who was quicker") } else { String::new() };
     output::say(format!("{}{others}", output::counted(replayed.len(), "letter") + " replayed"));
-    Ok(Ending::Fine)
+    Ok(Ending::fine_if(refused == 0))
 }
 
 /// Closes letters without a replay.

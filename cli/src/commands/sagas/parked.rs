@@ -18,8 +18,9 @@ use crate::{
 /// Lets it go on, and puts its job into Redis.
 pub async fn retry(id: Uuid, postgres: &Postgres, context: &Context) -> anyhow::Result<()> {
     let saga = parked(id, postgres).await?;
+    let queue = context.dispatcher(postgres).await?;
     let (job, _) = done(saga.id, postgres.retry_parked(saga.id, &actor()).await?)?;
-    context.dispatch(job, postgres).await;
+    context.dispatch(queue.as_ref(), job, postgres).await;
     context.out.data(&json!({ "saga": saga.id, "job": job, "job_state": "waiting" }), || {
         format!(
             "{} goes on: job {job} waits for a worker\n`flotilla sagas show {0}` shows how it ends",

@@ -100,6 +100,8 @@ pub enum Resolved {
     Done(Option<JobId>),
     /// Somebody has dealt with it before.
     Already(String),
+    /// The mended request is about another document than this, the dead job's: enqueue it as a job of its own.
+    OtherDocument(String),
     /// No such letter.
     Unknown,
 }
@@ -261,6 +263,12 @@ impl Postgres {
             self.cipher.open(owner, row.try_get("payload")?, key.as_deref()).map_err(|e| odd(&e))?
         };
         let document: Option<String> = row.try_get("document")?;
+        let named = how.payload.as_ref().and_then(|mended| crate::kinds::document_of(&new_kind, mended));
+        if let (Some(dead), Some(named)) = (&document, named)
+            && *dead != named
+        {
+            return Ok(Resolved::OtherDocument(dead.clone()));
+        }
         let mut job = NewJob::new(
             new_kind,
             QueueName::new(queue).map_err(|e| odd(&e))?,
