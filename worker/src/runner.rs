@@ -113,7 +113,8 @@ impl Runner {
                 self.limits.call_timeout.min(job.lease.remaining().saturating_sub(self.limits.lease_margin));
             match self.take.call(item.clone(), Instant::now() + within).await {
                 Ok(take) => return Some(take),
-                // It alone: a batch is split until the guilty one is found. Here it would hold its slot, its lease and the company.
+                // It alone: a batch is split until the guilty one is found. Tried again here it would
+                // hold its slot, its lease and the company for nothing.
                 Err(error) if !error.class.is_retryable() => {
                     tracing::error!(%error, wait = ?REFUSED_FOR, "the ledger refuses the job; it is put off");
                     return Some(Take::NotYet(REFUSED_FOR));

@@ -217,12 +217,13 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             };
             filter.goes_with_all()?;
             match postgres.discard(id, &actor(), &reason).await? {
-                Resolved::Done(_) | Resolved::OtherDocument(_) => {
+                Resolved::Done(_) => {
                     context
                         .out
                         .data(&json!({ "id": id, "state": "discarded" }), || format!("{id} discarded"))?;
                     Ok(Ending::Fine)
                 }
+                Resolved::OtherDocument(dead) => Err(other_document(&dead).into()),
                 Resolved::Already(state) => Err(already(id, &state).into()),
                 Resolved::Unknown => Err(unknown(id).into()),
             }
@@ -355,11 +356,7 @@ async fn replay(id: Uuid, how: &Replay, postgres: &Postgres, context: &Context) 
             Ok(Ending::Fine)
         }
         Resolved::Done(None) => Ok(Ending::Fine),
-        Resolved::OtherDocument(dead) => Err(Refused(format!(
-            "payload.document: the replay would be about the dead job's document {dead:?}: enqueue this as a job of its own, and \
-             discard the letter"
-        ))
-        .into()),
+        Resolved::OtherDocument(dead) => Err(other_document(&dead).into()),
         Resolved::Already(state) => Err(already(id, &state).into()),
         Resolved::Unknown => Err(unknown(id).into()),
     }
@@ -371,4 +368,11 @@ fn unknown(id: Uuid) -> Refused {
 
 fn already(id: Uuid, state: &str) -> Refused {
     Refused(format!("dead letter {id} is {state} already: nothing was done"))
+}
+
+fn other_document(dead: &str) -> Refused {
+    Refused(format!(
+        "payload.document: the replay would be about the dead job's document {dead:?}: enqueue this as a job of its own, and \
+         discard the letter"
+    ))
 }

@@ -408,6 +408,7 @@ impl Postgres {
 
     /// What the janitor has left; `overdue` counts what has been due for `overdue` and longer.
     pub(crate) async fn audit_sweeps(&self, overdue: Duration) -> Result<SweepsLeft, StoreError> {
+        let mut tx = self.audit_snapshot().await?;
         Ok(sqlx::query_as(
             "SELECT count(*) AS sweeps, (SELECT count(*) FROM sagas WHERE state = 'finishing') AS finishing,
                     count(*) FILTER (WHERE sweep_after <= now() - make_interval(secs => $1)) AS overdue,
@@ -415,7 +416,7 @@ impl Postgres {
              FROM document_versions WHERE sweep_after IS NOT NULL",
         )
         .bind(overdue.as_secs_f64())
-        .fetch_one(&self.pool)
+        .fetch_one(&mut *tx)
         .await?)
     }
 
