@@ -21,7 +21,9 @@ fn figures(bench: &str, arguments: &[&str]) -> Vec<String> {
         for field in ["value", "reference_value", "ratio", "p50", "p99"] {
             assert!(one[field].as_f64().is_some_and(f64::is_finite), "{field} of {one}");
         }
-        assert!(one["value"].as_f64().unwrap() > 0.0, "{one}");
+        // A machine that is all ours has nothing stolen.
+        let none_is_fine = one["name"] == "three-step.latency.stolen";
+        assert!(one["value"].as_f64().unwrap() > 0.0 || none_is_fine, "{one}");
         assert!(!one["unit"].as_str().unwrap().is_empty() && !one["reference"].as_str().unwrap().is_empty());
     }
     results.iter().map(|one| one["name"].as_str().unwrap().to_owned()).collect()
