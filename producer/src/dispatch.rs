@@ -130,5 +130,6 @@ pub(crate) fn envelope(job: &NewJob) -> Envelope {
         fast: None,
         attempts: 0,
         lost: 0,
+        lost_alone: 0,
     }
 }

@@ -4,9 +4,9 @@
 -- Keys, all under one hash tag T = KEYS[1] = {<prefix>:<queue>:<partition>}:
 --   T                      hash   counters: seq, tick, w0..w9 (waiting by priority), z (stale list entries), epoch
 --   T:j                    hash   each job's record by id: "<sequence> <priority> <since> <tenant>", then " <charged
---                                 failures> <lost leases>" unless both are 0 (they count only without a ledger), a line
---                                 feed, and what only clients read (see src/record.rs). The sequence is that of its list
---                                 entry, 0 if it is scheduled
+--                                 failures> <lost leases> <those lost alone> <1 if it runs alone now>" unless all are 0
+--                                 (they count only without a ledger), a line feed, and what only clients read (see
+--                                 src/record.rs). The sequence is that of its list entry, 0 if it is scheduled
 --   T:x                    hash   the holder of each leased job by id: "<token> <tenant or nothing> <worker>" and spaces;
 --                                 see policies.lua about the tenant. The jobs of one claim have one token
 --   T:w:<priority>:<tenant> list  entries "<id> <sequence> <waiting since>"
@@ -71,7 +71,7 @@ local function begin_epoch(nonce)
   end
 end
 
--- `charged`: " <charged failures> <lost leases>", or nothing.
+-- `charged`: " <charged failures> <lost leases> <those lost alone> <1 if it runs alone now>", or nothing.
 local function record(seq, priority, since, tenant, body, charged)
   return seq .. ' ' .. priority .. ' ' .. since .. ' ' .. tenant .. (charged or '') .. '\n' .. body
 end
@@ -83,10 +83,11 @@ local function read(text)
   return seq, priority, since, tenant, body, charged
 end
 
--- `charged` with one more of both, each if asked for.
+-- `charged` when a lease ends in a failure, in its loss, or in neither. Only a job that ran alone lost it alone.
 local function charge(charged, failure, loss)
-  local failures, losses = string.match(charged, '(%d+) (%d+)')
-  return ' ' .. whole((failures or 0) + failure) .. ' ' .. whole((losses or 0) + loss)
+  local failures, losses, alone, runs = string.match(charged, '(%d+) (%d+) ?(%d*) ?(%d*)')
+  alone = (tonumber(alone) or 0) + (runs == '1' and loss or 0)
+  return string.format(' %d %d %d 0', (failures or 0) + failure, (losses or 0) + loss, alone)
 end
 
 -- Redis looks for a field of a small hash from its beginning, unless a value is longer than 64 bytes (by default): then it keeps a table.

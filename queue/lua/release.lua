@@ -24,7 +24,7 @@ for i = #ARGV - 2, 3, -3 do
   end
   if ours and priority then
     local seq = 0
-    if ARGV[2] == '1' then charged = charge(charged, 1, 0) end
+    if ARGV[2] == '1' or charged ~= '' then charged = charge(charged, tonumber(ARGV[2]), 0) end
     if delay > 0 then
       redis.call('ZADD', SCHEDULE, now + delay, id)
       add_tenant(tenant, 1)

@@ -6,7 +6,7 @@
 -- ARGV[1]  now_ms, or '' for Redis' clock
 -- ARGV[2]  lease, ms
 -- ARGV[3]  a random name for this life of the data, if it has none yet
--- ARGV[4…] 6 per job: id, token, priority, tenant, body of the record, " <charged failures> <lost leases>" or ''
+-- ARGV[4…] 6 per job: id, token, priority, tenant, body of the record, and of the first line what is counted, or ''
 -- Returns  one number per job: 2 registered again, 0 lost
 -- Complexity: O(jobs * log(leased)); the caller sends at most 500 jobs
 --@ partition.lua

@@ -106,6 +106,17 @@ impl<L: Ledger> AckLayer<L> {
         self.patiently(&job.lease, |within| ledger.take(&job.envelope, within)).await
     }
 
+    /// Records that the job runs alone, where deliveries are counted. `false`: it is not ours any more.
+    async fn alone(&self, lease: &Lease, grant: &Grant) -> Result<bool, LedgerError> {
+        if L::COUNTS {
+            return self.ledger.alone(lease.id(), grant).await;
+        }
+        self.acker.runs_alone(lease).await.map_err(|error| match error {
+            error if error.is_unavailable() => LedgerError::Unavailable(error.to_string()),
+            error => LedgerError::Refused(error.to_string()),
+        })
+    }
+
     /// Records the end, and returns what to tell Redis.
     async fn end(&self, lease: &Lease, grant: &Grant, end: End) -> Result<Done, BoxDynError> {
         let (id, ledger) = (lease.id(), &self.ledger);
@@ -189,8 +200,7 @@ impl<L: Ledger> AckLayer<L> {
         if grant.lost >= ALONE_AFTER {
             _shared = None;
             _alone = Some(self.company.write().await);
-            let ledger = &self.ledger;
-            if !self.patiently(&lease, |_| ledger.alone(id, &grant)).await? {
+            if !self.patiently(&lease, |_| self.alone(&lease, &grant)).await? {
                 return Err(LeaseLost(id).into());
             }
         }

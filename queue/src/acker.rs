@@ -50,6 +50,7 @@ enum Message {
 pub struct Acker {
     messages: mpsc::Sender<Message>,
     heartbeat: Heartbeat,
+    queue: Queue,
 }
 
 impl Acker {
@@ -57,11 +58,17 @@ impl Acker {
     pub fn spawn(queue: Queue, heartbeat: Heartbeat) -> Self {
         let (messages, inbox) = mpsc::channel(WAITING);
         if queue.is_cluster() {
-            tokio::spawn(share_out(queue, inbox));
+            tokio::spawn(share_out(queue.clone(), inbox));
         } else {
-            tokio::spawn(run(queue, inbox));
+            tokio::spawn(run(queue.clone(), inbox));
         }
-        Self { messages, heartbeat }
+        Self { messages, heartbeat, queue }
+    }
+
+    /// Notes in Redis that the job runs alone in its process from now on. `false`: the lease is not ours any more.
+    pub(crate) async fn runs_alone(&self, lease: &Lease) -> Result<bool, QueueError> {
+        let noted = self.queue.runs_alone(&[lease.lease_ref()]).await?;
+        Ok(noted.first() == Some(&true))
     }
 
     /// Ends the lease. Returns at once unless 16,384 answers wait for Redis already. Not cancel-safe: when cancelled

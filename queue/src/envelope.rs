@@ -42,6 +42,9 @@ pub struct Envelope {
     /// Leases of the job that ran out, as far as the queue knows; the ledger counts better where there is one.
     #[serde(default)]
     pub lost: u32,
+    /// Of those, how many ran out while the job ran alone in its process. Kept here only where there is no ledger.
+    #[serde(default)]
+    pub lost_alone: u32,
 }
 
 impl Envelope {
@@ -59,6 +62,7 @@ impl Envelope {
             fast: None,
             attempts: 0,
             lost: 0,
+            lost_alone: 0,
         }
     }
 }

@@ -24,7 +24,7 @@ pub trait Ledger: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<Take, LedgerError>> + Send;
 
     /// Records that the job runs alone in its process from now on, so that a loss counts towards the delivery limit
-    /// (PROTOCOL.md 13). `false`: the fence refused.
+    /// (PROTOCOL.md 13). `false`: the fence refused. Not called if the job's entry in Redis [counts](Self::COUNTS).
     fn alone(&self, job: JobId, grant: &Grant) -> impl Future<Output = Result<bool, LedgerError>> + Send;
 
     /// Which of these jobs, which run here, a person wants to end. Asked about once a second while any run.
@@ -141,7 +141,7 @@ impl Ledger for NoLedger {
             max_attempts: None,
             timeout: None,
             lost: envelope.lost,
-            lost_alone: envelope.lost,
+            lost_alone: envelope.lost_alone,
             cancelled: false,
         }))
     }

@@ -36,6 +36,8 @@ pub const MAX_CLAIM: usize = 256;
 const CLAIM_FIELDS: usize = 2;
 /// Most stale list entries that one claim drops.
 const MAX_STALE: usize = 1000;
+/// What push answers for a job that the window has no room for.
+const FULL: i64 = 2;
 /// Script calls of one operation that are under way together.
 const CALLS_AT_ONCE: usize = 8;
 /// When a claim that found no policies is tried again.
@@ -172,7 +174,8 @@ impl Queue {
 
     /// Stores jobs that are not known yet; one answer per envelope, in order. Idempotent by job id: one that is
     /// waiting, scheduled or leased is left as it is. Up to [`CHUNK`] jobs of a partition go in one round trip.
-    /// [`QueueError::Full`] when Redis' memory is full; the window and the policies' depths are answered per job.
+    /// [`QueueError::Full`] when Redis' memory is full and nothing was stored; if a part was, the rest is told so job by job, as
+    /// it is of the window and of the policies' depths.
     pub async fn push(&self, envelopes: &[Envelope]) -> Result<Vec<Pushed>, QueueError> {
         self.push_under(envelopes, true).await
     }
@@ -186,7 +189,8 @@ impl Queue {
     async fn push_under(&self, envelopes: &[Envelope], policies: bool) -> Result<Vec<Pushed>, QueueError> {
         let window = self.config().partition_window();
         let answers = self
-            .each(
+            .each_or(
+                Some(FULL),
                 &scripts::PUSH,
                 envelopes,
                 |envelope| (&envelope.queue, self.partition_of(envelope.id)),
@@ -203,7 +207,7 @@ impl Queue {
             .map(|answer| match answer {
                 0 => Ok(Pushed::Present),
                 1 => Ok(Pushed::Queued),
-                2 => Ok(Pushed::Full),
+                FULL => Ok(Pushed::Full),
                 3 => Ok(Pushed::QueueFull),
                 4 => Ok(Pushed::TenantFull),
                 5 => Ok(Pushed::Draining),
@@ -358,6 +362,18 @@ impl Queue {
         self.give_back(leases, true).await
     }
 
+    /// Notes that each job runs alone in its process from now on, so that losing this lease counts towards its delivery limit
+    /// ([`Envelope::lost_alone`], PROTOCOL.md 13): for jobs without a ledger. One answer per lease: `false` if it is not ours
+    /// any more.
+    pub async fn runs_alone(&self, leases: &[LeaseRef]) -> Result<Vec<bool>, QueueError> {
+        let answers = self
+            .each(&scripts::ALONE, leases, lease_place, Vec::new, |args, lease| {
+                args.extend([text(lease.id), text(lease.token.as_str())]);
+            })
+            .await?;
+        Ok(answers.into_iter().map(|answer| answer == 1).collect())
+    }
+
     async fn give_back(
         &self,
         leases: &[(LeaseRef, Duration)],
@@ -449,6 +465,20 @@ impl Queue {
         head: impl Fn() -> Vec<Vec<u8>>,
         write: impl Fn(&mut Vec<Vec<u8>>, &'a T),
     ) -> Result<Vec<i64>, QueueError> {
+        self.each_or(None, script, items, place, head, write).await
+    }
+
+    /// As [`each`](Self::each). Where only some of the calls found Redis full, the items of those have `when_full`, if given, as
+    /// their answers.
+    async fn each_or<'a, T>(
+        &self,
+        when_full: Option<i64>,
+        script: &'static Script,
+        items: &'a [T],
+        place: impl Fn(&'a T) -> (&'a QueueName, u16),
+        head: impl Fn() -> Vec<Vec<u8>>,
+        write: impl Fn(&mut Vec<Vec<u8>>, &'a T),
+    ) -> Result<Vec<i64>, QueueError> {
         let mut places: Vec<((&QueueName, u16), usize)> =
             items.iter().enumerate().map(|(index, item)| (place(item), index)).collect();
         places.sort_by(|a, b| a.0.cmp(&b.0)); // stable: items of one partition keep their order
@@ -466,18 +496,29 @@ impl Queue {
             }
         }
         let (mut answers, mut problem) = (vec![0; items.len()], None);
+        let (mut all_full, mut some_full) = (true, false);
         let mut results = stream::iter(calls).buffered(CALLS_AT_ONCE);
-        while let Some(result) = results.next().await {
-            match result {
-                Ok((indices, mut reply)) => {
+        while let Some((indices, result)) = results.next().await {
+            match (result, when_full) {
+                (Ok(mut reply), _) => {
+                    all_full = false;
                     for index in indices {
                         answers[index] = reply.integer()?;
                     }
                 }
+                (Err(QueueError::Full), Some(answer)) => {
+                    some_full = true;
+                    for index in indices {
+                        answers[index] = answer;
+                    }
+                }
                 // The calls to a cluster's other nodes still count, now or when the caller repeats the whole.
-                Err(error) if self.is_cluster() => problem = problem.or(Some(error)),
-                Err(error) => return Err(error),
+                (Err(error), _) if self.is_cluster() => problem = problem.or(Some(error)),
+                (Err(error), _) => return Err(error),
             }
+        }
+        if some_full && all_full {
+            problem = problem.or(Some(QueueError::Full));
         }
         problem.map_or(Ok(answers), Err)
     }
@@ -490,9 +531,9 @@ async fn numbers(
     key: String,
     args: Vec<Vec<u8>>,
     indices: Vec<usize>,
-) -> Result<(Vec<usize>, Reply), QueueError> {
-    let answer = shared.link.script(script, &key, &args).await?;
-    Ok((indices, Reply::new(answer.value)?))
+) -> (Vec<usize>, Result<Reply, QueueError>) {
+    let answer = shared.link.script(script, &key, &args).await;
+    (indices, answer.and_then(|answer| Reply::new(answer.value)))
 }
 
 pub(crate) fn lease_place(lease: &LeaseRef) -> (&QueueName, u16) {

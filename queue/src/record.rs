@@ -1,7 +1,7 @@
 //! How a job's record is written to scripts and read from their answers.
 //!
-//! A record is one string: `<sequence> <priority> <since> <tenant>`, then ` <charged failures> <lost leases>` unless both are
-//! 0, a line feed, and the body. Scripts read and write the first line (see `lua/partition.lua`); the body is ours: kind,
+//! A record is one string: `<sequence> <priority> <since> <tenant>`, then ` <charged failures> <lost leases> <those lost alone>
+//! <1 if it runs alone now>` unless all are 0, a line feed, and the body. Scripts read and write the first line (see `lua/partition.lua`); the body is ours: kind,
 //! `run_at`, `enqueued_at`, traceparent and tracestate, each as `<length>:<text>` with nothing for what is absent, then the
 //! fast record as JSON, if there is one.
 
@@ -24,12 +24,13 @@ pub(crate) fn push_record(args: &mut Vec<Vec<u8>>, envelope: &Envelope) {
     ]);
 }
 
-/// What restore sends of a job after its id and token: priority, tenant, the body, and failures and losses if any.
+/// What restore sends of a job after its id and token: priority, tenant, the body, and failures and losses if any. That the job
+/// runs alone is forgotten: its worker lives.
 pub(crate) fn restore_record(args: &mut Vec<Vec<u8>>, envelope: &Envelope) {
     args.extend([text(envelope.priority), envelope.tenant.as_str().into(), body(envelope)]);
-    args.push(match (envelope.attempts, envelope.lost) {
-        (0, 0) => Vec::new(),
-        (attempts, lost) => text(format_args!(" {attempts} {lost}")),
+    args.push(match (envelope.attempts, envelope.lost, envelope.lost_alone) {
+        (0, 0, 0) => Vec::new(),
+        (attempts, lost, alone) => text(format_args!(" {attempts} {lost} {alone} 0")),
     });
 }
 
@@ -71,6 +72,7 @@ pub(crate) fn read_record(record: &[u8], id: JobId, queue: &QueueName) -> Result
         Some(text) => text.parse().map_err(|_| bad(what)),
     };
     let (attempts, lost) = (count("number of failures")?, count("number of losses")?);
+    let lost_alone = count("number of losses while alone")?;
     let mut field = |what: &str| {
         let (length, rest) = body.split_once(':').ok_or_else(|| bad(what))?;
         let length = length.parse().map_err(|_| bad(what))?;
@@ -106,6 +108,7 @@ pub(crate) fn read_record(record: &[u8], id: JobId, queue: &QueueName) -> Result
         fast,
         attempts,
         lost,
+        lost_alone,
     })
 }
 
@@ -135,11 +138,12 @@ mod tests {
             }),
             fast: Some(serde_json::json!({ "text": "line\nline", "n": [1, 2] })),
             attempts: 2,
-            lost: 1,
+            lost: 3,
+            lost_alone: 1,
             ..envelope()
         };
         for one in [plain, full] {
-            let charged = if one.attempts > 0 { " 2 1" } else { "" };
+            let charged = if one.attempts > 0 { " 2 3 1 0" } else { "" };
             let record = [format!("12 9 1700000000000 acme{charged}\n").into_bytes(), body(&one)].concat();
             assert_eq!(read_record(&record, one.id, &one.queue).unwrap(), one);
         }

@@ -41,6 +41,7 @@ scripts! {
     CLAIM = "claim.lua";
     ACK = "ack.lua";
     RELEASE = "release.lua";
+    ALONE = "alone.lua";
     HEARTBEAT = "heartbeat.lua";
     RESTORE = "restore.lua";
     REAP = "reap.lua";

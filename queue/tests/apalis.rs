@@ -21,11 +21,11 @@ use apalis_core::{
 };
 use axum::{body::Body, http::Request};
 use queue::{
-    Acker, Board, Done, Envelope, Heartbeat, Job, JobId, Presence, QueueConfig, QueueName, QueuePolicy,
-    Roles, RolesConfig, TenantId, WorkerId,
+    Acker, Board, Done, Envelope, Heartbeat, Job, JobId, Presence, Queue, QueueConfig, QueueName,
+    QueuePolicy, Roles, RolesConfig, TenantId, WorkerId,
 };
 use serde::{Deserialize, Serialize};
-use support::{Stage, eventually, job, jobs, name, worker};
+use support::{DEADLINE, Stage, eventually, job, jobs, name, worker};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -175,6 +175,54 @@ async fn a_monitor_runs_two_workers_through_panics_and_timeouts_and_stops_withou
         (all.len() as u64 + 40 - stats.depth(), 2),
         "who stops tells the rest"
     );
+}
+
+/// Every lease of the stage runs out, as if its workers had died.
+async fn lose_all(queue: Queue) {
+    queue.at(i64::MAX / 4096).reap(&name()).await.unwrap();
+}
+
+#[tokio::test]
+async fn rule_13_without_a_ledger_a_job_that_never_ran_is_not_dropped_as_poison() {
+    let stage = Stage::with(quick).await;
+    let poison = Envelope { kind: "poison".to_owned(), ..job("acme", 9) };
+    let innocents = jobs(20);
+    stage.queue.push(std::slice::from_ref(&poison)).await.unwrap();
+    stage.queue.push(&innocents).await.unwrap();
+    for _ in 0..3 {
+        assert_eq!(stage.claim(100).await.len(), 21);
+        lose_all(stage.queue.clone()).await;
+    }
+
+    let (runs, shutdown) = (Log::default().runs, CancellationToken::new());
+    let (roles, backend) = Roles::spawn(&stage.queue, config(8, "one"), &shutdown).unwrap();
+    let (log, queue) = (runs.clone(), stage.queue.clone());
+    let worker = WorkerBuilder::new("one")
+        .backend(backend)
+        .layer(roles.acks(Duration::from_millis(50)))
+        .concurrency(4)
+        .build(move |job: Job| {
+            let (log, queue) = (log.clone(), queue.clone());
+            async move {
+                *log.lock().unwrap().entry(job.envelope.id).or_insert(0) += 1;
+                if job.envelope.kind == "poison" {
+                    lose_all(queue).await;
+                }
+                Ok::<(), BoxDynError>(())
+            }
+        });
+    let running = tokio::spawn(worker.run());
+    let drained = async || {
+        let stats = stage.queue.stats(&name()).await.unwrap();
+        (stats.depth() + stats.scheduled + stats.in_flight == 0).then_some(())
+    };
+    eventually(DEADLINE, drained, async || format!("{:?}", stage.queue.stats(&name()).await)).await;
+    assert_eq!(runs.lock().unwrap()[&poison.id], 3, "as often as the limit says");
+    let ran = innocents.iter().filter(|job| runs.lock().unwrap().contains_key(&job.id)).count();
+    assert_eq!(ran, innocents.len(), "innocents were dropped with it");
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
+    roles.join().await;
 }
 
 #[tokio::test]

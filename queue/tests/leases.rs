@@ -210,6 +210,34 @@ async fn contract_1_after_flushall_leases_are_registered_again_and_the_stamp_is_
 }
 
 #[tokio::test]
+async fn rule_13_without_a_ledger_redis_counts_which_leases_were_lost_alone() {
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(30)).await;
+    let envelope = job("acme", 5);
+    stage.queue.push(std::slice::from_ref(&envelope)).await.unwrap();
+    let (early, late) = (stage.queue.at(NOW), stage.queue.at(NOW + 31_000));
+    let claim = async || early.claim(&name(), &worker(), 1).await.unwrap().pop().unwrap();
+    let counts = |claim: &queue::Claim| (claim.envelope.lost, claim.envelope.lost_alone);
+
+    for _ in 0..3 {
+        claim().await;
+        late.reap(&name()).await.unwrap();
+    }
+    let alone = claim().await;
+    assert_eq!(counts(&alone), (3, 0), "none of them had said that it runs alone");
+    assert_eq!(early.runs_alone(&refs(std::slice::from_ref(&alone))).await.unwrap(), [true]);
+    late.reap(&name()).await.unwrap();
+    assert_eq!(early.runs_alone(&refs(std::slice::from_ref(&alone))).await.unwrap(), [false], "lost since");
+
+    let given_back = claim().await;
+    assert_eq!(counts(&given_back), (4, 1));
+    early.runs_alone(&refs(std::slice::from_ref(&given_back))).await.unwrap();
+    early.release(&[(given_back.lease_ref(), Duration::ZERO)]).await.unwrap();
+    claim().await;
+    late.reap(&name()).await.unwrap();
+    assert_eq!(counts(&claim().await), (5, 1), "this time it had not begun");
+}
+
+#[tokio::test]
 async fn a_killed_redis_comes_back_with_its_queues_and_leases() {
     let stage = Stage::new().await;
     stage.queue.push(&jobs(3)).await.unwrap();
@@ -240,7 +268,7 @@ async fn rule_22_a_full_redis_refuses_pushes_and_lets_everything_else_drain() {
     let fat = |n: usize| -> Vec<Envelope> {
         (0..n).map(|_| Envelope { fast: Some("x".repeat(1000).into()), ..job("acme", 5) }).collect()
     };
-    let mut pushed = 0;
+    let mut pushed = 0_u64;
     let error = loop {
         match stage.queue.push(&fat(100)).await {
             Ok(_) => pushed += 100,
@@ -250,6 +278,11 @@ async fn rule_22_a_full_redis_refuses_pushes_and_lets_everything_else_drain() {
     };
     assert_eq!(error, QueueError::Full);
     assert!(error.is_unavailable(), "rule 16: a full Redis charges no job");
+    assert_eq!(
+        stage.queue.stats(&name()).await.unwrap().depth(),
+        pushed,
+        "an error means that nothing was stored"
+    );
 
     let claims = stage.claim(5).await;
     assert_eq!(claims.len(), 5);
@@ -269,7 +302,14 @@ async fn rule_22_a_full_redis_refuses_pushes_and_lets_everything_else_drain() {
         }
         rest += stage.queue.ack(&refs(&claims)).await.unwrap().into_iter().filter(|acked| *acked).count();
     }
-    assert_eq!(rest, pushed);
+    assert_eq!(rest as u64, pushed);
+
+    // It becomes full in the middle of a push of several calls: then each job is told what became of it.
+    let told = stage.queue.push(&fat(10_000)).await.unwrap();
+    let stored = told.iter().filter(|told| **told == Pushed::Queued).count() as u64;
+    let refused = told.iter().filter(|told| **told == Pushed::Full).count() as u64;
+    assert!(stored > 0 && stored + refused == 10_000, "{stored} stored, {refused} refused");
+    assert_eq!(stage.queue.stats(&name()).await.unwrap().depth(), stored);
     assert_eq!(stage.queue.push(&fat(1)).await.unwrap(), [Pushed::Queued], "there is room again");
 }
 

@@ -155,5 +155,6 @@ pub(super) fn envelope(row: &PgRow) -> Result<Envelope, StoreError> {
         fast: None,
         attempts: 0,
         lost: 0,
+        lost_alone: 0,
     })
 }
