@@ -40,9 +40,20 @@ pub enum Durability {
     Durable,
     /// The job is in Redis alone until a worker claims it, and is lost with Redis' data. Uniqueness by idempotency key is
     /// best effort: the key counts only when a worker brings the job into the ledger, so that two requests with one key
-    /// may both get a receipt, of which the later job is then dropped. A job whose payload is too large for Redis, or
-    /// that comes while Redis is down, is accepted as [`Durable`](Self::Durable).
+    /// may both get a receipt, of which the later job is then dropped. A job on a document (which has its place in that
+    /// document's order from its acceptance on), a batch's member, one whose payload is too large for Redis, and one that comes
+    /// while Redis is down are accepted as [`Durable`](Self::Durable).
     Fast,
+}
+
+/// What became of jobs that were to go into Redis alone.
+enum PushedFast {
+    /// Each has its answer.
+    Told(Vec<Result<Receipt, EnqueueError>>),
+    /// None is there.
+    NotThere,
+    /// Redis was lost on the way: they may be there.
+    Unknown,
 }
 
 /// The answer to an enqueue.
@@ -126,15 +137,15 @@ impl Client {
         self.admit(&job, durability).await?;
         let this = self.clone();
         finish(tokio::spawn(async move {
-            // A member of a batch is counted from its acceptance on, which only the ledger can.
-            if durability == Durability::Fast
-                && job.batch.is_none()
-                && size <= this.settings().max_fast_payload
-                && let Some(mut outcomes) = this.push_fast(std::slice::from_ref(&job)).await
-            {
+            let mut pushed = PushedFast::NotThere;
+            if durability == Durability::Fast && may_be_fast(&job, size, this.settings()) {
+                pushed = this.push_fast(std::slice::from_ref(&job)).await;
+            }
+            if let PushedFast::Told(mut outcomes) = pushed {
                 return outcomes.pop().unwrap_or_else(|| Err(this.unavailable()));
             }
-            let mut receipts = [this.accept_one(job).await];
+            let id = job.id;
+            let mut receipts = [this.accept_one(job).await.map_err(|error| pushed.seen_by(error, id))];
             this.see_firsts(&mut receipts).await;
             let [receipt] = receipts;
             receipt
@@ -169,7 +180,7 @@ impl Client {
             match checked {
                 Ok(size) => {
                     bytes = bytes.saturating_add(size);
-                    fast &= size <= settings.max_fast_payload && job.batch.is_none();
+                    fast &= may_be_fast(&job, size, settings);
                     outcomes.push(None);
                     good.push(job);
                 }
@@ -182,12 +193,17 @@ impl Client {
         }
         let this = self.clone();
         let accepted = finish(tokio::spawn(async move {
-            if fast && let Some(outcomes) = this.push_fast(&good).await {
+            let pushed = if fast { this.push_fast(&good).await } else { PushedFast::NotThere };
+            if let PushedFast::Told(outcomes) = pushed {
                 return Ok(outcomes);
             }
-            let accepted = this.shared.acceptor.accept_all(&good).await?;
-            let mut receipts: Vec<_> =
-                good.iter().zip(accepted).map(|(job, reply)| receipt(job, reply?)).collect();
+            let first = good.first().map_or_else(JobId::new, |job| job.id);
+            let accepted = this.shared.acceptor.accept_all(&good).await;
+            let accepted = accepted.map_err(|error| pushed.seen_by(error, first))?;
+            let receive = |(job, reply): (&NewJob, Result<Accepted, EnqueueError>)| {
+                receipt(job, reply.map_err(|error| pushed.seen_by(error, job.id))?)
+            };
+            let mut receipts: Vec<_> = good.iter().zip(accepted).map(receive).collect();
             this.see_firsts(&mut receipts).await;
             Ok(receipts)
         }))
@@ -406,21 +422,22 @@ impl Client {
         Ok(changed)
     }
 
-    /// Puts jobs into Redis alone. `None`: Redis is not there, nothing is lost if they go to the ledger instead.
-    async fn push_fast(&self, jobs: &[NewJob]) -> Option<Vec<Result<Receipt, EnqueueError>>> {
+    /// Puts jobs into Redis alone. Those that are not told may go to the ledger instead, under the same ids.
+    async fn push_fast(&self, jobs: &[NewJob]) -> PushedFast {
         let dispatch = &self.shared.acceptor.dispatch;
-        let queue = dispatch.open()?;
+        let Some(queue) = dispatch.open() else { return PushedFast::NotThere };
         let full = || EnqueueError::QueueFull { retry_after: self.settings().full_retry_after };
-        let mut envelopes = Vec::with_capacity(jobs.len());
-        for job in jobs {
+        let record = |job: &NewJob| {
             let sealed = self.postgres().seal_job(job).ok()?;
-            let record = serde_json::to_value(sealed).ok()?;
-            envelopes.push(queue::Envelope { fast: Some(record), ..envelope(job) });
-        }
+            Some(queue::Envelope { fast: Some(serde_json::to_value(sealed).ok()?), ..envelope(job) })
+        };
+        let Some(envelopes) = jobs.iter().map(record).collect::<Option<Vec<_>>>() else {
+            return PushedFast::NotThere;
+        };
         let answer = queue.push(&envelopes).await;
         dispatch.learn(&answer);
         match answer {
-            Ok(pushed) => Some(
+            Ok(pushed) => PushedFast::Told(
                 jobs.iter()
                     .zip(pushed)
                     .map(|(job, pushed)| match pushed {
@@ -433,10 +450,10 @@ impl Client {
                     })
                     .collect(),
             ),
-            Err(QueueError::Full) => Some(jobs.iter().map(|_| Err(full())).collect()),
+            Err(QueueError::Full) => PushedFast::Told(jobs.iter().map(|_| Err(full())).collect()),
             Err(error) => {
                 tracing::warn!(%error, jobs = jobs.len(), "fast jobs go to the ledger");
-                None
+                PushedFast::Unknown
             }
         }
     }
@@ -450,6 +467,24 @@ impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Client").field("settings", self.settings()).finish_non_exhaustive()
     }
+}
+
+impl PushedFast {
+    /// What the ledger's refusal means for a job: one that Redis may have is not certainly refused.
+    fn seen_by(&self, error: EnqueueError, job: JobId) -> EnqueueError {
+        match (self, error) {
+            (Self::Unknown, EnqueueError::Unavailable { retry_after }) => {
+                EnqueueError::OutcomeUnknown { job, retry_after }
+            }
+            (_, error) => error,
+        }
+    }
+}
+
+/// Whether Redis alone may accept a job. A document's order and a batch's count begin at acceptance, which only the ledger can do
+/// (PROTOCOL.md 8).
+fn may_be_fast(job: &NewJob, size: usize, settings: &ClientSettings) -> bool {
+    size <= settings.max_fast_payload && job.document.is_none() && job.batch.is_none()
 }
 
 pub(crate) fn receipt(job: &NewJob, reply: Accepted) -> Result<Receipt, EnqueueError> {

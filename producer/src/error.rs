@@ -67,9 +67,10 @@ pub enum EnqueueError {
         /// When to try again.
         retry_after: Duration,
     },
-    /// The ledger was lost in the middle of the acceptance and did not come back in time: the job may be accepted.
+    /// The ledger, or the queue of a [`Fast`](crate::Durability::Fast) job, was lost in the middle of the acceptance, and the
+    /// ledger did not come back in time: the job may be accepted.
     #[error(
-        "the ledger was lost while job {job} was being accepted: ask for that job later, or send the request again with the \
+        "contact was lost while job {job} was being accepted: ask for that job later, or send the request again with the \
          same idempotency key"
     )]
     OutcomeUnknown {

@@ -1,24 +1,27 @@
 //! Jobs with `durability=fast` that no worker has claimed yet: only Redis knows them.
 
 use queue::{JobId, Listed, Queue, QueueError};
-use sagas::{StoreError, stores::postgres::accept::NewJob};
+use sagas::{Class, Dependency, StoreError, stores::postgres::accept::NewJob};
 
 use crate::{Client, pacing::within};
 
 impl Client {
     /// Brings a job into the ledger that so far only Redis knows, so that it is seen, cancelled and changed as any other. It stays
-    /// where it waits. `false`: Redis has no such job of `tenant` either, or can't be asked.
+    /// where it waits. `false`: Redis has no such job of `tenant` either, or this client has no Redis.
     pub async fn settle_fast(&self, id: JobId, tenant: Option<&str>) -> Result<bool, StoreError> {
-        let Some(queue) = self.open_queue() else { return Ok(false) };
+        let away = |why: String| StoreError::new(Dependency::Other("queue"), Class::Unavailable, why);
+        if self.queue().is_none() {
+            return Ok(false);
+        }
+        let Some(queue) = self.open_queue() else {
+            return Err(away("the queue's Redis failed just now, and may have the job".to_owned()));
+        };
         let found = find(queue, id).await;
         self.learn(&found);
         let envelope = match found {
             Ok(Some(listed)) => listed.envelope,
             Ok(None) => return Ok(false),
-            Err(error) => {
-                tracing::warn!(%error, job = %id, "the queue can't be asked for a job that the ledger doesn't know");
-                return Ok(false);
-            }
+            Err(error) => return Err(away(error.to_string())),
         };
         if tenant.is_some_and(|tenant| tenant != envelope.tenant.as_str()) {
             return Ok(false);
@@ -32,7 +35,7 @@ impl Client {
             }
         };
         let postgres = self.postgres();
-        within(postgres.call_timeout() * 2, postgres.admit_fast(&[job])).await?;
+        within(postgres.call_timeout() * 2, postgres.admit_fast(vec![job])).await?;
         Ok(true)
     }
 }

@@ -6,7 +6,7 @@ mod support;
 use std::time::Duration;
 
 use producer::{
-    Cancel, Change, Changed, Client, ClientSettings, Durability, EnqueueError, WaitError, new_job,
+    Cancel, Change, Changed, Client, ClientSettings, Durability, EnqueueError, NewJob, WaitError, new_job,
 };
 use queue::{JobId, Priority};
 use sagas::JobState;
@@ -196,25 +196,39 @@ async fn a_tenants_own_limit_comes_before_the_default() {
 #[tokio::test]
 async fn a_fast_job_is_in_redis_alone_and_carries_all_of_itself() {
     let stage = Stage::new().await;
-    let job = ingest("a", "one");
+    // Retention may have removed the parent by the time a worker takes the job.
+    let job = NewJob { parent: Some(JobId::new()), ..report(1) };
     let receipt = stage.client.enqueue(job.clone(), Durability::Fast).await.unwrap();
     assert_eq!(receipt.id, job.id);
     assert_eq!(stage.rows().await, 0);
-    let claims = stage.claim("ingest", 10).await;
-    let carried: producer::NewJob = serde_json::from_value(claims[0].envelope.fast.clone().unwrap()).unwrap();
-    assert_eq!((carried.id, carried.payload, carried.document.as_deref()), (job.id, job.payload, Some("a")));
+    let claims = stage.claim("report", 10).await;
+    let carried: NewJob = serde_json::from_value(claims[0].envelope.fast.clone().unwrap()).unwrap();
+    assert_eq!(carried, job);
     // What a worker does before it takes the job.
-    let carried = serde_json::from_value(claims[0].envelope.fast.clone().unwrap()).unwrap();
-    stage.postgres.admit_fast(&[carried]).await.unwrap();
+    stage.postgres.admit_fast(vec![carried]).await.unwrap();
     assert_eq!(stage.rows().await, 1);
+    assert_eq!(stage.client.job(job.id, None).await.unwrap().unwrap().parent, None);
+}
+
+#[tokio::test]
+async fn protocol_8_a_job_on_a_document_has_its_place_from_acceptance_on_also_when_asked_to_be_fast() {
+    let stage = Stage::new().await;
+    let older = stage.client.enqueue(ingest("a", "older"), Durability::Fast).await.unwrap().id;
+    let batch = vec![ingest("a", "newer"), report(1)];
+    let newer = stage.client.enqueue_many(batch, Durability::Fast).await.unwrap()[0].as_ref().unwrap().id;
+    let mut orders = vec![];
+    for id in [older, newer] {
+        orders.push(stage.postgres.job(id, None).await.unwrap().expect("in the ledger").doc_order);
+    }
+    assert_eq!(orders, [Some(1), Some(2)]);
 }
 
 #[tokio::test]
 async fn a_fast_job_that_waits_is_seen_changed_and_cancelled_as_any_other() {
     let stage = Stage::new().await;
     let mut seen = vec![];
-    for document in ["a", "b"] {
-        seen.push(stage.client.enqueue(ingest(document, "one"), Durability::Fast).await.unwrap().id);
+    for number in 0..2 {
+        seen.push(stage.client.enqueue(report(number), Durability::Fast).await.unwrap().id);
     }
     assert_eq!(stage.rows().await, 0);
     let (cancelled, moved) = (seen[0], seen[1]);
@@ -222,7 +236,7 @@ async fn a_fast_job_that_waits_is_seen_changed_and_cancelled_as_any_other() {
     assert_eq!(stage.client.cancel(cancelled, Some("other")).await.unwrap(), Cancel::Unknown);
     assert_eq!(stage.rows().await, 0, "nobody else's");
     let job = stage.client.job(cancelled, Some("acme")).await.unwrap().unwrap();
-    assert_eq!((job.state, job.document.as_deref()), (JobState::Waiting, Some("a")));
+    assert_eq!((job.state, job.kind.as_str()), (JobState::Waiting, "report"));
     assert_eq!(stage.client.cancel(cancelled, None).await.unwrap(), Cancel::Cancelled);
     let change = Change { priority: Some(Priority::HIGHEST), run_at: None };
     assert_eq!(
@@ -230,14 +244,14 @@ async fn a_fast_job_that_waits_is_seen_changed_and_cancelled_as_any_other() {
         [Changed::Done, Changed::Unknown]
     );
 
-    let claims = stage.claim("ingest", 10).await;
+    let claims = stage.claim("report", 10).await;
     assert_eq!(
         claims.iter().map(|claim| (claim.envelope.id, claim.envelope.priority)).collect::<Vec<_>>(),
         [(moved, Priority::HIGHEST)]
     );
     // The worker that claims it brings its record along, which the ledger has by now.
     let carried = serde_json::from_value(claims[0].envelope.fast.clone().unwrap()).unwrap();
-    stage.postgres.admit_fast(&[carried]).await.unwrap();
+    stage.postgres.admit_fast(vec![carried]).await.unwrap();
     assert_eq!(stage.rows().await, 2);
     assert_eq!(stage.client.job(moved, None).await.unwrap().unwrap().priority, 9);
 }
@@ -245,10 +259,10 @@ async fn a_fast_job_that_waits_is_seen_changed_and_cancelled_as_any_other() {
 #[tokio::test]
 async fn a_fast_job_too_large_for_redis_is_accepted_in_the_ledger() {
     let stage = Stage::new().await;
-    let large = ingest("a", &"x".repeat(5000));
-    stage.client.enqueue(large.clone(), Durability::Fast).await.unwrap();
+    let large = new_job("report", tenant("acme"), json!({ "text": "x".repeat(5000) })).unwrap();
+    stage.client.enqueue(large, Durability::Fast).await.unwrap();
     assert_eq!(stage.rows().await, 1);
-    assert_eq!(stage.claim("ingest", 10).await[0].envelope.fast, None);
+    assert_eq!(stage.claim("report", 10).await[0].envelope.fast, None);
 }
 
 #[tokio::test]

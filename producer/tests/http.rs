@@ -355,7 +355,7 @@ async fn a_batch_answers_per_job_in_array_order() {
         job(),
         with("idempotency_key", json!("k")),
         with("unknown", json!(1)),
-        with("durability", json!("fast")),
+        { "kind": "report", "payload": { "number": 1 }, "durability": "fast" },
         with("idempotency_key", json!("k")),
         { "kind": "ingest", "payload": { "document": "b" } },
         job(),

@@ -105,6 +105,40 @@ async fn an_outcome_that_nobody_can_tell_is_not_called_a_failure() {
 }
 
 #[tokio::test]
+async fn a_fast_job_whose_push_got_no_answer_is_not_called_a_failure() {
+    let stage = Stage::with(ClientSettings::default(), |config| {
+        config.response_timeout = Duration::from_millis(500);
+    })
+    .await;
+    stage.client.enqueue(report(0), Durability::Durable).await.unwrap();
+    // Redis can be looked at, but the push hangs; and then the ledger isn't there either.
+    let mut redis = stage.redis().await;
+    redis::cmd("CLIENT").arg("PAUSE").arg(60_000).arg("WRITE").exec_async(&mut redis).await.unwrap();
+    stage.services.postgres().kill9().await.unwrap();
+    let job = report(1);
+    let error = stage.client.enqueue(job.clone(), Durability::Fast).await.unwrap_err();
+    assert!(matches!(error, EnqueueError::OutcomeUnknown { job: id, .. } if id == job.id), "{error:?}");
+    // The queue is left alone now: this one was never there.
+    let error = stage.client.enqueue_many(vec![report(2)], Durability::Fast).await.unwrap_err();
+    assert!(matches!(error, EnqueueError::Unavailable { .. }), "{error:?}");
+    redis::cmd("CLIENT").arg("UNPAUSE").exec_async(&mut redis).await.unwrap();
+    stage.services.postgres().restart().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_job_that_the_ledger_does_not_know_may_be_in_a_queue_that_is_away() {
+    let stage = Stage::new().await;
+    let job = stage.client.enqueue(report(0), Durability::Fast).await.unwrap().id;
+    stage.services.redis_queue().pause().await.unwrap();
+    let gone = stage.client.job(job, None).await.unwrap_err();
+    assert!(gone.is_unavailable(), "{gone}");
+    let gone = stage.client.cancel(job, None).await.unwrap_err();
+    assert!(gone.is_unavailable(), "{gone}");
+    stage.services.redis_queue().resume().await.unwrap();
+    eventually(|| async { stage.client.cancel(job, None).await.map_err(|error| error.to_string()) }).await;
+}
+
+#[tokio::test]
 async fn with_the_queue_down_a_durable_enqueue_goes_on_and_the_relay_dispatches_later() {
     let stage = Stage::new().await;
     stage.client.enqueue(report(0), Durability::Durable).await.unwrap();

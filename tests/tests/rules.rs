@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use e2e::{Fleet, SHORT, TENANT, text, wait_until};
-use producer::Durability;
-use queue::{JobId, QueueName};
+
+use queue::{Envelope, QueueName};
 use sagas::stores::postgres::{accept::NewJob, ledger::Cancel};
 use serde_json::json;
 
@@ -50,19 +50,30 @@ async fn protocol_14_a_running_job_is_cancelled_and_leaves_nothing() {
     fleet.end();
 }
 
-/// Redis alone has seen the job before a worker takes it, so that the ledger may refuse what the producer was told is accepted.
+/// Redis alone has seen these jobs before a worker takes them: the ledger may refuse what was accepted, and their records may be
+/// of another release.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn protocol_12_a_job_that_the_ledger_refuses_keeps_no_slot_from_others() {
     let fleet = Fleet::start().await;
-    let refused = NewJob { parent: Some(JobId::new()), ..fleet.ingest_job("refused", "x") };
-    fleet.client().enqueue(refused, Durability::Fast).await.unwrap();
+    let fast = |job: &NewJob, record: serde_json::Value| Envelope {
+        id: job.id,
+        fast: Some(record),
+        ..Envelope::new(job.kind.clone(), job.queue.clone(), job.tenant.clone())
+    };
+    let refused = NewJob { max_attempts: 0, ..fleet.ingest_job("refused", "x") };
+    let newer = fleet.ingest_job("newer", "x");
+    let jobs = [
+        fast(&refused, serde_json::to_value(&refused).unwrap()),
+        fast(&newer, json!({ "from": "a newer release" })),
+    ];
+    fleet.queue.push(&jobs).await.unwrap();
     let worker = fleet.worker().concurrency(1).start();
     let job = fleet.ingest("a", &text("a", 1)).await;
     assert_eq!(fleet.ended(job).await, "succeeded", "{}", worker.tail());
     let ingest = QueueName::new("ingest").unwrap();
-    wait_until("the refused one waits for another try", SHORT, async || {
+    wait_until("both wait for another try", SHORT, async || {
         let stats = fleet.queue.stats(&ingest).await.unwrap();
-        if (stats.scheduled, stats.in_flight) == (1, 0) { Ok(()) } else { Err(format!("{stats:?}")) }
+        if (stats.scheduled, stats.in_flight) == (2, 0) { Ok(()) } else { Err(format!("{stats:?}")) }
     })
     .await;
     assert!(worker.terminate().await.success(), "{}", worker.tail());

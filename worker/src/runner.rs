@@ -22,6 +22,8 @@ use crate::gatekeeper::Gatekeeper;
 const ALONE_AFTER: i32 = 2;
 /// How long a job waits that the ledger refuses to hand out.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
+/// How long a job waits whose record this release can't read.
+const UNREADABLE_FOR: Duration = Duration::from_secs(60);
 
 /// Runs claimed jobs. One for each process.
 pub(crate) struct Runner {
@@ -95,8 +97,9 @@ impl Runner {
         let fast = match job.envelope.fast.clone().map(serde_json::from_value).transpose() {
             Ok(fast) => fast,
             Err(error) => {
-                tracing::error!(%error, "a fast job's record can't be read; dropped");
-                return Some(Take::Gone);
+                // A newer release may have written it, and read it.
+                tracing::error!(%error, wait = ?UNREADABLE_FOR, "a fast job's record can't be read; it is put off");
+                return Some(Take::NotYet(UNREADABLE_FOR));
             }
         };
         let item = TakeItem { id: job.envelope.id, fast };

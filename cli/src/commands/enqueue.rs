@@ -57,7 +57,8 @@ pub struct Args {
     /// Hard cap on one run, in seconds
     #[arg(long, default_value_t = 300, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=604_800))]
     timeout: u64,
-    /// `fast` is in Redis alone until a worker claims it, and is lost with Redis' data
+    /// `fast` is in Redis alone until a worker claims it, and is lost with Redis' data; a job on a document is durable all the
+    /// same
     #[arg(long, value_enum, default_value_t = DurabilityArg::Durable)]
     durability: DurabilityArg,
     /// Wait until the job has ended, at most so many seconds (300 without a number); exit code 1 unless it succeeded

@@ -71,7 +71,8 @@ pub(super) enum DurabilityName {
     /// A commit in the ledger.
     #[default]
     Durable,
-    /// Nothing: it is in Redis alone. Uniqueness is best effort.
+    /// Nothing: it is in Redis alone. Uniqueness is best effort. A job on a document, a batch's member and a large payload are
+    /// durable all the same.
     Fast,
 }
 

@@ -251,9 +251,10 @@ async fn a_fast_jobs_record_is_sealed_and_admitted_as_it_is() {
     let record = serde_json::to_string(&ledger.postgres.seal_job(&secret()).unwrap()).unwrap();
     assert!(!record.contains(SECRET), "{record}");
     let carried: NewJob = serde_json::from_str(&record).unwrap();
-    ledger.postgres.admit_fast(std::slice::from_ref(&carried)).await.unwrap();
+    let id = carried.id;
+    ledger.postgres.admit_fast(vec![carried]).await.unwrap();
     ledger.assert_nothing_shows().await;
-    assert_eq!(ledger.take("w", carried.id).await.payload, json!({ "card": SECRET }));
+    assert_eq!(ledger.take("w", id).await.payload, json!({ "card": SECRET }));
 }
 
 #[tokio::test]

@@ -221,11 +221,30 @@ impl Postgres {
     }
 
     /// Brings jobs with `durability=fast` into the ledger when a worker is about to take them. Those of unknown tenants
-    /// or with keys already used stay out, and so are dropped by the take.
-    pub async fn admit_fast(&self, jobs: &[NewJob]) -> Result<(), StoreError> {
-        for reply in self.accept(jobs, true).await? {
-            if let Accepted::Conflict(id) = reply {
-                tracing::warn!(job = %id, "a fast job's idempotency key was used with another request; the later one is dropped");
+    /// or with keys already used stay out, and so are dropped by the take. A parent that the ledger doesn't have is left out:
+    /// retention may have removed it.
+    pub async fn admit_fast(&self, mut jobs: Vec<NewJob>) -> Result<(), StoreError> {
+        let named: Vec<Uuid> =
+            jobs.iter().flat_map(|job| [job.parent, job.replay_of]).flatten().map(|id| id.0).collect();
+        if !named.is_empty() {
+            let known: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM jobs WHERE id = ANY($1)")
+                .bind(named)
+                .fetch_all(&self.pool)
+                .await?;
+            for job in &mut jobs {
+                job.parent = job.parent.filter(|id| known.contains(&id.0));
+                job.replay_of = job.replay_of.filter(|id| known.contains(&id.0));
+            }
+        }
+        for (job, reply) in jobs.iter().zip(self.accept(&jobs, true).await?) {
+            match reply {
+                Accepted::Conflict(first) => {
+                    tracing::warn!(job = %job.id, %first, "a fast job is dropped: its idempotency key was used with another request");
+                }
+                Accepted::UnknownTenant => {
+                    tracing::error!(job = %job.id, tenant = %job.tenant, "a fast job is dropped: its tenant doesn't exist (any more)");
+                }
+                _ => {}
             }
         }
         Ok(())

@@ -160,7 +160,7 @@ impl Batch for TakeBatch {
     async fn flush(&self, items: &[TakeItem]) -> Result<Vec<Take>, StoreError> {
         let fast: Vec<_> = items.iter().filter_map(|item| item.fast.clone()).collect();
         if !fast.is_empty() {
-            self.postgres.admit_fast(&fast).await?;
+            self.postgres.admit_fast(fast).await?;
         }
         let ids: Vec<JobId> = items.iter().map(|item| item.id).collect();
         let mut taken = self.postgres.take(&ids, &self.worker, &self.begins).await?;
