@@ -8,9 +8,9 @@ mod output;
 mod signals;
 mod times;
 
-use std::{process::ExitCode, time::Duration};
+use std::{ffi::OsStr, process::ExitCode, time::Duration};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, builder::Resettable};
 use telemetry::{Telemetry, TelemetryConfig};
 
 use crate::{
@@ -114,7 +114,8 @@ impl Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let mut given = without_empty(Cli::command()).get_matches();
+    let cli = Cli::from_arg_matches_mut(&mut given).unwrap_or_else(|error| error.exit());
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return failure::report(Err(error.into())),
@@ -123,6 +124,14 @@ fn main() -> ExitCode {
     // A thread that waits for stdin must not hold up the end.
     runtime.shutdown_background();
     code
+}
+
+/// An empty variable counts as not set, also where a flag of the same meaning would refuse an empty value.
+fn without_empty(command: clap::Command) -> clap::Command {
+    let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    command
+        .mut_args(|arg| if arg.get_env().is_some_and(is_empty) { arg.env(Resettable::Reset) } else { arg })
+        .mut_subcommands(without_empty)
 }
 
 async fn run(cli: Cli) -> Outcome {

@@ -183,10 +183,10 @@ async fn a_whole_day_with_the_command_line() {
     write(&docs, "picture.png", b"\x89PNG");
     let docs = docs.to_str().unwrap();
     let import = ["import", docs, "--tenant", "acme", "--prefix", "docs/", "--once", "--wait=60"];
-    let first = cli.json(0, &import);
+    let first = cli.json(1, &import);
     assert_eq!((&first["accepted"], &first["skipped"]), (&22.into(), &1.into()), "{first}");
     assert_eq!((&first["ended"]["succeeded"], &first["ended"]["dead"]), (&20.into(), &2.into()), "{first}");
-    let again = cli.json(0, &import);
+    let again = cli.json(1, &import);
     assert_eq!((&again["accepted"], &again["duplicates"]), (&0.into(), &22.into()), "{again}");
 
     // Dead letters say why, and are replayed and discarded once.
@@ -446,6 +446,19 @@ async fn schedules_and_waiting_jobs_are_changed_from_the_command_line() {
     let update =
         ["schedules", "update", "nightly", "--kind", "report", "--payload", "{}", "--cron", "@hourly"];
     assert_eq!(cli.json(0, &update)["cron"], "@hourly");
+    // Two tenants' schedules of one name: no page leaves one out.
+    cli.text(0, &["tenants", "create", "acme"]);
+    cli.text(0, &[&["schedules", "create", "nightly", "--tenant", "acme"][..], &spec].concat());
+    let mut pages = vec![];
+    let mut arguments = vec!["schedules", "list", "--limit", "1"];
+    for after in ["acme/nightly", "default/nightly"] {
+        let page = cli.json(0, &arguments);
+        pages.push(format!("{}/{}", page[0]["tenant"].as_str().unwrap(), page[0]["name"].as_str().unwrap()));
+        arguments = vec!["schedules", "list", "--limit", "1", "--after", after];
+    }
+    assert_eq!(pages, ["acme/nightly", "default/nightly"]);
+    assert_eq!(cli.json(0, &arguments), serde_json::json!([]));
+    cli.text(2, &["schedules", "list", "--after", "nightly"]);
     cli.text(0, &["schedules", "delete", "nightly"]);
     cli.text(1, &["schedules", "show", "nightly"]);
 
@@ -462,7 +475,10 @@ async fn schedules_and_waiting_jobs_are_changed_from_the_command_line() {
     assert_eq!(stats["queues"]["ingest"]["scheduled"], 1, "{stats}");
     cli.json(1, &["jobs", "reprioritise", "00000000-0000-7000-8000-000000000000", "--priority", "1"]);
     let all = cli.json(0, &["jobs", "reprioritise", "--queue", "ingest", "--priority", "2", "--limit", "1"]);
-    assert_eq!(all.as_array().unwrap().len(), 1);
+    assert_eq!((all.as_array().unwrap().len(), &all[0]["job"]), (1, &first.as_str().into()));
+    let filter = ["jobs", "reprioritise", "--queue", "ingest", "--priority", "2", "--limit", "1", "--after"];
+    let rest = cli.json(0, &[&filter[..], &[&first]].concat());
+    assert_eq!((rest.as_array().unwrap().len(), &rest[0]["job"]), (1, &second.as_str().into()));
     // Neither ids nor a filter; both.
     cli.text(2, &["jobs", "cancel"]);
     cli.text(2, &["jobs", "cancel", &first, "--queue", "ingest"]);

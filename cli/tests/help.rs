@@ -49,9 +49,9 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ),
     ("jobs list", &["--state", "--kind", "--tenant", "--limit", "--before"]),
     ("jobs show", &[]),
-    ("jobs cancel", &["--queue", "--tenant", "--kind", "--limit"]),
-    ("jobs reprioritise", &["--priority", "--queue", "--tenant", "--kind", "--limit"]),
-    ("jobs snooze", &["--for", "--until", "--queue", "--tenant", "--kind", "--limit"]),
+    ("jobs cancel", &["--queue", "--tenant", "--kind", "--limit", "--after"]),
+    ("jobs reprioritise", &["--priority", "--queue", "--tenant", "--kind", "--limit", "--after"]),
+    ("jobs snooze", &["--for", "--until", "--queue", "--tenant", "--kind", "--limit", "--after"]),
     ("schedules list", &["--tenant", "--after", "--limit"]),
     ("schedules show", &["--tenant"]),
     (

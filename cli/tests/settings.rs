@@ -36,7 +36,7 @@ fn flags_go_before_the_environment_and_that_before_the_stacks_file() {
         (&[], &["--dir", "other"], "from_other"),
         (&environment, &[], "from_environment"),
         (&environment, &flag, "from_flag"),
-        (&[("DATABASE_URL", "")], &[], "from_file"),
+        (&[("DATABASE_URL", ""), ("FLOTILLA_PREFIX", "")], &[], "from_file"),
     ] {
         let text = said(dir.path(), environment, arguments);
         assert!(
@@ -62,4 +62,20 @@ fn a_bad_setting_is_named_with_its_value_and_what_is_allowed() {
     assert!(text.contains(r#"FLOTILLA_CALL_TIMEOUT_MS is "soon": a whole number is allowed"#), "{text}");
     let text = said(dir.path(), &[url, ("FLOTILLA_LOG_FORMAT", "xml")], &[]);
     assert!(text.contains(r#"FLOTILLA_LOG_FORMAT is "xml": allowed are text and json"#), "{text}");
+}
+
+#[test]
+fn an_empty_variable_counts_as_not_set_for_every_flag() {
+    let dir = tempfile::tempdir().unwrap();
+    // As a compose file with `${FLOTILLA_WORKER_ADDR:-}` gives them.
+    let output = Command::new(env!("CARGO_BIN_EXE_flotilla"))
+        .arg("worker")
+        .current_dir(dir.path())
+        .env_clear()
+        .envs(["FLOTILLA_WORKER_ADDR", "FLOTILLA_QUEUES", "FLOTILLA_CONCURRENCY"].map(|name| (name, "")))
+        .envs(["FLOTILLA_DRAIN_GRACE_MS", "DATABASE_URL"].map(|name| (name, "")))
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("DATABASE_URL is not set"), "{text}");
 }

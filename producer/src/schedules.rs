@@ -164,13 +164,14 @@ impl Schedules {
         found.ok_or_else(|| ScheduleError::Unknown(name.to_owned()))
     }
 
-    /// A page of schedules by name, after `after`; of all tenants without one.
+    /// A page of schedules by tenant and name, of all tenants without one, after the one of that tenant and name.
     pub async fn list(
         &self,
         tenant: Option<&TenantId>,
-        after: Option<&str>,
+        after: Option<(&TenantId, &str)>,
         limit: i64,
     ) -> Result<Vec<Schedule>, ScheduleError> {
+        let after = after.map(|(tenant, name)| (tenant.as_str(), name));
         self.ask(self.postgres.schedules(tenant.map(TenantId::as_str), after, limit)).await
     }
 

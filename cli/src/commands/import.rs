@@ -141,8 +141,9 @@ async fn import(args: Args, context: &Context) -> Outcome {
     }
     context.out.data(&summary, || described(&summary))?;
     advise(&summary, args.wait.is_some(), &args.tenant);
-    let unfinished = summary.ended.is_some_and(|ended| ended.unfinished > 0);
-    Ok(Ending::fine_if(summary.refused.is_empty() && !unfinished))
+    let not_done =
+        summary.ended.map_or(0, |ended| ended.dead + ended.parked + ended.cancelled + ended.unfinished);
+    Ok(Ending::fine_if(summary.refused.is_empty() && not_done == 0))
 }
 
 /// Reads and enqueues everything; returns the jobs.

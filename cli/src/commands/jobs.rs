@@ -110,9 +110,12 @@ const AT_ONCE: usize = 500;
 /// How many jobs a filter may choose.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct Bound {
-    /// Jobs that a filter chooses at most; run it again for more
+    /// Jobs that a filter chooses at most; --after goes on behind them
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(i64).range(1..=100_000))]
     limit: i64,
+    /// Of those that a filter chooses, only the ones behind this job: the last of the run before
+    #[arg(long, value_name = "ID", conflicts_with = "ids")]
+    after: Option<Uuid>,
 }
 
 pub async fn run(command: Command, context: &Context) -> Outcome {
@@ -273,9 +276,17 @@ async fn chosen(
         queue: which.queue.clone(),
         kind: which.kind.clone(),
         running,
+        after: bound.after,
         limit: bound.limit,
     };
     Ok(postgres.select_jobs(&selection).await?)
+}
+
+/// Says how to go on if a filter may have chosen more.
+fn advise(which: &Which, bound: Bound, ids: &[JobId]) {
+    if let Some(last) = ids.last().filter(|_| which.ids.is_empty() && ids.len() as i64 == bound.limit) {
+        output::say(format!("--limit jobs were chosen; --after {last} goes on with those behind them"));
+    }
 }
 
 async fn change(which: &Which, bound: Bound, change: Change, action: &str, context: &Context) -> Outcome {
@@ -311,6 +322,7 @@ async fn change(which: &Which, bound: Bound, change: Change, action: &str, conte
             answers.iter().map(|(id, _, sentence)| format!("job {id}: {sentence}")).collect();
         lines.join("\n")
     })?;
+    advise(which, bound, &ids);
     Ok(Ending::fine_if(which.ids.is_empty() || done == answers.len()))
 }
 
@@ -367,6 +379,7 @@ async fn cancel(which: &Which, bound: Bound, context: &Context) -> Outcome {
     if let Some(error) = failed {
         return Err(error.into());
     }
+    advise(which, bound, &ids);
     Ok(Ending::fine_if(which.ids.is_empty() || counts["cancelled"] + counts["requested"] == ids.len()))
 }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anyhow::bail;
 use chrono::{DateTime, Utc};
 use clap::ValueEnum;
 use producer::{CatchUp, NewSchedule, Schedule, ScheduleError, schedules::coming, timetable::Timetable};
@@ -20,12 +21,12 @@ use crate::{
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// List schedules, by name
+    /// List schedules, by tenant and name
     List {
         /// Only this tenant's
         #[arg(long)]
         tenant: Option<TenantId>,
-        /// Only names after this one: the last of the page before
+        /// Only schedules after this one, the last of the page before: TENANT/NAME, or NAME with --tenant
         #[arg(long, value_name = "NAME")]
         after: Option<String>,
         /// Schedules at most
@@ -126,6 +127,17 @@ impl Spec {
     }
 }
 
+/// Where a page ended: a name of `tenant`, or of the tenant in front of it.
+fn place<'a>(tenant: Option<&TenantId>, after: &'a str) -> anyhow::Result<(TenantId, &'a str)> {
+    if let Some(tenant) = tenant {
+        return Ok((tenant.clone(), after));
+    }
+    let Some((tenant, name)) = after.split_once('/') else {
+        bail!("--after is {after:?}: TENANT/NAME is needed without --tenant");
+    };
+    Ok((TenantId::new(tenant)?, name))
+}
+
 pub async fn run(command: Command, context: &Context) -> Outcome {
     let client = client(context).await?;
     let schedules = client.schedules();
@@ -136,7 +148,9 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
     };
     match command {
         Command::List { tenant, after, limit } => {
-            let found = schedules.list(tenant.as_ref(), after.as_deref(), limit).await?;
+            let after = after.as_deref().map(|after| place(tenant.as_ref(), after)).transpose()?;
+            let after = after.as_ref().map(|(tenant, name)| (tenant, *name));
+            let found = schedules.list(tenant.as_ref(), after, limit).await?;
             context.out.data(&found, || output::rows(&table(&found), "no schedules"))?;
         }
         Command::Show(which) => {

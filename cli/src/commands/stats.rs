@@ -54,7 +54,15 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
     let postgres = context.postgres().await?;
     let queue = context.queue().await?;
     loop {
-        let stats = collect(&args.queues, &postgres, &queue).await?;
+        let stats = match (collect(&args.queues, &postgres, &queue).await, args.watch) {
+            (Err(error), Some(seconds)) => {
+                // Who watches wants to see when it is over.
+                output::say(format!("{error:#}"));
+                tokio::time::sleep(Duration::from_secs(seconds)).await;
+                continue;
+            }
+            (stats, _) => stats?,
+        };
         if args.watch.is_some() && !context.out.json && std::io::stdout().is_terminal() {
             // Home and erase, so that the table stays in its place.
             print("\x1b[H\x1b[2J")?;

@@ -89,12 +89,24 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             let Some(found) = postgres.tenant(tenant.as_str()).await? else {
                 return Err(unknown(&tenant).into());
             };
+            let rows = rows_of(&postgres, Some(&tenant)).await?;
+            let depth = |row: &TenantRow| row.policy.and_then(|policy| policy.max_depth);
+            let everywhere = rows.iter().find(|row| row.queue.is_none()).and_then(depth);
             context.out.data(&found, || {
-                let limit = found.max_waiting.map_or("the producer's default".to_owned(), |n| n.to_string());
+                let limit = everywhere
+                    .map(|depth| depth.to_string())
+                    .or_else(|| found.max_waiting.map(|waiting| waiting.to_string()))
+                    .unwrap_or_else(|| "the producer's default".to_owned());
+                let own =
+                    rows.iter().filter_map(|row| Some(format!("{} in {}", depth(row)?, row.queue.as_ref()?)));
+                let own: Vec<String> = own.collect();
                 output::fields(&[
                     ("tenant", Some(found.id.clone())),
                     ("class", Some(found.class.clone())),
-                    ("waiting jobs at most", Some(limit)),
+                    (
+                        "waiting jobs at most",
+                        Some(std::iter::once(limit).chain(own).collect::<Vec<_>>().join("; ")),
+                    ),
                 ])
             })?;
         }

@@ -235,9 +235,9 @@ impl Selection {
 
 /// Replay open dead letters together, each as if alone.
 ///
-/// One that somebody else deals with meanwhile is left to them.
+/// One that somebody else deals with meanwhile is left to them; one that can't be replayed keeps none of the others waiting.
 #[utoipa::path(post, path = "/v1/dead-letters:replay", tag = "dead letters", request_body = Selection, responses(
-    (status = 202, description = "Each letter with the job that replays it", body = Object),
+    (status = 202, description = "Each letter with the job that replays it, and those that could not be replayed with the reason", body = Object),
     (status = 200, description = "A dry run: how many there are", body = Object),
     (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope)))]
 pub(super) async fn replay_many(
@@ -251,13 +251,24 @@ pub(super) async fn replay_many(
     }
     let postgres = api.client.postgres();
     let how = Replay { actor: format!("api:{tenant}"), as_latest: selection.as_latest, ..Replay::default() };
-    let mut replayed = vec![];
+    let (mut replayed, mut failed) = (vec![], vec![]);
     for (_, id) in postgres.letter_places(&filter).await? {
-        if let Resolved::Done(Some(job)) = postgres.replay(id, &how).await? {
-            replayed.push(json!({ "id": id, "replay_job": job }));
+        match postgres.replay(id, &how).await {
+            Ok(Resolved::Done(Some(job))) => replayed.push(json!({ "id": id, "replay_job": job })),
+            Ok(_) => {}
+            Err(error) if error.class.is_retryable() && replayed.is_empty() => return Err(error.into()),
+            Err(error) => {
+                tracing::warn!(letter = %id, %error, "a dead letter was not replayed");
+                let reason =
+                    if error.class.is_retryable() { "a store is away" } else { "it can't be replayed" };
+                failed.push(json!({ "id": id, "reason": reason }));
+                if error.class.is_retryable() {
+                    break;
+                }
+            }
         }
     }
-    Ok((StatusCode::ACCEPTED, Json(json!({ "replayed": replayed }))).into_response())
+    Ok((StatusCode::ACCEPTED, Json(json!({ "replayed": replayed, "failed": failed }))).into_response())
 }
 
 /// Close open dead letters together, without a replay.

@@ -173,8 +173,8 @@ pub(super) async fn list(
     Caller(tenant): Caller,
     Asked(asked): Asked<ListQuery>,
 ) -> Result<Json<ScheduleList>, ApiError> {
-    let schedules =
-        api.client.schedules().list(Some(&tenant), asked.after.as_deref(), page(asked.limit)?).await?;
+    let after = asked.after.as_deref().map(|name| (&tenant, name));
+    let schedules = api.client.schedules().list(Some(&tenant), after, page(asked.limit)?).await?;
     Ok(Json(ScheduleList { schedules }))
 }
 

@@ -69,6 +69,12 @@ async fn a_filter_chooses_what_has_not_ended_oldest_first_and_no_more_than_asked
     assert_eq!(choose(|_| ()).await, ids[..3]);
     assert_eq!(choose(|s| s.running = true).await, ids);
     assert_eq!(choose(|s| s.limit = 2).await, ids[..2]);
+    let rest = Selection { after: Some(ids[1].0), limit: 10, ..Selection::default() };
+    assert_eq!(
+        ledger.postgres.select_jobs(&rest).await.unwrap(),
+        ids[2..3],
+        "goes on where the page before ended"
+    );
     assert_eq!(choose(|s| s.queue = Some("report".into())).await, ids[1..3]);
     assert_eq!(choose(|s| s.tenant = Some("globex".into())).await, ids[2..3]);
     assert_eq!(choose(|s| s.kind = Some("ingest".into())).await, ids[..1]);

@@ -251,7 +251,8 @@ const LIMITS: &str = "SET LOCAL statement_timeout = '120s'";
 const SEARCH_IN_SERVER: i64 = 16 << 20;
 
 impl Postgres {
-    async fn audit_snapshot(&self) -> Result<Transaction<'static, Db>, sqlx::Error> {
+    /// A transaction that reads one snapshot, with time for all of a table.
+    pub(super) async fn audit_snapshot(&self) -> Result<Transaction<'static, Db>, sqlx::Error> {
         let mut tx = self.begin().await?;
         sqlx::raw_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY").execute(&mut *tx).await?;
         sqlx::raw_sql(LIMITS).execute(&mut *tx).await?;

@@ -42,6 +42,8 @@ pub struct Selection {
     pub kind: Option<String>,
     /// The running ones, too.
     pub running: bool,
+    /// Only those behind this one.
+    pub after: Option<Uuid>,
     /// At most so many.
     pub limit: i64,
 }
@@ -91,6 +93,7 @@ impl Postgres {
             "SELECT id FROM jobs
              WHERE state IN ('waiting', 'running') AND (state = 'waiting' OR $4) AND ($1::text IS NULL OR tenant = $1)
                AND ($2::text IS NULL OR queue = $2) AND ($3::text IS NULL OR kind = $3)
+               AND ($6::uuid IS NULL OR id > $6)
              ORDER BY id LIMIT $5",
         )
         .bind(&which.tenant)
@@ -98,6 +101,7 @@ impl Postgres {
         .bind(&which.kind)
         .bind(which.running)
         .bind(which.limit)
+        .bind(which.after)
         .fetch_all(&self.pool)
         .await?;
         Ok(ids.into_iter().map(JobId).collect())

@@ -314,8 +314,9 @@ impl Postgres {
         .await?)
     }
 
-    /// Counts of all jobs of the ledger, or of those accepted since.
+    /// Counts of all jobs of the ledger, or of those accepted since. Reads them all, however long that takes.
     pub async fn job_counts(&self, since: Option<DateTime<Utc>>) -> Result<JobCounts, StoreError> {
+        let mut tx = self.audit_snapshot().await?;
         Ok(sqlx::query_as(
             "SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting, count(*) FILTER (WHERE state = 'running') AS running,
                     count(*) FILTER (WHERE state = 'succeeded') AS succeeded, count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
@@ -324,7 +325,7 @@ impl Postgres {
              FROM jobs WHERE $1::timestamptz IS NULL OR created_at >= $1",
         )
         .bind(since)
-        .fetch_one(&self.pool)
+        .fetch_one(&mut *tx)
         .await?)
     }
 

@@ -382,19 +382,21 @@ impl Postgres {
         .await?)
     }
 
-    /// A page of schedules after `after`, by name, of one tenant or of all.
+    /// A page of schedules by tenant and name, of one tenant or of all, after the one of that tenant and name.
     pub async fn schedules(
         &self,
         tenant: Option<&str>,
-        after: Option<&str>,
+        after: Option<(&str, &str)>,
         limit: i64,
     ) -> Result<Vec<Schedule>, StoreError> {
         Ok(sqlx::query_as(sqlx::AssertSqlSafe(format!(
-            "SELECT {SCHEDULE} FROM schedules WHERE ($1::text IS NULL OR tenant = $1) AND ($2::text IS NULL OR name > $2)
-             ORDER BY name, tenant LIMIT $3"
+            "SELECT {SCHEDULE} FROM schedules
+             WHERE ($1::text IS NULL OR tenant = $1) AND ($2::text IS NULL OR (tenant, name) > ($2, $3))
+             ORDER BY tenant, name LIMIT $4"
         )))
         .bind(tenant)
-        .bind(after)
+        .bind(after.map(|(tenant, _)| tenant))
+        .bind(after.map(|(_, name)| name))
         .bind(limit)
         .fetch_all(&self.pool)
         .await?)
