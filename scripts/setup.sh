@@ -266,7 +266,7 @@ if [ "$purpose" = lint ] || [ "$purpose" = all ]; then
     elif [ "${FLOTILLA_INSTALL_DENY:-}" = 1 ] || { [ "$purpose" = lint ] && [ "${CI:-}" = true ]; }; then
         cargo_tool cargo-deny 8
     else
-        say "cargo-deny: not there, licences and advisories are checked in CI only (FLOTILLA_INSTALL_DENY=1 installs it)"
+        say "cargo-deny: not there, licences and bans are not checked (FLOTILLA_INSTALL_DENY=1 installs it)"
     fi
 fi
 

@@ -139,7 +139,14 @@ async fn a_whole_day_with_the_command_line() {
     assert_eq!(cli.json(0, &["tenants", "create", "acme"])["created"], false);
     let key = cli.json(0, &["keys", "create", "acme", "--name", "test"]);
     assert!(key["key"].as_str().unwrap().starts_with("flk_"), "{key}");
+    let listed = cli.json(0, &["keys", "list", "--tenant", "acme"]);
+    assert_eq!(
+        (&listed[0]["id"], &listed[0]["name"], listed[0].get("key")),
+        (&key["id"], &"test".into(), None)
+    );
     cli.text(0, &["keys", "revoke", key["id"].as_str().unwrap()]);
+    assert!(cli.text(0, &["keys", "list", "--tenant", "acme"]).0.contains("no keys"));
+    assert!(cli.json(0, &["keys", "list", "--revoked"])[0]["revoked_at"].is_string());
     cli.text(1, &["keys", "revoke", key["id"].as_str().unwrap()]);
 
     // A scheduled job waits, is seen, and is cancelled.

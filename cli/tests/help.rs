@@ -25,6 +25,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("tenants show", &[]),
     ("tenants class", &[]),
     ("keys create", &["--name"]),
+    ("keys list", &["--tenant", "--revoked", "--limit"]),
     ("keys revoke", &[]),
     (
         "enqueue",

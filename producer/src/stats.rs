@@ -34,10 +34,12 @@ impl Stats {
         Self { postgres, queue, settings, queues, dead, classes }
     }
 
-    /// Runs until `shutdown`. While a store is down its gauges keep their last values.
+    /// Runs until `shutdown`. While a store is down its gauges keep their last values; `queue_redis_up` says so of the queue's.
     pub async fn run(mut self, shutdown: CancellationToken) {
         loop {
-            if let Err(error) = self.queues().await {
+            let queues = self.queues().await;
+            gauge!("queue_redis_up").set(f64::from(u8::from(queues.is_ok())));
+            if let Err(error) = queues {
                 tracing::debug!(%error, "the queue's gauges are stale");
             }
             if let Err(error) = self.ledger().await {

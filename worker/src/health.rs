@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::{Router, http::StatusCode, routing::get};
+use queue::Queue;
 use sagas::{
     Dependency,
     engine::{Breakers, breaker::State},
@@ -16,21 +17,25 @@ pub type MetricsRender = Arc<dyn Fn() -> String + Send + Sync>;
 pub(crate) async fn serve(
     listener: tokio::net::TcpListener,
     breakers: Breakers,
+    queue: Queue,
     metrics: MetricsRender,
     draining: CancellationToken,
     stop: CancellationToken,
 ) {
     let ready = move || {
-        let (breakers, draining) = (breakers.clone(), draining.clone());
+        let (breakers, queue, draining) = (breakers.clone(), queue.clone(), draining.clone());
         async move {
             if draining.is_cancelled() {
                 return (StatusCode::SERVICE_UNAVAILABLE, "draining".to_owned());
             }
-            let down: Vec<&str> = Dependency::ALL
+            let mut down: Vec<&str> = Dependency::ALL
                 .iter()
                 .filter(|dependency| breakers.state(**dependency) != State::Closed)
                 .map(|dependency| dependency.name())
                 .collect();
+            if queue.ping().await.is_err() {
+                down.push("the queue's Redis");
+            }
             if down.is_empty() {
                 (StatusCode::OK, "ready".to_owned())
             } else {

@@ -151,7 +151,14 @@ pub async fn run(
     let stop_jobs = CancellationToken::new();
     let runner =
         Arc::new(Runner::new(engine, acker.clone(), gatekeeper, settings.engine.calls, stop_jobs.clone()));
-    tokio::spawn(health::serve(listener, breakers, metrics, shutdown.clone(), background.clone()));
+    tokio::spawn(health::serve(
+        listener,
+        breakers,
+        queue.clone(),
+        metrics,
+        shutdown.clone(),
+        background.clone(),
+    ));
 
     let (claimer, jobs) = Claimer::spawn(
         queue.clone(),

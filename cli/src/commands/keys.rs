@@ -8,7 +8,7 @@ use super::tenants;
 use crate::{
     context::{Context, actor},
     failure::{Ending, Outcome, Refused},
-    output,
+    output::{self, ago},
 };
 
 /// Random characters of a key: 190 bits.
@@ -24,9 +24,21 @@ pub enum Command {
         #[arg(long)]
         name: String,
     },
+    /// List keys, newest first; the keys themselves are not stored
+    List {
+        /// Only this tenant's
+        #[arg(long)]
+        tenant: Option<TenantId>,
+        /// Revoked ones, too
+        #[arg(long)]
+        revoked: bool,
+        /// Keys at most
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(i64).range(1..=10_000))]
+        limit: i64,
+    },
     /// Make a key useless
     Revoke {
-        /// The key's id, as `create` printed it
+        /// The key's id, as `create` and `list` print it
         id: Uuid,
     },
 }
@@ -52,6 +64,22 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
                 .out
                 .data(&json!({ "id": id, "tenant": tenant, "name": name, "key": key }), || key.clone())?;
             output::say(format!("key {id} of tenant {tenant}: keep it now, it is not shown again"));
+        }
+        Command::List { tenant, revoked, limit } => {
+            let keys = postgres.api_keys(tenant.as_ref().map(TenantId::as_str), revoked, limit).await?;
+            context.out.data(&keys, || {
+                let mut table = output::table(&["ID", "TENANT", "NAME", "MADE", "REVOKED"]);
+                for key in &keys {
+                    table.add_row([
+                        key.id.to_string(),
+                        key.tenant.clone(),
+                        key.name.clone(),
+                        ago(key.created_at),
+                        key.revoked_at.map(ago).unwrap_or_default(),
+                    ]);
+                }
+                output::rows(&table, "no keys")
+            })?;
         }
         Command::Revoke { id } => {
             if !postgres.revoke_api_key(id).await? {

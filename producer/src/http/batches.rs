@@ -19,7 +19,7 @@ use uuid::Uuid;
 use super::{
     Api,
     auth::Caller,
-    bodies::{BatchAnswer, BatchRequest, DurabilityName, ItemResult, JobRequest},
+    bodies::{BatchAnswer, BatchRequest, ItemResult, JobRequest},
     error::{ApiError, ErrorEnvelope},
     input::{Asked, Body, Named, read_error},
     jobs::{page, read},
@@ -263,13 +263,8 @@ fn read_jobs(
     let (mut results, mut places, mut jobs) = (Vec::with_capacity(items.len()), vec![], vec![]);
     for (place, item) in items.into_iter().enumerate() {
         let job = serde_json::from_value::<JobRequest>(item).map_err(|error| read_error(&error)).and_then(
-            |request| match request.durability {
-                DurabilityName::Durable => read(api, tenant, headers, request),
-                DurabilityName::Fast => Err(ApiError::unprocessable(
-                    "invalid_job",
-                    "durability: a member of a batch is always durable",
-                )),
-            },
+            // A member is durable, whatever it asks for.
+            |request| read(api, tenant, headers, request),
         );
         match job {
             Ok(job) => {

@@ -18,7 +18,7 @@ use super::{
     Api,
     auth::Caller,
     error::{ApiError, ErrorEnvelope},
-    input::{Asked, Body, Named},
+    input::{Asked, Body, BodyIfAny, Named},
     jobs::page,
 };
 
@@ -122,7 +122,7 @@ pub(super) struct Resolution {
 /// Replay or discard a dead letter.
 ///
 /// `POST /v1/dead-letters/{id}:replay` enqueues the dead job again as a new job; `POST /v1/dead-letters/{id}:discard`
-/// closes the letter without. The body, a JSON object, may be `{}`.
+/// closes the letter without. The body may be left out.
 #[utoipa::path(post, path = "/v1/dead-letters/{id}", tag = "dead letters", request_body = Resolution,
     params(("id" = String, Path, description = "The letter, or its job, with `:replay` or `:discard` behind it")),
     responses(
@@ -135,7 +135,7 @@ pub(super) async fn resolve(
     State(api): State<Api>,
     Caller(tenant): Caller,
     Named(name): Named,
-    Body(how): Body<Resolution>,
+    BodyIfAny(how): BodyIfAny<Resolution>,
 ) -> Result<Response, ApiError> {
     let no_verb =
         || ApiError::not_found("say what to do: /v1/dead-letters/ID:replay or /v1/dead-letters/ID:discard");

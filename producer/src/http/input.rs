@@ -20,18 +20,33 @@ impl<T: DeserializeOwned> FromRequest<Api> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, api: &Api) -> Result<Self, ApiError> {
-        let bytes = Bytes::from_request(request, api).await.map_err(|rejection: BytesRejection| {
-            if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-                let limit = api.client.settings().max_payload;
-                ApiError::too_large(format!(
-                    "the request's body is over the limit; a payload may have {limit} bytes"
-                ))
-            } else {
-                ApiError::bad_request("unreadable_body", rejection.body_text())
-            }
-        })?;
-        parse(&bytes).map(Self)
+        parse(&bytes(request, api).await?).map(Self)
     }
+}
+
+/// A body of which every part may be left out, and so all of it.
+pub(super) struct BodyIfAny<T>(pub T);
+
+impl<T: DeserializeOwned + Default> FromRequest<Api> for BodyIfAny<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, api: &Api) -> Result<Self, ApiError> {
+        let bytes = bytes(request, api).await?;
+        if bytes.is_empty() { Ok(Self(T::default())) } else { parse(&bytes).map(Self) }
+    }
+}
+
+async fn bytes(request: Request, api: &Api) -> Result<Bytes, ApiError> {
+    Bytes::from_request(request, api).await.map_err(|rejection: BytesRejection| {
+        if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+            let limit = api.client.settings().max_payload;
+            ApiError::too_large(format!(
+                "the request's body is over the limit; a payload may have {limit} bytes"
+            ))
+        } else {
+            ApiError::bad_request("unreadable_body", rejection.body_text())
+        }
+    })
 }
 
 /// Malformed JSON is 400; JSON that is not the request's form is 422.

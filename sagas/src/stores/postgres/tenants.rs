@@ -1,5 +1,6 @@
 //! Tenants and their API keys.
 
+use chrono::{DateTime, Utc};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -15,6 +16,21 @@ pub struct Tenant {
     pub max_waiting: Option<i64>,
     /// The label under which its jobs are counted.
     pub class: String,
+}
+
+/// What is known of an API key; the key itself is not.
+#[derive(Debug, Clone, serde::Serialize, sqlx::FromRow)]
+pub struct ApiKey {
+    /// What `revoke` takes.
+    pub id: Uuid,
+    /// Whom it speaks for.
+    pub tenant: String,
+    /// What it is for, for people.
+    pub name: String,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+    /// Since when it is useless.
+    pub revoked_at: Option<DateTime<Utc>>,
 }
 
 fn digest(key: &str) -> Vec<u8> {
@@ -50,6 +66,24 @@ impl Postgres {
             .execute(&self.pool)
             .await?;
         Ok(id)
+    }
+
+    /// The API keys, of `tenant` if given, newest first; without those revoked unless asked for.
+    pub async fn api_keys(
+        &self,
+        tenant: Option<&str>,
+        revoked: bool,
+        limit: i64,
+    ) -> Result<Vec<ApiKey>, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT id, tenant, name, created_at, revoked_at FROM api_keys
+             WHERE ($1::text IS NULL OR tenant = $1) AND (revoked_at IS NULL OR $2) ORDER BY id DESC LIMIT $3",
+        )
+        .bind(tenant)
+        .bind(revoked)
+        .bind(limit)
+        .fetch_all(&self.pool)
+        .await?)
     }
 
     /// Revokes an API key. `false`: there is no such key, or it was revoked before.
