@@ -28,10 +28,11 @@ pub(crate) async fn serve(
             if draining.is_cancelled() {
                 return (StatusCode::SERVICE_UNAVAILABLE, "draining".to_owned());
             }
-            let mut down: Vec<&str> = Dependency::ALL
-                .iter()
-                .filter(|dependency| breakers.state(**dependency) != State::Closed)
-                .map(|dependency| dependency.name())
+            let mut down: Vec<&str> = breakers
+                .dependencies()
+                .into_iter()
+                .filter(|dependency| breakers.state(*dependency) != State::Closed)
+                .map(Dependency::name)
                 .collect();
             if queue.ping().await.is_err() {
                 down.push("the queue's Redis");

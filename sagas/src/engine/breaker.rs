@@ -198,6 +198,13 @@ impl Breakers {
         self.by_dependency.get(&dependency).map_or(State::Closed, |b| *b.state.borrow())
     }
 
+    /// What has a breaker: Flotilla's own dependencies, and those of the user's own that have a probe.
+    pub fn dependencies(&self) -> Vec<Dependency> {
+        let mut all: Vec<Dependency> = self.by_dependency.keys().copied().collect();
+        all.sort_unstable();
+        all
+    }
+
     /// Follows a breaker's state.
     pub fn watch(&self, dependency: Dependency) -> Option<watch::Receiver<State>> {
         self.by_dependency.get(&dependency).map(|b| b.state.subscribe())
