@@ -246,6 +246,8 @@ async fn a_field_that_is_unknown_missing_or_out_of_range_is_422_and_named() {
         (payload(json!({ "document": "", "text": "x" })), "payload.document"),
         (payload(json!({ "document": "x".repeat(513), "text": "x" })), "payload.document"),
         (payload(json!({ "document": "a", "text": "a\u{0}b" })), "NUL"),
+        (payload(json!({ "document": "a", "text": "x", "collection": "team/docs" })), "payload.collection"),
+        (json!({ "kind": "embed", "payload": { "all": true, "collection": "" } }), "payload.collection"),
         (json!({ "kind": "embed", "payload": { "every_tenant": true } }), "every_tenant"),
         (json!({ "kind": "embed", "payload": { "all": true, "every_tenant": "true" } }), "every_tenant"),
     ] {

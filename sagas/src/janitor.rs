@@ -40,6 +40,8 @@ impl Default for JanitorSettings {
 }
 
 const BATCH: i64 = 200;
+/// How long a collection is left alone whose points can't be removed.
+const PUT_OFF: Duration = Duration::from_secs(60);
 /// Rounds between two looks at retention, unless the last one left something.
 const EXPIRE_EVERY: u32 = 60;
 /// Records of a sort that one look at retention removes.
@@ -97,7 +99,7 @@ async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool) ->
 
 /// One round: sweeps what is due, at most 200 versions; returns how many.
 pub async fn sweep(stores: &Stores) -> Result<usize, StoreError> {
-    let sweeps = stores.postgres.due_sweeps(BATCH).await?;
+    let mut sweeps = stores.postgres.due_sweeps(BATCH).await?;
     if sweeps.due.is_empty() {
         return Ok(0);
     }
@@ -105,9 +107,19 @@ pub async fn sweep(stores: &Stores) -> Result<usize, StoreError> {
     for sweep in &sweeps.due {
         by_collection.entry(&sweep.collection).or_default().push((sweep.version, sweep.chunk_count));
     }
+    let mut left: Vec<String> = vec![];
     for (collection, versions) in by_collection {
-        stores.vectors.remove(collection, &versions).await?;
+        match stores.vectors.remove(collection, &versions).await {
+            Ok(()) => {}
+            Err(error) if error.is_unavailable() => return Err(error),
+            // One collection that fails keeps no other from being swept.
+            Err(error) => {
+                tracing::warn!(%error, collection, versions = versions.len(), "versions are swept later");
+                left.push(collection.to_owned());
+            }
+        }
     }
+    sweeps.put_off(&left, PUT_OFF).await?;
     let versions: Vec<Uuid> = sweeps.due.iter().map(|sweep| sweep.version).collect();
     stores.cache.remove(&versions, "retired").await?;
     let count = versions.len();

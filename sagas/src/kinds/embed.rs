@@ -65,6 +65,7 @@ impl Request {
         for document in request.documents.iter().flatten() {
             super::check_document(document)?;
         }
+        super::check_collection(request.collection.as_deref())?;
         Ok(request)
     }
 }

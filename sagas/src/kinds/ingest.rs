@@ -71,6 +71,7 @@ impl Request {
     pub fn read(payload: &Value) -> Result<Self, StepError> {
         let request: Self = super::read(payload)?;
         super::check_document(&request.document)?;
+        super::check_collection(request.collection.as_deref())?;
         let given = [request.text.is_some(), request.text_base64.is_some(), request.chunks.is_some()];
         if given.iter().filter(|given| **given).count() != 1 {
             return Err(StepError::permanent(

@@ -221,6 +221,21 @@ fn read<T: serde::de::DeserializeOwned>(payload: &Value) -> Result<T, StepError>
     T::deserialize(payload).map_err(|e| StepError::permanent("bad_payload", format!("payload: {e}")))
 }
 
+/// Qdrant refuses other names, and so does this crate wherever one comes in.
+fn check_collection(name: Option<&str>) -> Result<(), StepError> {
+    if name.is_none_or(is_collection) {
+        return Ok(());
+    }
+    let text = "payload.collection: 1 to 255 characters without < > : \" / \\ | ? * and control characters are allowed";
+    Err(StepError::permanent("bad_payload", text))
+}
+
+/// Whether a collection may have this name.
+pub(crate) fn is_collection(name: &str) -> bool {
+    let bad = |c: char| c.is_control() || r#"<>:"/\|?*"#.contains(c);
+    (1..=255).contains(&name.chars().count()) && !name.contains(bad) && name != "." && name != ".."
+}
+
 fn check_document(key: &str) -> Result<(), StepError> {
     if key.is_empty() || key.chars().count() > 512 {
         return Err(StepError::permanent("bad_payload", "payload.document: must have 1 to 512 characters"));

@@ -25,6 +25,7 @@ use crate::{
     batch_size::Sizes,
     coalescing::{Batch, Coalescer, Limits},
     error::{Class, Dependency, StoreError},
+    kinds::is_collection,
 };
 
 /// How to connect.
@@ -332,8 +333,12 @@ impl Vectors {
         Ok(found)
     }
 
-    /// Removes a version's points; fine when they, or the collection, are not there.
+    /// Removes a version's points; fine when they, or the collection, are not there. A collection can't have a name that is not
+    /// allowed.
     pub async fn remove(&self, collection: &str, versions: &[(Uuid, i32)]) -> Result<(), StoreError> {
+        if !is_collection(collection) {
+            return Ok(());
+        }
         let all: Vec<Uuid> = versions
             .iter()
             .flat_map(|(version, chunks)| (0..*chunks).map(|no| point_id(*version, no)))

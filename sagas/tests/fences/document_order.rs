@@ -334,3 +334,22 @@ async fn protocol_14_a_waiting_job_is_cancelled_in_the_ledger_alone_and_dropped_
     assert!(matches!(take, Take::Gone), "{take:?}");
     assert_eq!(ledger.postgres.cancel(id, Some(TENANT)).await.unwrap(), Cancel::Ended);
 }
+
+#[tokio::test]
+async fn a_collection_whose_points_can_not_be_removed_keeps_no_other_from_being_swept() {
+    let ledger = Ledger::start().await;
+    let (stuck, other) = (ledger.ingested("a").await, ledger.ingested("b").await);
+    for document in ["a", "b"] {
+        ledger.ingested(document).await;
+    }
+    let sql = "UPDATE document_versions SET sweep_after = now(), collection = CASE WHEN id = $1 THEN 'stuck' ELSE 'fine' END
+               WHERE state = 'retired'";
+    sqlx::query(sql).bind(stuck).execute(ledger.postgres.pool()).await.unwrap();
+    let mut sweeps = ledger.postgres.due_sweeps(10).await.unwrap();
+    sweeps.put_off(&["stuck".to_owned()], Duration::from_secs(60)).await.unwrap();
+    assert_eq!(sweeps.due.iter().map(|sweep| sweep.version).collect::<Vec<_>>(), [other]);
+    sweeps.done(Duration::from_secs(60)).await.unwrap();
+    assert!(ledger.postgres.due_sweeps(10).await.unwrap().due.is_empty(), "both are due later");
+    let swept = "SELECT count(*) FROM document_versions WHERE sweeps = 1";
+    assert_eq!(ledger.count(swept).await, 1);
+}

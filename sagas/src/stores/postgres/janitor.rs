@@ -30,6 +30,26 @@ pub struct Sweeps {
 }
 
 impl Sweeps {
+    /// Leaves the versions of these collections for later: they are due again after `wait`.
+    pub async fn put_off(&mut self, collections: &[String], wait: Duration) -> Result<(), StoreError> {
+        if collections.is_empty() {
+            return Ok(());
+        }
+        let (left, due) = std::mem::take(&mut self.due)
+            .into_iter()
+            .partition(|sweep| collections.contains(&sweep.collection));
+        self.due = due;
+        let left: Vec<Sweep> = left;
+        sqlx::query(
+            "UPDATE document_versions SET sweep_after = now() + make_interval(secs => $2) WHERE id = ANY($1)",
+        )
+        .bind(left.iter().map(|sweep| sweep.version).collect::<Vec<_>>())
+        .bind(wait.as_secs_f64())
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
     /// Records that all of them were swept. Those not swept for the last time are due again after `bound`, when nothing a
     /// zombie sent can still be under way (PROTOCOL.md 9).
     pub async fn done(mut self, bound: Duration) -> Result<(), StoreError> {
