@@ -246,7 +246,9 @@ impl Engine {
             let (version, newest) = versions.last_key_value()?;
             newest.begins_with_take().then_some((*kind, *version))
         });
-        TakeBatch::new(self.postgres.clone(), self.worker.clone()).beginning(begins.collect())
+        TakeBatch::new(self.postgres.clone(), self.worker.clone())
+            .beginning(begins.collect())
+            .knowing(self.sagas.keys().copied().collect())
     }
 
     /// What must answer for jobs of this kind to be worth claiming. Jobs of unknown kinds need the ledger alone.

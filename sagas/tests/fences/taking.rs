@@ -2,9 +2,16 @@
 
 use std::time::Duration;
 
-use sagas::stores::postgres::{ending::Verdict, take::Take};
+use queue::WorkerId;
+use sagas::{
+    coalescing::Batch,
+    stores::postgres::{
+        ending::Verdict,
+        take::{Take, TakeBatch, TakeItem},
+    },
+};
 
-use crate::ledger::{HOUR, Ledger, after, ingest, job, parking, run_of};
+use crate::ledger::{HOUR, Ledger, after, ingest, job, parking, retry, run_of};
 use serde_json::json;
 
 fn waits(take: &Take) -> Option<Duration> {
@@ -164,6 +171,17 @@ async fn protocol_15_a_job_of_an_unknown_kind_goes_back_uncharged_and_its_clock_
     assert_eq!((second.attempts, second.lost_deliveries), (0, 0));
     // A worker that knows the kind gives it back for another reason.
     assert!(ledger.postgres.release(&run_of(&second, None), Duration::ZERO, false).await.unwrap());
+    let third = ledger.take("w", id).await;
+    assert_eq!(third.unroutable_for, None);
+    // One that knows the kind has tried it; one that knows it has taken it, whatever comes of that.
+    assert!(ledger.postgres.release(&run_of(&third, None), Duration::ZERO, true).await.unwrap());
+    let fourth = ledger.take("w", id).await;
+    ledger.postgres.finish(&run_of(&fourth, None), &retry(Duration::ZERO), &[]).await.unwrap();
+    let fifth = ledger.take("w", id).await;
+    assert_eq!(fifth.unroutable_for, None);
+    assert!(ledger.postgres.release(&run_of(&fifth, None), Duration::ZERO, true).await.unwrap());
+    let knows = TakeBatch::new(ledger.postgres.clone(), WorkerId::new("w")).knowing(vec!["embed"]);
+    knows.flush(&[TakeItem { id, fast: None }]).await.unwrap();
     assert_eq!(ledger.take("w", id).await.unroutable_for, None);
     // The delay holds in the ledger, not only in Redis.
     let taken = ledger.take("w", id).await;

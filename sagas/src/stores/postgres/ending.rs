@@ -558,7 +558,7 @@ pub(super) async fn settle(
             UPDATE jobs j SET
                 state = e.state, outcome = coalesce(e.outcome, j.outcome), last_error = coalesce(e.error, j.last_error),
                 attempts = j.attempts + (e.class IS NOT NULL)::integer,
-                run_at = coalesce(now() + make_interval(secs => e.retry_in_s), j.run_at),
+                run_at = coalesce(now() + make_interval(secs => e.retry_in_s), j.run_at), unroutable_since = NULL,
                 worker = CASE WHEN e.state = 'waiting' THEN NULL ELSE j.worker END,
                 finished_at = CASE WHEN e.state = 'waiting' THEN NULL ELSE now() END
             FROM e WHERE j.id = e.id RETURNING j.*

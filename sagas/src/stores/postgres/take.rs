@@ -132,18 +132,25 @@ pub struct TakeBatch {
     postgres: Postgres,
     worker: WorkerId,
     begins: Vec<(&'static str, i32)>,
+    knows: Vec<&'static str>,
 }
 
 impl TakeBatch {
     /// The take by `worker`, which begins no runs.
     pub fn new(postgres: Postgres, worker: WorkerId) -> Self {
-        Self { postgres, worker, begins: vec![] }
+        Self { postgres, worker, begins: vec![], knows: vec![] }
     }
 
     /// The first run of jobs of these kinds begins with their first take, in the version given.
     #[must_use]
     pub fn beginning(self, begins: Vec<(&'static str, i32)>) -> Self {
         Self { begins, ..self }
+    }
+
+    /// The worker knows these kinds, so that nobody need wait for one that does (PROTOCOL.md 15).
+    #[must_use]
+    pub fn knowing(self, knows: Vec<&'static str>) -> Self {
+        Self { knows, ..self }
     }
 }
 
@@ -163,7 +170,7 @@ impl Batch for TakeBatch {
             self.postgres.admit_fast(fast).await?;
         }
         let ids: Vec<JobId> = items.iter().map(|item| item.id).collect();
-        let mut taken = self.postgres.take(&ids, &self.worker, &self.begins).await?;
+        let mut taken = self.postgres.take(&ids, self).await?;
         let refused: Vec<Uuid> = ids.iter().filter(|id| !taken.contains_key(id)).map(|id| id.0).collect();
         let mut waits =
             if refused.is_empty() { HashMap::new() } else { self.postgres.why_refused(&refused).await? };
@@ -189,8 +196,7 @@ impl Postgres {
     async fn take(
         &self,
         ids: &[JobId],
-        worker: &WorkerId,
-        begins: &[(&'static str, i32)],
+        TakeBatch { worker, begins, knows, .. }: &TakeBatch,
     ) -> Result<HashMap<JobId, TakenJob>, StoreError> {
         let rows = sqlx::query(
             "WITH due AS (
@@ -215,7 +221,8 @@ impl Postgres {
                     lost_deliveries = lost_deliveries + due.was_lost::integer,
                     lost_alone = lost_alone + (due.was_lost AND due.runs_alone)::integer,
                     runs_alone = false, state = 'running', worker = $2, taken_at = now(), begun_version = due.begun_version,
-                    dispatched_at = coalesce(dispatched_at, now())
+                    dispatched_at = coalesce(dispatched_at, now()),
+                    unroutable_since = CASE WHEN j.kind = ANY ($5) THEN NULL ELSE unroutable_since END
                 FROM due WHERE j.id = due.id
                 RETURNING j.*, due.was_lost, due.runs_alone AS was_alone, due.begun_at
              ), lost AS (
@@ -240,6 +247,7 @@ impl Postgres {
         .bind(worker.to_string())
         .bind(begins.iter().map(|(kind, _)| *kind).collect::<Vec<_>>())
         .bind(begins.iter().map(|(_, version)| *version).collect::<Vec<_>>())
+        .bind(knows)
         .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.take.inside");
