@@ -78,6 +78,28 @@ async fn rule_19_after_its_jobs_end_a_key_is_held_for_its_time() {
 }
 
 #[tokio::test]
+async fn rule_19_a_key_is_held_as_long_as_its_job_is_parked() {
+    let ledger = Ledger::start().await;
+    let first = held("a", Duration::ZERO);
+    accept(&ledger, &first).await;
+    let by_sql = async || -> JobId {
+        let sql =
+            "SELECT enqueue('report', '{}', 'acme', idempotency_key => 'k', idempotency_ttl => interval '0',
+                                  idempotency_until => 'finished')";
+        JobId(sqlx::query_scalar(sql).fetch_one(ledger.postgres.pool()).await.unwrap())
+    };
+    let other = by_sql().await;
+    for id in [first.id, other] {
+        ledger.take("w", id).await;
+        let parked =
+            sqlx::query("UPDATE jobs SET state = 'parked', finished_at = now() WHERE id = $1").bind(id.0);
+        parked.execute(ledger.postgres.pool()).await.unwrap();
+    }
+    assert_eq!(accept(&ledger, &held("a", Duration::ZERO)).await, Accepted::Duplicate(first.id));
+    assert_eq!(by_sql().await, other);
+}
+
+#[tokio::test]
 async fn rule_19_keys_inside_one_batch_are_folded_whatever_they_are_held_for() {
     let ledger = Ledger::start().await;
     let batch = [held("a", HOUR), held("a", Duration::ZERO), held("b", HOUR)];

@@ -364,7 +364,7 @@ async fn reserve_keys(
                  after_end = EXCLUDED.after_end
              WHERE k.expires_at <= now()
                 OR EXISTS (SELECT FROM jobs j
-                           WHERE j.id = k.job_id AND j.finished_at + k.after_end <= clock_timestamp())",
+                           WHERE j.id = k.job_id AND j.finished_at + k.after_end <= clock_timestamp() AND j.state <> 'parked')",
     )
     .bind(&tenants)
     .bind(&scopes)
