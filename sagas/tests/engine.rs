@@ -34,8 +34,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 const KIND: &str = "scripted";
+const PANICS: &str = "a defect";
 
-/// What the steps of a test's saga do, one entry for each call of `work`; then they succeed.
+/// What the steps of a test's saga do, one entry for each call of `work`, which panics at [`PANICS`]; then they succeed.
 type Script = Arc<Mutex<VecDeque<Result<Value, StepError>>>>;
 
 struct Scripted {
@@ -99,6 +100,7 @@ impl Step<Value> for Work {
         if let Some(line) = line {
             *data = line?;
         }
+        assert!(*data != PANICS, "{data}");
         Ok(())
     }
     async fn compensate(&self, _: &StepContext, _: &Value) -> Result<(), StepError> {
@@ -277,6 +279,20 @@ async fn a_kind_has_attempts_and_waits_of_its_own() {
     let id = stage.enqueue(|job| job.max_attempts = 1).await;
     stage.deliver(id).await;
     assert_eq!(stage.job(id).await.state, "dead");
+}
+
+#[tokio::test]
+async fn a_step_that_panics_has_failed_and_is_charged_as_any_other() {
+    let script = vec![Ok(json!(PANICS)), Ok(json!(PANICS))];
+    let stage = Stage::new(script, JobRetry::default(), EngineSettings::default()).await;
+    let id = stage.enqueue(|job| job.max_attempts = 2).await;
+    assert!(matches!(stage.deliver(id).await, Ended::Release(_)));
+    assert_eq!((stage.job(id).await.attempts, *stage.undone.lock().unwrap()), (1, 1));
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    assert_eq!(job.state, "dead");
+    let letter = stage.postgres.dead_letter(id.0).await.unwrap().unwrap();
+    assert!(letter.class == "panicked" && letter.reason.contains("a defect"), "{letter:?}");
 }
 
 #[tokio::test]

@@ -215,8 +215,8 @@ pub async fn run(
     }
 }
 
-/// apalis polls all handlers in one task; a task for each job spreads them over the runtime's threads, and a panic ends that
-/// task alone: its lease runs out and the job is delivered again, counted as lost.
+/// apalis polls all handlers in one task; a task for each job spreads them over the runtime's threads, and a panic outside of a
+/// step, which is the engine's own, ends that task alone: its lease runs out and the job is delivered again.
 async fn handle(job: queue::Job, runner: Data<Arc<Runner>>) -> Result<(), BoxDynError> {
     let runner = Arc::clone(&runner);
     tokio::spawn(async move { runner.process(job).await }).await?;

@@ -1,13 +1,14 @@
 //! One delivery of one job: forward from where the log says, or backward.
 
 use std::{
+    panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use chrono::Utc;
-use futures::future::join_all;
+use futures::{FutureExt, future::join_all};
 use metrics::{counter, gauge, histogram};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -473,8 +474,8 @@ impl<'a, S: Saga> Drive<'a, S> {
     ) -> Result<Option<Keep<S::Data>>, StepError> {
         crate::fault_point!(&format!("{}.{}.before", self.saga.kind(), work.name()), &self.ctx.job.payload);
         let keep = match work {
-            Work::Step(step, data) => step.execute(ctx, data).await.map(|()| None)?,
-            Work::Branch(branch, data) => Some(branch.execute(ctx, data).await?),
+            Work::Step(step, data) => unless_panicked(step.execute(ctx, data)).await.map(|()| None)?,
+            Work::Branch(branch, data) => Some(unless_panicked(branch.execute(ctx, data)).await?),
         };
         crate::fault_point!(&format!("{}.{}.after", self.saga.kind(), work.name()), &self.ctx.job.payload);
         Ok(keep)
@@ -684,8 +685,8 @@ impl<'a, S: Saga> Drive<'a, S> {
             &self.ctx.job.payload
         );
         match undo {
-            Undo::Step(step) => step.compensate(ctx, data).await?,
-            Undo::Branch(branch) => branch.compensate(ctx, data).await?,
+            Undo::Step(step) => unless_panicked(step.compensate(ctx, data)).await?,
+            Undo::Branch(branch) => unless_panicked(branch.compensate(ctx, data)).await?,
         }
         crate::fault_point!(
             &format!("{}.{}.compensate.after", self.saga.kind(), undo.name()),
@@ -791,4 +792,15 @@ impl<'a, S: Saga> Drive<'a, S> {
     fn count(&self, status: &'static str) {
         counter!("saga_executions_total", "saga" => self.saga.kind(), "status" => status).increment(1);
     }
+}
+
+/// A panic of the user's code is a failure that may pass, as any other of its kind: left to the task, the job would come back after
+/// each lease for ever, uncharged.
+async fn unless_panicked<T>(work: impl Future<Output = Result<T, StepError>>) -> Result<T, StepError> {
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().copied();
+        let text =
+            text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
+        Err(StepError::transient("panicked", format!("panicked: {text}")))
+    })
 }
