@@ -39,24 +39,90 @@ struct Budget(Mutex<Times>);
 struct Times {
     job_until: Instant,
     step_until: Instant,
-    waiting: bool,
+    /// Waits under way. A step may make several calls at once, and drop some of them.
+    waits: u32,
+    /// When the first of them stopped the clocks, which the last one starts again.
+    stopped_at: Instant,
 }
 
+impl Times {
+    /// When the job's time is used up, if the clocks start again now.
+    fn job_until(&self) -> Instant {
+        let stopped = if self.waits > 0 { self.stopped_at.elapsed() } else { Duration::ZERO };
+        self.job_until + stopped
+    }
+}
+
+/// How often a step's time is looked at while the clocks stand.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 impl Budget {
+    fn new(job_until: Instant) -> Self {
+        let stopped_at = Instant::now();
+        Self(Mutex::new(Times { job_until, step_until: job_until, waits: 0, stopped_at }))
+    }
+
     fn times(&self) -> std::sync::MutexGuard<'_, Times> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs `work` with the clocks stopped.
+    /// Runs `work` with the clocks stopped. Cancel-safe, and waits may overlap: what they share counts once.
     async fn wait<T>(&self, work: impl Future<Output = T>) -> T {
-        let since = Instant::now();
-        self.times().waiting = true;
-        let done = work.await;
-        let mut times = self.times();
-        times.waiting = false;
-        times.job_until += since.elapsed();
-        times.step_until += since.elapsed();
-        done
+        let _stopped = Stopped::new(self);
+        work.await
+    }
+
+    /// Drives `work` until the step's time is used up: `None`.
+    async fn limited<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let until = self.look_at();
+            if let Ok(done) = timeout_at(until, &mut work).await {
+                return Some(done);
+            }
+            if self.is_used_up(until) {
+                return None;
+            }
+        }
+    }
+
+    /// When the step's time can be used up at the earliest, or has to be looked at again.
+    fn look_at(&self) -> Instant {
+        let times = self.times();
+        if times.waits > 0 { Instant::now() + LOOK_AGAIN } else { times.step_until }
+    }
+
+    /// Whether the step's time has ended by `until`, which is over.
+    fn is_used_up(&self, until: Instant) -> bool {
+        let times = self.times();
+        times.waits == 0 && times.step_until <= until
+    }
+}
+
+/// The clocks stand as long as one of these is there: also a wait that is dropped starts them again.
+struct Stopped<'a>(&'a Budget);
+
+impl<'a> Stopped<'a> {
+    fn new(budget: &'a Budget) -> Self {
+        let mut times = budget.times();
+        if times.waits == 0 {
+            times.stopped_at = Instant::now();
+        }
+        times.waits += 1;
+        drop(times);
+        Self(budget)
+    }
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        let mut times = self.0.times();
+        times.waits -= 1;
+        if times.waits == 0 {
+            let stopped = times.stopped_at.elapsed();
+            times.job_until += stopped;
+            times.step_until += stopped;
+        }
     }
 }
 
@@ -157,8 +223,7 @@ impl StepContext {
         cancel: CancellationToken,
         stop: CancellationToken,
     ) -> Self {
-        let until = Instant::now() + job.timeout;
-        let budget = Budget(Mutex::new(Times { job_until: until, step_until: until, waiting: false }));
+        let budget = Budget::new(Instant::now() + job.timeout);
         Self {
             job,
             saga_id,
@@ -186,7 +251,7 @@ impl StepContext {
 
     /// A branch's own: its clocks run apart from the other branches'. `failed` tells it of their failure.
     pub(super) fn branch(&self, failed: CancellationToken) -> Self {
-        let job_until = self.budget.times().job_until;
+        let job_until = self.budget.times().job_until();
         Self {
             job: Arc::clone(&self.job),
             saga_id: self.saga_id,
@@ -206,7 +271,7 @@ impl StepContext {
             compensating: self.compensating,
             trying: AtomicBool::new(false),
             steps: Arc::clone(&self.steps),
-            budget: Budget(Mutex::new(Times { job_until, step_until: job_until, waiting: false })),
+            budget: Budget::new(job_until),
             #[cfg(feature = "faults")]
             calls: Default::default(),
         }
@@ -214,7 +279,7 @@ impl StepContext {
 
     /// What a branch waited for dependencies is not the job's time, either.
     pub(super) fn join(&self, branch: &Self) {
-        let until = branch.budget.times().job_until;
+        let until = branch.budget.times().job_until();
         let mut times = self.budget.times();
         times.job_until = times.job_until.max(until);
     }
@@ -399,7 +464,7 @@ impl StepContext {
         {
             let mut times = self.budget.times();
             // The job's own time is a hard cap (PROTOCOL.md 5), also for a step that calls nothing and never ends.
-            times.step_until = if self.compensating { until } else { until.min(times.job_until) };
+            times.step_until = if self.compensating { until } else { until.min(times.job_until()) };
         }
         self.trying.store(true, Ordering::Relaxed);
         let done = self.until_timeout(timeout, work).await;
@@ -412,27 +477,19 @@ impl StepContext {
         timeout: Duration,
         work: impl Future<Output = Result<T, StepError>>,
     ) -> Result<T, StepError> {
-        let mut work = std::pin::pin!(work);
-        loop {
-            let until = {
-                let times = self.budget.times();
-                if times.waiting { Instant::now() + Duration::from_millis(100) } else { times.step_until }
-            };
-            match timeout_at(until, self.unless_ended(&mut work)).await {
-                Ok(done) => return done,
-                Err(_) if self.budget.times().waiting || self.budget.times().step_until > until => {}
-                Err(_) if !self.compensating && self.budget.times().job_until <= Instant::now() => {
-                    return Err(self.job_timeout());
-                }
-                Err(_) => {
-                    return Err(StepError::Failed {
-                        class: Class::Timeout,
-                        code: "step_timeout",
-                        message: format!("no end within {timeout:?}"),
-                        retry_after: None,
-                    });
-                }
+        // Pinned here: what it is given to holds no copy of it.
+        let work = std::pin::pin!(work);
+        match self.budget.limited(self.unless_ended(work)).await {
+            Some(done) => done,
+            None if !self.compensating && self.budget.times().job_until() <= Instant::now() => {
+                Err(self.job_timeout())
             }
+            None => Err(StepError::Failed {
+                class: Class::Timeout,
+                code: "step_timeout",
+                message: format!("no end within {timeout:?}"),
+                retry_after: None,
+            }),
         }
     }
 
@@ -457,7 +514,7 @@ impl StepContext {
                 .min(self.lease.remaining().saturating_sub(self.limits.lease_margin))
         };
         if !self.compensating {
-            let budget = self.budget.times().job_until;
+            let budget = self.budget.times().job_until();
             if budget <= now {
                 return Err(self.job_timeout());
             }
@@ -477,5 +534,60 @@ impl StepContext {
             () = self.cancel.cancelled(), if self.heeds_cancel() => Err(StepError::Cancelled),
             done = work => done,
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use std::future::pending;
+
+    use tokio::time::{sleep, timeout};
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// How long a step with a time of 10 s lasts that does this and then hangs, to the second.
+    async fn lasts(budget: &Budget, work: impl Future<Output = ()>) -> u64 {
+        let begun = Instant::now();
+        let hangs = async {
+            work.await;
+            pending::<()>().await;
+        };
+        let ended = timeout(SECOND * 3600, budget.limited(hangs)).await;
+        assert_eq!(ended.expect("the step has no end"), None);
+        begun.elapsed().as_secs()
+    }
+
+    fn ten_seconds() -> Budget {
+        Budget::new(Instant::now() + SECOND * 10)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_counts_for_nothing_and_one_that_was_dropped_starts_the_clocks_again() {
+        let budget = ten_seconds();
+        assert_eq!(lasts(&budget, budget.wait(sleep(SECOND * 60))).await, 70);
+        let budget = ten_seconds();
+        let dropped = async {
+            assert!(timeout(SECOND * 60, budget.wait(pending::<()>())).await.is_err());
+        };
+        assert_eq!(lasts(&budget, dropped).await, 70);
+        let times = budget.times();
+        assert_eq!(times.job_until(), times.step_until);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_clocks_stand_until_the_last_of_several_waits_and_what_they_share_counts_once() {
+        let budget = ten_seconds();
+        let waits = async {
+            let late = async {
+                sleep(SECOND * 30).await;
+                budget.wait(sleep(SECOND * 60)).await;
+            };
+            // From 0 to 60, to 20, and from 30 to 90.
+            tokio::join!(budget.wait(sleep(SECOND * 60)), budget.wait(sleep(SECOND * 20)), late);
+        };
+        assert_eq!(lasts(&budget, waits).await, 100);
     }
 }
