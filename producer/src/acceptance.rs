@@ -160,6 +160,9 @@ impl Batch for AcceptBatch {
     type Reply = Option<Accepted>;
     const OP: &'static str = "accept";
     const DEPENDENCY: Dependency = Dependency::Postgres;
+    /// Callers ask the ledger themselves what became of their job: a second flush that finds no connection would say that
+    /// nothing was begun.
+    const AGAIN: bool = false;
 
     async fn flush(&self, items: &[Self::Item]) -> Result<Vec<Self::Reply>, StoreError> {
         let jobs: Vec<NewJob> = items.iter().map(|job| NewJob::clone(job)).collect();

@@ -71,6 +71,14 @@ impl BatchSize {
             self.limit = (self.limit + STEP).min(self.sizes.most);
         }
     }
+
+    /// Takes in that a flush of `items` was given up after this time. It would have taken longer, nobody knows how much: only
+    /// one that was too slow by then says something.
+    pub fn gave_up(&mut self, items: usize, after: Duration) {
+        if after > self.sizes.target {
+            self.took(items, after);
+        }
+    }
 }
 
 /// Sums of a weighted least-squares line.
@@ -150,6 +158,15 @@ mod tests {
             size.took(items, Duration::from_micros(100) * items as u32);
         }
         assert_eq!(size.limit(), 512);
+    }
+
+    #[test]
+    fn a_flush_that_was_given_up_early_says_nothing_and_a_late_one_that_it_was_too_slow() {
+        let mut size = BatchSize::new(Sizes::default());
+        size.gave_up(128, Duration::from_millis(1));
+        assert_eq!(size.limit(), 128);
+        size.gave_up(128, Duration::from_secs(1));
+        assert_eq!(size.limit(), 64);
     }
 
     #[test]

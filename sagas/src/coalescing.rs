@@ -33,6 +33,9 @@ pub trait Batch: Send + Sync + 'static {
     const OP: &'static str;
     /// Whose call it is.
     const DEPENDENCY: Dependency;
+    /// Whether a flush that was given up may be made again at once, for the callers who have time left: if it is idempotent,
+    /// and no reply of the second says that nothing was begun by the first.
+    const AGAIN: bool = true;
 
     /// Does the items' work in one round trip; answers in the items' order. An error fails the whole batch.
     async fn flush(&self, items: &[Self::Item]) -> Result<Vec<Self::Reply>, StoreError>;
@@ -57,6 +60,11 @@ impl Default for Limits {
         Self { items: Sizes::default(), max_wait: Duration::from_millis(2), in_flight: 2, backlog: 1024 }
     }
 }
+
+/// After a flush that was given up, items are flushed again only for callers who have at least one in so many parts of the time
+/// left that has passed. Those who called one after the other have deadlines as near to each other, and a store that hangs
+/// would get a flush for each of them.
+const WORTHWHILE: u32 = 4;
 
 struct Call<B: Batch> {
     item: B::Item,
@@ -84,19 +92,23 @@ impl<B: Batch> Coalescer<B> {
     }
 
     /// Joins the next batch and waits for this item's answer. No flush that holds the item starts after `deadline`, and
-    /// one under way is given up then; whether it took effect is then unknown. Dropping the future withdraws the item
-    /// unless its flush has begun.
+    /// one under way is given up then; whether it took effect is then unknown. One that is given up because a neighbour's
+    /// time is over is made again for the others ([`Batch::AGAIN`]). Dropping the future withdraws the item unless its
+    /// flush has begun.
     pub async fn call(&self, item: B::Item, deadline: Instant) -> Result<B::Reply, StoreError> {
         let (reply, answer) = oneshot::channel();
-        let late = || StoreError::new(B::DEPENDENCY, Class::Timeout, format!("{}: no answer in time", B::OP));
         let call = Call { item, deadline, reply };
         tokio::time::timeout_at(deadline, async {
             self.calls.send(call).await.map_err(|_| closed::<B>())?;
             answer.await.map_err(|_| closed::<B>())?
         })
         .await
-        .map_err(|_| late())?
+        .map_err(|_| late::<B>())?
     }
+}
+
+fn late<B: Batch>() -> StoreError {
+    StoreError::new(B::DEPENDENCY, Class::Timeout, format!("{}: no answer in time", B::OP))
 }
 
 fn closed<B: Batch>() -> StoreError {
@@ -155,24 +167,38 @@ async fn fill<B: Batch>(
     }
 }
 
-/// Flushes the calls that still wait, splitting a batch whose data is refused.
+/// Flushes the calls that still wait, splitting a batch whose data is refused. A flush ends when the first caller's time is
+/// over; the items of the others are then flushed again, if that is allowed.
 async fn serve<B: Batch>(batch: &B, calls: Vec<Call<B>>, size: &Mutex<BatchSize>) {
+    let since = Instant::now();
     let mut work = vec![calls];
     while let Some(mut calls) = work.pop() {
         let now = Instant::now();
-        calls.retain(|call| !call.reply.is_closed() && call.deadline > now);
+        calls.retain(|call| !call.reply.is_closed());
+        answer_late(&mut calls, |call| call.deadline <= now);
         let Some(deadline) = calls.iter().map(|call| call.deadline).min() else { continue };
         histogram!("coalescer_batch_size", "op" => B::OP).record(calls.len() as f64);
         let items: Vec<B::Item> = calls.iter().map(|call| call.item.clone()).collect();
-        let late = StoreError::new(B::DEPENDENCY, Class::Timeout, format!("{}: no answer in time", B::OP));
         let began = Instant::now();
-        let flushed = tokio::time::timeout_at(deadline, batch.flush(&items)).await.unwrap_or(Err(late));
-        // Only answers tell how fast a store is, and giving up; a refused connection is quick.
-        if flushed.as_ref().map_or_else(|error| error.class == Class::Timeout, |_| true) {
+        let flushed = tokio::time::timeout_at(deadline, batch.flush(&items)).await;
+        {
             let mut size = size.lock().unwrap_or_else(PoisonError::into_inner);
-            size.took(items.len(), began.elapsed());
+            match &flushed {
+                // Only answers tell how fast a store is, and giving up; a refused connection is quick.
+                Ok(Err(error)) if error.class != Class::Timeout => {}
+                Ok(_) => size.took(items.len(), began.elapsed()),
+                Err(_) => size.gave_up(items.len(), began.elapsed()),
+            }
             gauge!("coalescer_batch_limit", "op" => B::OP).set(size.limit() as f64);
         }
+        let Ok(flushed) = flushed else {
+            let (now, waited) = (Instant::now(), since.elapsed());
+            answer_late(&mut calls, |call| {
+                !B::AGAIN || call.deadline.saturating_duration_since(now) * WORTHWHILE < waited
+            });
+            work.push(calls);
+            continue;
+        };
         match flushed {
             Ok(replies) => {
                 for (call, reply) in calls.into_iter().zip(replies) {
@@ -190,6 +216,13 @@ async fn serve<B: Batch>(batch: &B, calls: Vec<Call<B>>, size: &Mutex<BatchSize>
                 }
             }
         }
+    }
+}
+
+/// Tells those to whom it applies that their time is over.
+fn answer_late<B: Batch>(calls: &mut Vec<Call<B>>, applies: impl Fn(&Call<B>) -> bool) {
+    for call in calls.extract_if(.., |call| applies(call)) {
+        answer(call, Err(late::<B>()));
     }
 }
 
@@ -370,6 +403,57 @@ mod tests {
             assert_eq!(call.await.unwrap().unwrap(), n as u32);
         }
         assert!(gate.1.lock().unwrap().iter().all(|len| *len <= 2), "{:?}", gate.1);
+    }
+
+    /// Takes a second, whatever it is given.
+    #[derive(Clone, Default)]
+    struct Second(Arc<Mutex<Vec<Vec<u32>>>>);
+
+    #[async_trait]
+    impl Batch for Second {
+        type Item = u32;
+        type Reply = u32;
+        const OP: &'static str = "second";
+        const DEPENDENCY: Dependency = Dependency::Postgres;
+        async fn flush(&self, items: &[u32]) -> Result<Vec<u32>, StoreError> {
+            self.0.lock().unwrap().push(items.to_vec());
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Ok(items.to_vec())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_neighbours_of_a_caller_whose_time_is_over_get_their_answers() {
+        let store = Second::default();
+        let coalescer = Coalescer::spawn(store.clone(), Limits::default());
+        let now = Instant::now();
+        let after = |ms| now + Duration::from_millis(ms);
+        let (hasty, patient) = tokio::join!(coalescer.call(1, after(1)), coalescer.call(2, after(10_000)));
+        assert_eq!(hasty.unwrap_err().class, Class::Timeout);
+        assert_eq!(patient.unwrap(), 2);
+        assert_eq!(*store.0.lock().unwrap(), [vec![1, 2], vec![2]]);
+        assert!(now.elapsed() < Duration::from_millis(1100), "{:?}", now.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_hangs_gets_few_flushes_however_far_apart_the_deadlines_are() {
+        let gate = Gate(Arc::new(Semaphore::new(0)), Arc::default());
+        let coalescer = Coalescer::spawn(gate.clone(), Limits::default());
+        let now = Instant::now();
+        // One in each millisecond from the first to the hundredth, and one in each tenth of a second until the fifth second.
+        let deadlines = (1..=100).chain((2..=50).map(|tenth| tenth * 100));
+        let calls = deadlines.map(|ms| {
+            let (coalescer, deadline) = (&coalescer, now + Duration::from_millis(ms));
+            async move {
+                let class = coalescer.call(0, deadline).await.map_err(|error| error.class);
+                (class, Instant::now() <= deadline + Duration::from_millis(2))
+            }
+        });
+        let answers = futures::future::join_all(calls).await;
+        assert!(answers.iter().all(|answer| *answer == (Err(Class::Timeout), true)), "{answers:?}");
+        let flushes = gate.1.lock().unwrap().len();
+        // Each makes the time grow by a quarter: 39 from a millisecond to five seconds, and as many of the second batch at most.
+        assert!(flushes <= 80, "{flushes}");
     }
 
     /// Takes 2 ms for each item.
