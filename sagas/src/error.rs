@@ -129,6 +129,11 @@ pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
+/// A text as Postgres takes it, in `text` and in `jsonb`: it knows no NUL, which becomes U+FFFD.
+pub(crate) fn storable(text: String) -> String {
+    if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
+}
+
 impl From<sqlx::Error> for StoreError {
     /// SQLSTATE classes as PROTOCOL.md 16 and 20 sort them.
     fn from(error: sqlx::Error) -> Self {

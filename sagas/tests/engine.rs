@@ -371,6 +371,73 @@ async fn a_result_that_grows_too_large_after_the_pivot_parks_the_job_because_its
 }
 
 #[tokio::test]
+async fn an_error_with_a_nul_ends_its_attempt_like_any_other() {
+    // Postgres takes no NUL, neither in a text nor in JSON.
+    let lines =
+        vec![Err(StepError::transient("odd", "a\0b")), Err(StepError::permanent("odd", "c\0d: e\0f"))];
+    let stage = Stage::new(lines, JobRetry::default(), EngineSettings::default()).await;
+    let id = stage.enqueue(|_| ()).await;
+    assert!(matches!(stage.deliver(id).await, Ended::Release(_)));
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("waiting", 1));
+    assert_eq!(job.last_error.as_deref(), Some("a\u{fffd}b"));
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.state, "dead");
+    let letter = stage.postgres.dead_letter(id.0).await.unwrap().unwrap();
+    assert_eq!((letter.class.as_str(), letter.reason.as_str()), ("odd", "c\u{fffd}d: e\u{fffd}f"));
+    assert_eq!(*stage.undone.lock().unwrap(), 2);
+}
+
+#[tokio::test]
+async fn a_run_whose_data_the_log_refuses_is_undone_and_dead() {
+    let lines = vec![Ok(json!({ "name": "a\0b" }))];
+    let stage = Stage::new(lines, JobRetry::default(), EngineSettings::default()).await;
+    let id = stage.enqueue(|_| ()).await;
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("dead", 1));
+    let letter = stage.postgres.dead_letter(id.0).await.unwrap().unwrap();
+    assert_eq!(letter.class, "refused_data", "{}", letter.reason);
+    assert_eq!(*stage.undone.lock().unwrap(), 1);
+    assert_eq!(stage.postgres.sagas_of(id).await.unwrap()[0].state, "compensated");
+}
+
+#[tokio::test]
+async fn a_run_that_puts_itself_off_with_data_the_log_refuses_does_again_what_the_log_does_not_know() {
+    let wait = Duration::from_secs(600);
+    let lines = vec![Ok(json!("a\0b")), Err(StepError::Snooze(wait)), Ok(json!("c")), Ok(json!("d"))];
+    let stage = Stage::repeatable_without_pivot(lines).await;
+    let id = stage.enqueue(|_| ()).await;
+    assert_eq!(stage.deliver(id).await, Ended::Release(wait));
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("waiting", 0));
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.result), ("succeeded", Some(json!("d"))));
+}
+
+#[tokio::test]
+async fn past_the_pivot_neither_an_error_with_a_nul_nor_data_with_one_keep_a_run_from_being_parked() {
+    for (data, error) in [("b", "c\0d"), ("b\0", "cd")] {
+        let lines = vec![Ok(json!(data)), Err(StepError::permanent("odd", error))];
+        // The first step is the pivot.
+        let stage = Stage::of(lines, JobRetry::default(), EngineSettings::default(), false, 0).await;
+        let id = stage.enqueue(|_| ()).await;
+        assert_eq!(stage.deliver(id).await, Ended::Ack);
+        let job = stage.job(id).await;
+        assert_eq!((job.state.as_str(), job.last_error), ("parked", Some(error.replace('\0', "\u{fffd}"))));
+        // It goes on, and not back, where the log has it.
+        let saga = stage.postgres.sagas_of(id).await.unwrap().remove(0);
+        stage.postgres.retry_parked(saga.id, "someone").await.unwrap();
+        assert_eq!(stage.deliver(id).await, Ended::Ack);
+        let job = stage.job(id).await;
+        let result = if error == "cd" { json!({}) } else { json!(data) };
+        assert_eq!((job.state.as_str(), job.result), ("succeeded", Some(result)));
+        assert_eq!(*stage.undone.lock().unwrap(), 0);
+    }
+}
+
+#[tokio::test]
 async fn protocol_15_a_begun_run_whose_kind_nobody_knows_any_more_is_parked_with_its_effects() {
     let later = Err(StepError::Snooze(Duration::from_secs(60)));
     let stage =

@@ -22,13 +22,12 @@ pub use context::{CallLimits, RunToken, StepContext};
 pub use definition::{AnyBranch, Branch, Commits, Group, JobRetry, Keep, RetryPolicy, Saga, Step};
 use queue::{Lease, WorkerId};
 use reporter::Reporter;
-use serde_json::json;
 use tokio_util::sync::CancellationToken;
 pub use waits::Child;
 
 use crate::{
     coalescing::{Coalescer, Limits},
-    error::{Class, Dependency, StepError, StoreError},
+    error::{Class, Dependency, StepError, StoreError, storable},
     results::MAX_RESULT,
     stores::postgres::{
         Postgres,
@@ -431,13 +430,13 @@ pub(crate) fn failure(error: &StepError) -> Failure {
         StepError::Store(e) => format!("{}_{}", e.dependency.name(), e.class.name()),
         other => other.code().to_owned(),
     };
-    let text = error.to_string();
+    let text = storable(error.to_string());
     let chain: Vec<String> = text.split(": ").map(str::to_owned).collect();
     Failure { class, code, error: text, chain }
 }
 
 /// The step's state as it is kept when a job goes back mid-run.
 pub(crate) fn encode<D: serde::Serialize>(data: &D) -> Result<serde_json::Value, StoreError> {
-    serde_json::to_value(json!(data))
+    serde_json::to_value(data)
         .map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string()))
 }

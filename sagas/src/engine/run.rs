@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use chrono::Utc;
 use futures::{FutureExt, future::join_all};
 use metrics::{counter, gauge, histogram};
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 use uuid::Uuid;
@@ -19,7 +20,7 @@ use super::{
     StepContext, encode, failure,
 };
 use crate::{
-    error::{Class, Dependency, StepError, StoreError},
+    error::{Class, Dependency, StepError, StoreError, storable},
     fault::without,
     results::fits,
     stores::postgres::{
@@ -30,6 +31,9 @@ use crate::{
         take::{OpenSaga, StepRecord},
     },
 };
+
+/// How long a run waits at least that the log has refused: another delivery soon would only fail like this one.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
 
 pub(super) struct Registered<S>(pub S);
 
@@ -461,7 +465,7 @@ impl<'a, S: Saga> Drive<'a, S> {
                 attempts,
                 started_at,
                 ended_at: Utc::now(),
-                error: outcome.as_ref().err().map(ToString::to_string),
+                error: outcome.as_ref().err().map(|error| storable(error.to_string())),
             });
         }
         outcome
@@ -506,9 +510,9 @@ impl<'a, S: Saga> Drive<'a, S> {
             }
             error if past_pivot => {
                 // Where it stands comes along: before the pivot's place in the log it would be undone by a retry.
-                let (next, data) = (i16::try_from(step).unwrap_or(i16::MAX), encode(data)?);
+                let (next, data) = (i16::try_from(step).unwrap_or(i16::MAX), self.for_log(data));
                 let error = error.to_string();
-                let progress = Some((next, &data));
+                let progress = data.as_ref().map(|data| (next, data));
                 self.park_at(&Parking { verdict: None, error: &error, past_pivot, progress }).await
             }
             StepError::Cancelled => self.turn_back(data, Verdict::Cancelled).await,
@@ -545,23 +549,37 @@ impl<'a, S: Saga> Drive<'a, S> {
             run: self.ctx.run(),
             verdict,
             error: reason,
-            data: Some(encode(data)?),
+            data: self.for_log(data),
             pivot: i16::try_from(self.saga.pivot()).unwrap_or(i16::MAX),
         });
-        let begun = self
-            .ctx
-            .call(Dependency::Postgres, |deadline| {
-                let call = self.engine.turn.call(Arc::clone(&turning), deadline);
-                async { if without("engine.turn") { Ok(Turn::Back) } else { call.await } }
-            })
-            .await;
+        let begun = match self.turn(Arc::clone(&turning)).await {
+            // Compensations have to do with what the log has in any case: a worker may die before it can turn its run.
+            Err(StepError::Store(error)) if !error.class.is_retryable() && turning.data.is_some() => {
+                self.warn_unlogged(&error);
+                self.turn(Arc::new(Turning { data: None, ..Turning::clone(&turning) })).await
+            }
+            begun => begun,
+        };
         match begun {
             Ok(Turn::Back) => self.backward(data, turning.verdict.clone()).await,
             Ok(Turn::LeaseLost) | Err(StepError::LeaseLost) => self.refused().await,
+            Err(StepError::Store(error)) if !error.class.is_retryable() => {
+                tracing::error!(job = %self.ctx.job.id, %error, "the log refuses that the run turns back");
+                self.give_back(REFUSED_FOR, None).await
+            }
             // The pivot had committed and only its answer failed, or the decision is not committed: the next delivery goes on
             // from the log.
             Ok(Turn::TooLate) | Err(_) => self.give_back(Duration::ZERO, None).await,
         }
+    }
+
+    async fn turn(&self, turning: Arc<Turning>) -> Result<Turn, StepError> {
+        self.ctx
+            .call(Dependency::Postgres, |deadline| {
+                let call = self.engine.turn.call(Arc::clone(&turning), deadline);
+                async { if without("engine.turn") { Ok(Turn::Back) } else { call.await } }
+            })
+            .await
     }
 
     /// Undoes every step before the pivot, last first. Forward steps are not logged one by one, so each may have run.
@@ -650,7 +668,7 @@ impl<'a, S: Saga> Drive<'a, S> {
             attempts,
             started_at,
             ended_at: Utc::now(),
-            error: outcome.as_ref().err().map(ToString::to_string),
+            error: outcome.as_ref().err().map(|error| storable(error.to_string())),
         });
         put_off.map_or(outcome, |wish| Err(StepError::Snooze(wish)))
     }
@@ -720,20 +738,35 @@ impl<'a, S: Saga> Drive<'a, S> {
         }
     }
 
+    /// The data for the log. `None`, which leaves it the data that it has: they can't be encoded.
+    fn for_log(&self, data: &S::Data) -> Option<Value> {
+        encode(data).inspect_err(|error| self.warn_unlogged(error)).ok()
+    }
+
+    fn warn_unlogged(&self, error: &StoreError) {
+        tracing::warn!(job = %self.ctx.job.id, saga = %self.ctx.saga_id, %error, "the run's data can't be logged: the log keeps those that it has");
+    }
+
     /// Gives the job back, uncharged; the next delivery goes on from the log.
     async fn give_back(
         &self,
         wait: Duration,
         progress: Option<(i16, &S::Data)>,
     ) -> Result<Ended, StoreError> {
-        let progress = match progress {
-            Some((next, data)) => Some((next, encode(data)?)),
-            None => None,
-        };
+        let progress = progress.and_then(|(next, data)| Some((next, self.for_log(data)?)));
         let progress = progress.as_ref().map(|(next, data)| (*next, data, self.done.as_slice()));
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
         let postgres = &self.engine.postgres;
-        match postgres.in_time(postgres.suspend(&run, wait, progress, &records)).await? {
+        let suspended = match postgres.in_time(postgres.suspend(&run, wait, progress, &records)).await {
+            // The next delivery does again what the log doesn't know of, as after a crash.
+            Err(error) if !error.class.is_retryable() && progress.is_some() => {
+                self.warn_unlogged(&error);
+                let wait = wait.max(REFUSED_FOR);
+                Box::pin(postgres.in_time(postgres.suspend(&run, wait, None, &records))).await
+            }
+            suspended => suspended,
+        };
+        match suspended? {
             Some(wait) => Ok(Ended::Release(wait)),
             None => self.refused().await,
         }
@@ -745,11 +778,22 @@ impl<'a, S: Saga> Drive<'a, S> {
     }
 
     async fn park_at(&self, parking: &Parking<'_>) -> Result<Ended, StoreError> {
-        let error = parking.error;
+        let Parking { verdict, error, past_pivot, progress } = *parking;
+        let error = storable(error.to_owned());
         tracing::error!(saga = %self.ctx.saga_id, job = %self.ctx.job.id, error, "saga parked: it needs a person");
+        let parking = Parking { verdict, error: &error, past_pivot, progress };
         let (run, records) = (self.ctx.run(), self.ctx.steps_so_far());
         let postgres = &self.engine.postgres;
-        if postgres.in_time(postgres.park(&run, parking, &records)).await? {
+        let parked = match postgres.in_time(postgres.park(&run, &parking, &records)).await {
+            // A retry goes on from where the log has the run, which knows that its pivot has begun.
+            Err(error) if !error.class.is_retryable() && progress.is_some() => {
+                self.warn_unlogged(&error);
+                let parking = Parking { progress: None, ..parking };
+                Box::pin(postgres.in_time(postgres.park(&run, &parking, &records))).await
+            }
+            parked => parked,
+        };
+        if parked? {
             self.count("parked");
             self.ctx.lease.note_dead();
             Ok(Ended::Ack)

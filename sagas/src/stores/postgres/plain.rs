@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     coalescing::{Coalescer, Limits},
-    error::{Class, StoreError},
+    error::{Class, StoreError, storable},
     results::{MAX_RESULT, fits},
 };
 
@@ -170,8 +170,8 @@ fn charged(failure: &ledger::Failure) -> Failure {
             FailureClass::Permanent => Class::Permanent,
         },
         code: failure.code.to_owned(),
-        error: failure.error.clone(),
-        chain: failure.chain.clone(),
+        error: storable(failure.error.clone()),
+        chain: failure.chain.iter().cloned().map(storable).collect(),
     }
 }
 
@@ -180,5 +180,23 @@ fn ledger_error(error: StoreError) -> LedgerError {
     match error.class {
         Class::Data | Class::Permanent => LedgerError::Refused(error.to_string()),
         _ => LedgerError::Unavailable(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_charged_with_texts_that_postgres_takes() {
+        let failure = ledger::Failure {
+            class: FailureClass::Permanent,
+            code: "handler",
+            error: "a\0b".to_owned(),
+            chain: vec!["a".to_owned(), "\0b".to_owned()],
+        };
+        let charged = charged(&failure);
+        assert_eq!(charged.error, "a\u{fffd}b");
+        assert_eq!(charged.chain, ["a", "\u{fffd}b"]);
     }
 }
