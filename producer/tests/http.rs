@@ -508,6 +508,27 @@ async fn events_are_read_by_cursor_and_a_cursor_before_what_is_kept_is_410() {
     assert_eq!(api.get(&format!("/v1/events?after={after}")).await.status, StatusCode::OK);
 }
 
+#[tokio::test]
+async fn whoever_begins_while_there_are_no_events_is_told_later_that_they_have_missed_some() {
+    let api = Api::new().await;
+    let pool = api.stage.postgres.pool();
+    let begin = api.get("/v1/events").await;
+    assert_eq!((begin.status, &begin.body["events"]), (StatusCode::OK, &json!([])));
+    let next = format!("/v1/events?after={}", begin.body["next"].as_str().unwrap());
+    for key in ["a", "b"] {
+        publish(pool, "acme", key, "text").await;
+    }
+    eventually(|| async {
+        let page = api.get(&next).await;
+        let all = page.body["events"].as_array().is_some_and(|events| events.len() == 2);
+        if all { Ok(()) } else { Err(format!("not both came after the cursor: {}", page.body)) }
+    })
+    .await;
+    assert_eq!(api.stage.postgres.expire_events(Duration::ZERO, 1).await.unwrap(), 1);
+    let gone = api.get(&next).await;
+    assert_eq!((gone.status, gone.code()), (StatusCode::GONE, "cursor_expired"), "{}", gone.body);
+}
+
 /// A published document, as `publish` leaves it.
 async fn publish(pool: &sqlx::PgPool, tenant: &str, key: &str, text: &str) {
     let (document, version) = (uuid::Uuid::now_v7(), uuid::Uuid::now_v7());

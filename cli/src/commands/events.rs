@@ -58,8 +58,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
                 Some(cursor) => cursor.to_owned(),
                 None => FIRST.to_owned(),
             };
-            let events = page(&postgres, &after, tenant.as_ref(), limit).await?;
-            let next = events.last().map_or(after, |last| last.cursor.clone());
+            let (events, next) = page(&postgres, &after, tenant.as_ref(), limit).await?;
             context.out.data(&json!({ "events": events, "next": next }), || {
                 let mut table =
                     output::table(&["CURSOR", "AT", "EVENT", "TENANT", "DOCUMENT", "VERSION", "ORDER"]);
@@ -85,7 +84,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
             };
             let stop = signals::drain_on_signal()?;
             while !stop.is_cancelled() {
-                let events = page(&postgres, &after, tenant.as_ref(), PAGE).await?;
+                let (events, next) = page(&postgres, &after, tenant.as_ref(), PAGE).await?;
                 for one in &events {
                     let line = || {
                         format!(
@@ -95,13 +94,11 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
                     };
                     context.out.data(one, line)?;
                 }
-                match events.last() {
-                    Some(last) => after.clone_from(&last.cursor),
-                    None => {
-                        tokio::select! {
-                            () = stop.cancelled() => {}
-                            () = tokio::time::sleep(EVERY) => {}
-                        }
+                after = next;
+                if events.is_empty() {
+                    tokio::select! {
+                        () = stop.cancelled() => {}
+                        () = tokio::time::sleep(EVERY) => {}
                     }
                 }
             }
@@ -110,14 +107,16 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
     }
 }
 
+/// Events, and the cursor to go on with.
 async fn page(
     postgres: &Postgres,
     after: &str,
     tenant: Option<&TenantId>,
     limit: i32,
-) -> anyhow::Result<Vec<Event>> {
-    match postgres.events_after(after, tenant.map(TenantId::as_str), limit).await? {
-        Events::Page(events) => Ok(events),
+) -> anyhow::Result<(Vec<Event>, String)> {
+    let (events, next) = postgres.events_page(after, tenant.map(TenantId::as_str), limit).await?;
+    match events {
+        Events::Page(events) => Ok((events, next)),
         Events::Expired => Err(Refused(format!(
             "events after {after} were removed by retention: take `flotilla events list --after now`, read what you keep again, then go on"
         ))

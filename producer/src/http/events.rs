@@ -50,11 +50,9 @@ pub(super) async fn list(
     if after == "now" {
         return Ok(Json(EventPage { events: vec![], next: postgres.events_now().await? }));
     }
-    match postgres.events_after(&after, Some(tenant.as_str()), limit).await? {
-        Events::Page(events) => {
-            let next = events.last().map_or(after, |last| last.cursor.clone());
-            Ok(Json(EventPage { events, next }))
-        }
+    let (events, next) = postgres.events_page(&after, Some(tenant.as_str()), limit).await?;
+    match events {
+        Events::Page(events) => Ok(Json(EventPage { events, next })),
         Events::Expired => Err(ApiError::new(
             StatusCode::GONE,
             "cursor_expired",

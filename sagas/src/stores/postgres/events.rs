@@ -90,6 +90,25 @@ impl Postgres {
         Ok(Events::Page(events))
     }
 
+    /// The same, and the cursor to go on with. Whoever begins at [`FIRST`] and finds nothing goes on from the end: of who stayed
+    /// at the beginning nobody could tell later whether retention has removed what they never saw.
+    pub async fn events_page(
+        &self,
+        after: &str,
+        tenant: Option<&str>,
+        limit: i32,
+    ) -> Result<(Events, String), StoreError> {
+        // Read before the page: what that doesn't show yet comes after it.
+        let end = if after == FIRST { Some(self.events_now().await?) } else { None };
+        let page = self.events_after(after, tenant, limit).await?;
+        let last = match &page {
+            Events::Page(events) => events.last().map(|last| last.cursor.clone()),
+            Events::Expired | Events::NoCursor => None,
+        };
+        let next = last.or(end).unwrap_or_else(|| after.to_owned());
+        Ok((page, next))
+    }
+
     /// The cursor of now: what is committed later comes after it.
     pub async fn events_now(&self) -> Result<String, StoreError> {
         Ok(sqlx::query_scalar("SELECT events_now()").fetch_one(&self.pool).await?)
