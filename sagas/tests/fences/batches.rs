@@ -57,7 +57,7 @@ impl Ledger {
     }
 
     /// Folds everything that there is to fold.
-    async fn collect(&self) {
+    pub async fn collect(&self) {
         loop {
             let due = self.postgres.batches_to_fold(100).await.unwrap();
             if due.is_empty() {

@@ -2,11 +2,15 @@
 
 use std::time::Duration;
 
-use queue::JobId;
-use sagas::stores::postgres::{accept::NewJob, ending::Verdict};
+use queue::{JobId, TenantId};
+use sagas::stores::postgres::{
+    accept::NewJob,
+    batches::{BatchId, Created, NewBatch},
+    ending::Verdict,
+};
 use serde_json::{Value, json};
 
-use crate::ledger::{HOUR, Ledger, failure, ingest, job, parking, run_of, saga_of};
+use crate::ledger::{HOUR, Ledger, TENANT, failure, ingest, job, parking, run_of, saga_of};
 
 impl Ledger {
     async fn report(&self, parent: Option<JobId>) -> JobId {
@@ -92,6 +96,56 @@ async fn a_job_stays_as_long_as_a_letter_a_run_or_a_child_needs_it() {
         assert!(ledger.postgres.job(id, None).await.unwrap().is_some());
     }
     assert_eq!(ledger.count("SELECT count(*) FROM jobs").await, 2);
+}
+
+#[tokio::test]
+async fn what_a_parent_that_has_not_ended_or_is_parked_may_still_look_at_stays() {
+    let ledger = Ledger::start().await;
+    let parent = ledger.report(None).await;
+    let batch = |name: &str| NewBatch {
+        id: BatchId::new(),
+        tenant: TenantId::new(TENANT).unwrap(),
+        name: name.to_owned(),
+        parent: Some(parent),
+        callback: None,
+    };
+    let child = NewJob { parent: Some(parent), ..job("report", json!({})) };
+    // As a replay is: a member without a parent of its own.
+    let replay = job("report", json!({}));
+    for (batch, jobs) in [(batch("children"), vec![child.clone(), replay.clone()]), (batch("none"), vec![])] {
+        let created = ledger.postgres.create_batch(&batch, &jobs, true, true).await.unwrap();
+        assert!(matches!(created, Created::Batch(_)), "{created:?}");
+    }
+    let alone = ledger.report(Some(parent)).await;
+    let ids = [child.id, replay.id, alone];
+    for id in ids {
+        ledger.succeeded(id, json!({ "kept": true })).await;
+    }
+    ledger.collect().await;
+    let expired = async || {
+        ledger.aged("2 hours").await;
+        sqlx::query("UPDATE batches SET finished_at = finished_at - interval '2 hours'")
+            .execute(ledger.postgres.pool())
+            .await
+            .unwrap();
+        let results = ledger.postgres.expire_results(HOUR, 100).await.unwrap();
+        let jobs = ledger.postgres.expire_jobs(HOUR, 100).await.unwrap();
+        (results, jobs, ledger.postgres.expire_batches(HOUR, 100).await.unwrap())
+    };
+    assert_eq!(expired().await, (0, 0, 0), "the parent waits");
+    let taken = ledger.take("w", parent).await;
+    assert_eq!(expired().await, (0, 0, 0), "the parent runs");
+    let saga = saga_of(&taken, uuid::Uuid::now_v7());
+    assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
+    assert!(
+        ledger.postgres.park(&run_of(&taken, Some(saga.id)), &parking(None, "a test's"), &[]).await.unwrap()
+    );
+    assert_eq!(expired().await, (0, 0, 0), "the parent may go on");
+    for id in ids {
+        assert_eq!(ledger.result(id).await, Some(json!({ "kept": true })));
+    }
+    ledger.postgres.resolve_parked(saga.id, "a test", "").await.unwrap();
+    assert_eq!(expired().await, (3, 4, 2));
 }
 
 #[tokio::test]

@@ -8,7 +8,8 @@ use crate::error::StoreError;
 
 impl Postgres {
     /// Removes jobs that have ended longer than `keep` ago, with their logs; at most `limit`. Kept, however old: a job with
-    /// an open dead letter, with a run that is not over, or with a child that has not ended; and parked ones.
+    /// an open dead letter, with a run that is not over, or with a child that has not ended; what an unfinished or a parked
+    /// parent may still look at, replays in the batch of its children included; and parked ones.
     pub async fn expire_jobs(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
         let done = sqlx::query(
             "DELETE FROM jobs WHERE id IN (
@@ -18,6 +19,10 @@ impl Postgres {
                    AND NOT EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id
                                    AND s.state IN ('running', 'compensating', 'finishing', 'parked'))
                    AND NOT EXISTS (SELECT FROM jobs c WHERE c.parent = j.id AND c.finished_at IS NULL)
+                   -- Never merged into a join: one look at a primary key for each job.
+                   AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM jobs p WHERE p.id = j.parent) IS NOT TRUE
+                   AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM batches b JOIN jobs p ON p.id = b.parent
+                        WHERE b.id = j.batch_id) IS NOT TRUE
                  ORDER BY j.finished_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
         )
         .bind(keep.as_secs_f64())
@@ -27,12 +32,17 @@ impl Postgres {
         Ok(done.rows_affected())
     }
 
-    /// Clears the results of jobs that have ended longer than `keep` ago, at most `limit`; the jobs' records stay.
+    /// Clears the results of jobs that have ended longer than `keep` ago, at most `limit`; the jobs' records stay, and so do
+    /// results that an unfinished or a parked parent may still look at.
     pub async fn expire_results(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
         let done = sqlx::query(
             "UPDATE jobs SET result = NULL, result_key_id = NULL WHERE id IN (
-                 SELECT id FROM jobs WHERE result IS NOT NULL AND finished_at < now() - make_interval(secs => $1)
-                 ORDER BY finished_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED)",
+                 SELECT j.id FROM jobs j
+                 WHERE j.result IS NOT NULL AND j.finished_at < now() - make_interval(secs => $1)
+                   AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM jobs p WHERE p.id = j.parent) IS NOT TRUE
+                   AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM batches b JOIN jobs p ON p.id = b.parent
+                        WHERE b.id = j.batch_id) IS NOT TRUE
+                 ORDER BY j.finished_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED)",
         )
         .bind(keep.as_secs_f64())
         .bind(limit)
@@ -60,13 +70,15 @@ impl Postgres {
         Ok(done.rows_affected())
     }
 
-    /// Removes batches that ended longer than `keep` ago and whose members have gone; at most `limit`.
+    /// Removes batches that ended longer than `keep` ago and whose members have gone; at most `limit`. One whose parent is
+    /// unfinished or parked stays: without it the parent would enqueue its children again.
     pub async fn expire_batches(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
         let done = sqlx::query(
             "DELETE FROM batches WHERE id IN (
                  SELECT b.id FROM batches b WHERE b.finished_at < now() - make_interval(secs => $1)
                    AND NOT EXISTS (SELECT FROM jobs j WHERE j.batch_id = b.id)
                    AND NOT EXISTS (SELECT FROM batch_events e WHERE e.batch = b.id)
+                   AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM jobs p WHERE p.id = b.parent) IS NOT TRUE
                  ORDER BY b.finished_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
         )
         .bind(keep.as_secs_f64())
