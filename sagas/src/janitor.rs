@@ -59,12 +59,7 @@ pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: Cancellati
             }
         };
         if more || round.is_multiple_of(EXPIRE_EVERY) {
-            more = expire(&stores, &settings, round.is_multiple_of(EXPIRE_EVERY)).await.unwrap_or_else(
-                |error| {
-                    tracing::debug!(%error, "retention waits");
-                    false
-                },
-            );
+            more = expire(&stores, &settings, round.is_multiple_of(EXPIRE_EVERY)).await;
         }
         round = round.wrapping_add(1);
         if !more && swept < BATCH as usize {
@@ -76,25 +71,39 @@ pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: Cancellati
     }
 }
 
-/// One look at retention; whether there is more to remove. The audit log's partitions need no look so often.
-async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool) -> Result<bool, StoreError> {
+/// One look at retention; whether there is more to remove. Each task is on its own: one that fails keeps no other from its
+/// turn. The audit log's partitions need no look so often.
+async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool) -> bool {
     let postgres = &stores.postgres;
+    // First, because whoever closes a letter writes into this month's partition.
+    if audit_log {
+        let made = postgres.expire_audit_log(settings.keep_audit_log).await;
+        full("audit log", made.map(|()| 0));
+    }
     let letters = match settings.keep_letters {
-        Some(keep) => postgres.expire_letters(keep, EXPIRED).await?,
-        None => 0,
+        Some(keep) => full("dead letters", postgres.expire_letters(keep, EXPIRED).await),
+        None => false,
     };
     let gone = [
         letters,
-        postgres.expire_results(settings.keep_results, EXPIRED).await?,
-        postgres.expire_jobs(settings.keep_jobs, EXPIRED).await?,
-        postgres.expire_keys(EXPIRED).await?,
-        postgres.expire_batches(settings.keep_jobs, EXPIRED).await?,
-        postgres.expire_events(settings.keep_events, EXPIRED).await?,
+        full("results", postgres.expire_results(settings.keep_results, EXPIRED).await),
+        full("jobs", postgres.expire_jobs(settings.keep_jobs, EXPIRED).await),
+        full("idempotency keys", postgres.expire_keys(EXPIRED).await),
+        full("batches", postgres.expire_batches(settings.keep_jobs, EXPIRED).await),
+        full("events", postgres.expire_events(settings.keep_events, EXPIRED).await),
     ];
-    if audit_log {
-        postgres.expire_audit_log(settings.keep_audit_log).await?;
+    gone.contains(&true)
+}
+
+/// Whether a task removed as many records as it may at once. One that failed is tried again at the next look.
+fn full(records: &'static str, gone: Result<u64, StoreError>) -> bool {
+    match gone {
+        Ok(gone) => gone == EXPIRED as u64,
+        Err(error) => {
+            tracing::warn!(%error, records, "retention waits");
+            false
+        }
     }
-    Ok(gone.contains(&(EXPIRED as u64)))
 }
 
 /// One round: sweeps what is due, at most 200 versions; returns how many.

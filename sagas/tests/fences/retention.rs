@@ -1,14 +1,27 @@
 //! What goes with age, and what stays however old it is.
 
-use std::time::Duration;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use embedding::hashing::HashingEmbedder;
 use queue::{JobId, TenantId};
-use sagas::stores::postgres::{
-    accept::NewJob,
-    batches::{BatchId, Created, NewBatch},
-    ending::Verdict,
+use sagas::{
+    janitor::{self, JanitorSettings},
+    kinds::{DocumentSettings, Stores},
+    stores::{
+        cache::{Cache, CacheConfig},
+        postgres::{
+            accept::{Idempotency, NewJob, Until},
+            batches::{BatchId, Created, NewBatch},
+            ending::Verdict,
+        },
+        vectors::{Vectors, VectorsConfig},
+    },
 };
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use crate::ledger::{HOUR, Ledger, TENANT, failure, ingest, job, parking, run_of, saga_of};
 
@@ -153,11 +166,11 @@ async fn expired_keys_go_in_bounded_batches() {
     let ledger = Ledger::start().await;
     let jobs: Vec<NewJob> = (0..5)
         .map(|number| NewJob {
-            idempotency: Some(sagas::stores::postgres::accept::Idempotency {
+            idempotency: Some(Idempotency {
                 key: format!("k{number}"),
                 scope: "s".to_owned(),
                 ttl: if number == 0 { HOUR } else { Duration::ZERO },
-                until: sagas::stores::postgres::accept::Until::Accepted,
+                until: Until::Accepted,
             }),
             ..ingest("a")
         })
@@ -166,4 +179,66 @@ async fn expired_keys_go_in_bounded_batches() {
     assert_eq!(ledger.postgres.expire_keys(3).await.unwrap(), 3);
     assert_eq!(ledger.postgres.expire_keys(3).await.unwrap(), 1);
     assert_eq!(ledger.count("SELECT count(*) FROM idempotency_keys").await, 1);
+}
+
+/// A janitor's stores, of which only the ledger is there.
+fn stores_of(ledger: &Ledger) -> Stores {
+    let call_timeout = Duration::from_millis(300);
+    let vectors = VectorsConfig { url: "http://127.0.0.1:1".to_owned(), api_key: None, call_timeout };
+    let cache = CacheConfig { url: "redis://127.0.0.1:1".to_owned(), call_timeout, ..CacheConfig::default() };
+    Stores::new(
+        ledger.postgres.clone(),
+        Vectors::lazy(&vectors).unwrap(),
+        Cache::lazy(&cache).unwrap(),
+        Arc::new(HashingEmbedder::new()),
+        vec![],
+        DocumentSettings::default(),
+    )
+}
+
+#[tokio::test]
+async fn a_task_of_retention_that_fails_keeps_no_other_from_its_turn_and_partitions_come_first() {
+    let ledger = Ledger::start().await;
+    let done = ledger.report(None).await;
+    ledger.succeeded(done, json!({ "number": 1 })).await;
+    let dead = ledger.report(None).await;
+    let taken = ledger.take("w", dead).await;
+    ledger.postgres.finish(&run_of(&taken, None), &Verdict::Dead { failure: failure() }, &[]).await.unwrap();
+    let idempotency = Idempotency {
+        key: "k".to_owned(),
+        scope: "s".to_owned(),
+        ttl: Duration::ZERO,
+        until: Until::Accepted,
+    };
+    ledger.accept(&[NewJob { idempotency: Some(idempotency), ..ingest("a") }]).await;
+    ledger.aged("1 minute").await;
+    for sql in [
+        "UPDATE dead_letters SET created_at = created_at - interval '2 hours'",
+        // Nobody has made this month's: a letter can't be closed without it.
+        "SELECT drop_audit_partitions(interval '-10 years')",
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'a test''s'; END $$",
+        "CREATE TRIGGER refuse BEFORE UPDATE OF result ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()",
+    ] {
+        sqlx::query(sql).execute(ledger.postgres.pool()).await.unwrap();
+    }
+    let settings = JanitorSettings {
+        keep_results: Duration::ZERO,
+        keep_letters: Some(HOUR),
+        ..JanitorSettings::default()
+    };
+    let stop = CancellationToken::new();
+    let janitor = tokio::spawn(janitor::run(stores_of(&ledger), settings, stop.clone()));
+    let begun = Instant::now();
+    loop {
+        let closed = ledger.count("SELECT count(*) FROM dead_letters WHERE state = 'discarded'").await;
+        let keys = ledger.count("SELECT count(*) FROM idempotency_keys").await;
+        if (closed, keys) == (1, 0) {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{closed} letters closed, {keys} keys left");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    stop.cancel();
+    janitor.await.unwrap();
+    assert_eq!(ledger.result(done).await, Some(json!({ "number": 1 })), "the task that fails");
 }
