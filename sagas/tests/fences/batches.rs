@@ -19,7 +19,10 @@ use sagas::stores::postgres::{
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::ledger::{HOUR, Ledger, TENANT, failure, ingest, job, parking, publish_of, retry, run_of};
+use crate::{
+    ledger::{HOUR, Ledger, TENANT, failure, ingest, job, parking, publish_of, retry, run_of},
+    lock_order::until_someone_waits,
+};
 
 fn batch(on: Option<CallbackOn>) -> NewBatch {
     NewBatch {
@@ -357,6 +360,39 @@ async fn nobody_is_added_to_a_batch_once_it_is_sealed() {
         assert_eq!(ledger.counts(it.id).await.0, added);
         assert_eq!(sealed_with, added, "members came after the seal");
     }
+}
+
+#[tokio::test]
+async fn who_makes_a_batch_again_and_seals_it_waits_for_those_who_have_found_it_open() {
+    let ledger = Ledger::start().await;
+    let it = batch(None);
+    ledger.open(&it, &[], false).await;
+    // An adder that has looked, and has not committed yet.
+    let late = JobId::new();
+    let mut adder = ledger.postgres.begin().await.unwrap();
+    sqlx::query(
+        "INSERT INTO jobs (id, kind, queue, priority, tenant, payload, timeout_ms, batch_id)
+         VALUES ($1, 'member', 'member', 5, 'acme', '{}', 1000, $2)",
+    )
+    .bind(late.0)
+    .bind(it.id.0)
+    .execute(&mut *adder)
+    .await
+    .unwrap();
+    let jobs = [member(&it)];
+    {
+        let mut again = std::pin::pin!(ledger.postgres.create_batch(&it, &jobs, true, true));
+        until_someone_waits(&ledger, &mut again).await;
+        adder.commit().await.unwrap();
+        assert!(matches!(again.await.unwrap(), Created::Batch(_)));
+    }
+    ledger.succeed(jobs[0].id).await;
+    ledger.collect().await;
+    let view = ledger.view(it.id).await;
+    assert_eq!((view.state.as_str(), view.total, view.succeeded), ("sealed", 2, 1));
+    ledger.succeed(late).await;
+    ledger.collect().await;
+    assert_eq!(ledger.view(it.id).await.state, "finished");
 }
 
 /// Backends of this database that are in the middle of a transaction die all the time.

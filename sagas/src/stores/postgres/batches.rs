@@ -205,8 +205,13 @@ impl Postgres {
     ) -> Result<Created, StoreError> {
         let mut tx = self.begin().await?;
         let callback = batch.callback.as_ref().map(|callback| self.seal_job(&callback.job)).transpose()?;
-        if let Some(refused) = insert(&mut tx, batch, callback.as_ref()).await? {
-            return Ok(refused);
+        match insert(&mut tx, batch, callback.as_ref()).await? {
+            Inserted::Refused(why) => return Ok(why),
+            Inserted::There if seal => {
+                // Others may know of it: those who have found it open commit first.
+                lock(&mut tx, batch.id, None).await?;
+            }
+            Inserted::There | Inserted::New => {}
         }
         let jobs: Vec<NewJob> =
             jobs.iter().map(|job| NewJob { batch: Some(batch.id), ..job.clone() }).collect();
@@ -287,27 +292,37 @@ async fn cancel_locked(connection: &mut PgConnection, id: BatchId) -> Result<(),
     look_again(connection, id).await
 }
 
-/// Inserts the batch, unless it is there. `Some`: why not.
+/// What became of a batch's row.
+pub(super) enum Inserted {
+    /// It is there now, unseen by others until the commit.
+    New,
+    /// It was there before.
+    There,
+    /// It can't be.
+    Refused(Created),
+}
+
+/// Inserts the batch, unless it is there.
 pub(super) async fn insert(
     connection: &mut PgConnection,
     batch: &NewBatch,
     callback: Option<&NewJob>,
-) -> Result<Option<Created>, StoreError> {
+) -> Result<Inserted, StoreError> {
     let tenant = batch.tenant.to_string();
     let known: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM tenants WHERE id = $1)")
         .bind(&tenant)
         .fetch_one(&mut *connection)
         .await?;
     if !known {
-        return Ok(Some(Created::UnknownTenant));
+        return Ok(Inserted::Refused(Created::UnknownTenant));
     }
     let there: Option<String> = sqlx::query_scalar("SELECT tenant FROM batches WHERE id = $1")
         .bind(batch.id.0)
         .fetch_optional(&mut *connection)
         .await?;
     match there {
-        Some(owner) if owner == tenant => return Ok(None),
-        Some(_) => return Ok(Some(Created::Taken)),
+        Some(owner) if owner == tenant => return Ok(Inserted::There),
+        Some(_) => return Ok(Inserted::Refused(Created::Taken)),
         None => {}
     }
     let mut outer: Option<Uuid> = None;
@@ -320,7 +335,7 @@ pub(super) async fn insert(
         .bind(&tenant)
         .fetch_optional(&mut *connection)
         .await?;
-        let Some(row) = row else { return Ok(Some(Created::NoParent(parent))) };
+        let Some(row) = row else { return Ok(Inserted::Refused(Created::NoParent(parent))) };
         outer = row.try_get("batch_id")?;
     }
     sqlx::query(
@@ -341,7 +356,7 @@ pub(super) async fn insert(
             .execute(connection)
             .await?;
     }
-    Ok(None)
+    Ok(Inserted::New)
 }
 
 /// Locks an unfinished batch against adders and the collector.

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::{
     Postgres,
     accept::{Accepted, NewJob},
-    batches::{self, BatchId, NewBatch},
+    batches::{self, BatchId, Inserted, NewBatch},
     ending::{Run, insert_steps, log_run},
     lock_alive,
     take::StepRecord,
@@ -259,7 +259,7 @@ impl Postgres {
         jobs: &[NewJob],
     ) -> Result<(), StoreError> {
         let refused = |what: String| StoreError::new(Dependency::Postgres, Class::Permanent, what);
-        if let Some(why) = batches::insert(connection, batch, None).await? {
+        if let Inserted::Refused(why) = batches::insert(connection, batch, None).await? {
             return Err(refused(format!("the children can't be enqueued: {why:?}")));
         }
         let jobs: Vec<NewJob> = jobs
