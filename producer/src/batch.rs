@@ -28,7 +28,7 @@ const PAGES: usize = 10;
 pub struct BatchReceipt {
     /// The batch.
     pub id: BatchId,
-    /// The id that the callback's job will have.
+    /// The id that the callback's job will have; of a batch that was there before, that of its own callback.
     pub callback: Option<JobId>,
     /// What became of each job, in their order.
     pub jobs: Vec<Result<Receipt, EnqueueError>>,
@@ -246,10 +246,10 @@ impl Client {
         if bytes > settings.max_batch_bytes {
             return Err(EnqueueError::TooLarge { size: bytes, limit: settings.max_batch_bytes });
         }
-        let (id, callback) = (batch.id, batch.callback.as_ref().map(|callback| callback.job.id));
+        let id = batch.id;
         let this = self.clone();
         let task = tokio::spawn(async move { this.settle_batch(batch, good, seal).await });
-        let accepted = task
+        let (accepted, callback) = task
             .await
             .map_err(|error| EnqueueError::Ledger { message: format!("the acceptance ended: {error}") })??;
         let mut accepted = accepted.into_iter();
@@ -260,13 +260,14 @@ impl Client {
         Ok(BatchReceipt { id, callback, jobs })
     }
 
-    /// Asks again, with the same ids, until the ledger says what became of the batch (PROTOCOL.md 20).
+    /// Asks again, with the same ids, until the ledger says what became of the batch (PROTOCOL.md 20): of its jobs, and which
+    /// callback it has.
     async fn settle_batch(
         &self,
         batch: NewBatch,
         jobs: Vec<NewJob>,
         seal: bool,
-    ) -> Result<Vec<Result<Receipt, EnqueueError>>, EnqueueError> {
+    ) -> Result<(Vec<Result<Receipt, EnqueueError>>, Option<JobId>), EnqueueError> {
         let (settings, postgres) = (self.settings(), self.postgres());
         let deadline = Instant::now() + settings.settle_within;
         let mut pauses =
@@ -276,8 +277,9 @@ impl Client {
             let made =
                 within(settings.accept_within, postgres.create_batch(&batch, &jobs, seal, false)).await;
             match made {
-                Ok(Created::Batch(replies)) => {
-                    return Ok(jobs.iter().zip(replies).map(|(job, reply)| receipt(job, reply)).collect());
+                Ok(Created::Batch { jobs: replies, callback }) => {
+                    let receipts = jobs.iter().zip(replies).map(|(job, reply)| receipt(job, reply));
+                    return Ok((receipts.collect(), callback));
                 }
                 Ok(Created::UnknownTenant) => return Err(EnqueueError::UnknownTenant),
                 Ok(Created::Taken) => return Err(EnqueueError::UnknownBatch { batch: batch.id }),

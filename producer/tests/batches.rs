@@ -234,6 +234,27 @@ async fn the_api_makes_fills_seals_shows_and_cancels_batches_of_its_own_tenant()
 }
 
 #[tokio::test]
+async fn a_post_that_is_made_again_names_the_same_batch_jobs_and_callback() {
+    let api = Api::new().await;
+    let job = |key: &str| json!({ "kind": "report", "payload": { "n": 1 }, "idempotency_key": key });
+    let request = json!({
+        "id": BatchId::new(), "name": "import", "jobs": [job("a"), job("b")],
+        "callback": { "on": "complete", "job": { "kind": "after", "payload": {} } },
+    });
+    let (status, first) = api.call("acme", Method::POST, "/v1/batches", &request).await;
+    assert_eq!(status, StatusCode::CREATED, "{first}");
+    assert!(first["callback_job"].is_string(), "{first}");
+    let (status, second) = api.call("acme", Method::POST, "/v1/batches", &request).await;
+    assert_eq!(status, StatusCode::CREATED, "{second}");
+    assert_eq!(second["callback_job"], first["callback_job"]);
+    for place in 0..2_usize {
+        let (was, is) = (&first["results"][place], &second["results"][place]);
+        assert_eq!((&is["id"], &is["duplicate"]), (&was["id"], &json!(true)), "{second}");
+    }
+    assert_eq!(api.stage.rows().await, 2);
+}
+
+#[tokio::test]
 async fn neither_redis_nor_the_ledger_holds_a_sealed_payload_in_plain() {
     const SECRET: &str = "swordfish-7719";
     let stage = Stage::new().await;

@@ -70,7 +70,7 @@ pub(super) struct MadeBatch {
     /// The batch.
     #[schema(value_type = String)]
     id: BatchId,
-    /// The id that the callback's job will have.
+    /// The id that the callback's job will have; of a batch that was there before, that of its own callback.
     #[schema(value_type = Option<String>)]
     callback_job: Option<JobId>,
     /// One result for each job that came with it, in order.

@@ -10,7 +10,7 @@ use std::{
 
 use queue::{JobId, TenantId};
 use sagas::stores::postgres::{
-    accept::{Accepted, NewJob},
+    accept::{Accepted, Idempotency, NewJob, Until},
     batches::{BatchId, BatchView, Callback, CallbackOn, Changed, Created, NewBatch},
     dead_letters::{Replay, Resolved},
     ending::Verdict,
@@ -45,7 +45,7 @@ fn dead() -> Verdict {
 impl Ledger {
     async fn open(&self, batch: &NewBatch, jobs: &[NewJob], seal: bool) -> Vec<JobId> {
         let created = self.postgres.create_batch(batch, jobs, seal, true).await.unwrap();
-        assert!(matches!(created, Created::Batch(_)), "{created:?}");
+        assert!(matches!(created, Created::Batch { .. }), "{created:?}");
         jobs.iter().map(|job| job.id).collect()
     }
 
@@ -204,6 +204,85 @@ async fn protocol_19_20_a_batch_that_is_made_again_is_the_same_and_a_sealed_or_f
     assert_eq!(ledger.postgres.seal_batch(it.id, Some("globex")).await.unwrap(), Changed::Unknown);
     assert_eq!(ledger.postgres.cancel_batch(it.id, Some("globex")).await.unwrap(), Changed::Unknown);
     assert_eq!(ledger.snapshot().await, before);
+}
+
+#[tokio::test]
+async fn protocol_19_20_a_call_that_is_made_again_with_other_ids_gets_the_answers_of_the_first_by_its_keys() {
+    let ledger = Ledger::start().await;
+    // As over HTTP, where each call makes its jobs' ids anew.
+    let call = |id: BatchId| {
+        let it = NewBatch { id, ..batch(Some(CallbackOn::Complete)) };
+        let jobs = ["a", "b"].map(|key| {
+            let (key, scope) = (key.to_owned(), "s".to_owned());
+            NewJob {
+                idempotency: Some(Idempotency { key, scope, ttl: HOUR, until: Until::Accepted }),
+                ..member(&it)
+            }
+        });
+        (it, jobs)
+    };
+    let (it, jobs) = call(BatchId::new());
+    let callback = Some(it.callback.as_ref().unwrap().job.id);
+    let made = ledger.postgres.create_batch(&it, &jobs, true, true).await.unwrap();
+    assert_eq!(
+        made,
+        Created::Batch { jobs: jobs.iter().map(|job| Accepted::New(job.id)).collect(), callback }
+    );
+    for ended in [false, true] {
+        if ended {
+            for job in &jobs {
+                ledger.succeed(job.id).await;
+            }
+            ledger.collect().await;
+            assert!(ledger.view(it.id).await.called_at.is_some());
+        }
+        let before = ledger.snapshot().await;
+        let (again, mut same) = call(it.id);
+        same[1].payload = json!({ "other": true });
+        let mut late = same.to_vec();
+        late.push(member(&again));
+        let answer = ledger.postgres.create_batch(&again, &late, true, true).await.unwrap();
+        let replies = vec![
+            Accepted::Duplicate(jobs[0].id),
+            Accepted::Conflict(jobs[1].id),
+            Accepted::BatchSealed(it.id),
+        ];
+        assert_eq!(answer, Created::Batch { jobs: replies, callback }, "ended: {ended}");
+        assert_eq!(ledger.snapshot().await, before);
+    }
+    // A key that nobody holds stays free.
+    let mut free = call(it.id).1[0].clone();
+    free.idempotency.as_mut().unwrap().key = "c".to_owned();
+    let refused = ledger.postgres.accept(std::slice::from_ref(&free), true).await.unwrap();
+    assert_eq!(refused, [Accepted::BatchSealed(it.id)]);
+    assert_eq!(ledger.count("SELECT count(*) FROM idempotency_keys").await, 2);
+}
+
+#[tokio::test]
+async fn protocol_20_of_two_calls_that_make_the_same_batch_at_once_the_later_finds_it_there() {
+    let ledger = Ledger::start().await;
+    ledger.postgres.create_tenant("globex").await.unwrap();
+    for owner in [TENANT, "globex"] {
+        let it = batch(Some(CallbackOn::Complete));
+        let jobs = [member(&it)];
+        // The quicker one has not committed yet.
+        let mut quicker = ledger.postgres.begin().await.unwrap();
+        sqlx::query("INSERT INTO batches (id, tenant, name) VALUES ($1, $2, 'a test''s')")
+            .bind(it.id.0)
+            .bind(owner)
+            .execute(&mut *quicker)
+            .await
+            .unwrap();
+        let mut later = std::pin::pin!(ledger.postgres.create_batch(&it, &jobs, true, true));
+        until_someone_waits(&ledger, &mut later).await;
+        quicker.commit().await.unwrap();
+        let wanted = if owner == TENANT {
+            Created::Batch { jobs: vec![Accepted::New(jobs[0].id)], callback: None }
+        } else {
+            Created::Taken
+        };
+        assert_eq!(later.await.unwrap(), wanted);
+    }
 }
 
 #[tokio::test]
@@ -384,7 +463,7 @@ async fn who_makes_a_batch_again_and_seals_it_waits_for_those_who_have_found_it_
         let mut again = std::pin::pin!(ledger.postgres.create_batch(&it, &jobs, true, true));
         until_someone_waits(&ledger, &mut again).await;
         adder.commit().await.unwrap();
-        assert!(matches!(again.await.unwrap(), Created::Batch(_)));
+        assert!(matches!(again.await.unwrap(), Created::Batch { .. }));
     }
     ledger.succeed(jobs[0].id).await;
     ledger.collect().await;

@@ -88,7 +88,8 @@ async fn sealed_payloads_results_letters_and_callbacks_show_nothing_at_rest_and_
         callback: Some(Callback { on: CallbackOn::Complete, job: secret() }),
     };
     let made = ledger.postgres.create_batch(&batch, &[], true, true).await.unwrap();
-    assert_eq!(made, Created::Batch(vec![]));
+    let callback = batch.callback.as_ref().map(|callback| callback.job.id);
+    assert_eq!(made, Created::Batch { jobs: vec![], callback });
     ledger.assert_nothing_shows().await;
     let called = ledger.postgres.fold_batch(batch.id).await.unwrap().called.unwrap();
     ledger.assert_nothing_shows().await;

@@ -127,7 +127,7 @@ async fn what_a_parent_that_has_not_ended_or_is_parked_may_still_look_at_stays()
     let replay = job("report", json!({}));
     for (batch, jobs) in [(batch("children"), vec![child.clone(), replay.clone()]), (batch("none"), vec![])] {
         let created = ledger.postgres.create_batch(&batch, &jobs, true, true).await.unwrap();
-        assert!(matches!(created, Created::Batch(_)), "{created:?}");
+        assert!(matches!(created, Created::Batch { .. }), "{created:?}");
     }
     let alone = ledger.report(Some(parent)).await;
     let ids = [child.id, replay.id, alone];

@@ -200,6 +200,7 @@ impl Postgres {
         refuse_unknown_tenants(connection, jobs, &mut replies).await?;
         already_there(connection, jobs, &mut replies).await?;
         batches::hold_open(connection, jobs, &mut replies).await?;
+        known_by_key(connection, &self.cipher, jobs, &mut replies).await?;
         reserve_keys(connection, &self.cipher, jobs, &mut replies).await?;
         let fresh: Vec<&NewJob> =
             jobs.iter().zip(&replies).filter(|(_, r)| r.is_none()).map(|(job, _)| job).collect();
@@ -299,6 +300,49 @@ async fn already_there(
         if reply.is_none() && there.contains(&job.id.0) {
             *reply = Some(Accepted::New(job.id));
         }
+    }
+    Ok(())
+}
+
+/// Jobs that come too late for their batch, and yet were accepted before under their idempotency keys: a call that is made again
+/// gets the answer of the first. Their keys are only looked up, because those that are free must stay so.
+async fn known_by_key(
+    connection: &mut PgConnection,
+    cipher: &PayloadCipher,
+    jobs: &[NewJob],
+    replies: &mut [Option<Accepted>],
+) -> Result<(), sqlx::Error> {
+    let mut late: Vec<(usize, &Idempotency)> = vec![];
+    for (i, job) in jobs.iter().enumerate() {
+        if let (Some(Accepted::BatchSealed(_)), Some(idempotency)) = (&replies[i], &job.idempotency) {
+            late.push((i, idempotency));
+        }
+    }
+    if late.is_empty() {
+        return Ok(());
+    }
+    let rows = sqlx::query(
+        "SELECT n.place, k.fingerprint, k.job_id
+         FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[]) AS n (place, tenant, scope, key)
+         JOIN idempotency_keys k USING (tenant, scope, key)
+         WHERE k.expires_at > now()
+           AND NOT EXISTS (SELECT FROM jobs j WHERE j.id = k.job_id AND j.finished_at + k.after_end <= clock_timestamp())",
+    )
+    .bind(late.iter().map(|(i, _)| *i as i64).collect::<Vec<_>>())
+    .bind(late.iter().map(|(i, _)| jobs[*i].tenant.to_string()).collect::<Vec<_>>())
+    .bind(late.iter().map(|(_, idempotency)| idempotency.scope.clone()).collect::<Vec<_>>())
+    .bind(late.iter().map(|(_, idempotency)| idempotency.key.clone()).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    for row in &rows {
+        let (i, print): (usize, Vec<u8>) =
+            (row.try_get::<i64, _>("place")? as usize, row.try_get("fingerprint")?);
+        let first = JobId(row.try_get("job_id")?);
+        replies[i] = Some(if sealing::fingerprints(cipher, &jobs[i]).contains(&print) {
+            Accepted::Duplicate(first)
+        } else {
+            Accepted::Conflict(first)
+        });
     }
     Ok(())
 }

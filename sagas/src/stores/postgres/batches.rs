@@ -19,7 +19,7 @@ use super::{
     Postgres,
     accept::{Accepted, NewJob},
 };
-use crate::error::StoreError;
+use crate::error::{Class, Dependency, StoreError};
 
 /// A batch's identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -94,8 +94,14 @@ pub struct NewBatch {
 /// What became of a batch that was to be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Created {
-    /// It is there, and this is what became of the jobs that came with it.
-    Batch(Vec<Accepted>),
+    /// It is there.
+    Batch {
+        /// What became of the jobs that came with it.
+        jobs: Vec<Accepted>,
+        /// The id that its callback's job will have or has; of a batch that was there before, its own and not this call's.
+        /// `None` also once that job's record has expired.
+        callback: Option<JobId>,
+    },
     /// No such tenant.
     UnknownTenant,
     /// The id is another tenant's batch's.
@@ -205,22 +211,25 @@ impl Postgres {
     ) -> Result<Created, StoreError> {
         let mut tx = self.begin().await?;
         let callback = batch.callback.as_ref().map(|callback| self.seal_job(&callback.job)).transpose()?;
-        match insert(&mut tx, batch, callback.as_ref()).await? {
+        let callback = match insert(&mut tx, batch, callback.as_ref()).await? {
             Inserted::Refused(why) => return Ok(why),
-            Inserted::There if seal => {
-                // Others may know of it: those who have found it open commit first.
-                lock(&mut tx, batch.id, None).await?;
+            Inserted::New => callback.map(|job| job.id),
+            Inserted::There { callback } => {
+                if seal {
+                    // Others may know of it: those who have found it open commit first.
+                    lock(&mut tx, batch.id, None).await?;
+                }
+                callback
             }
-            Inserted::There | Inserted::New => {}
-        }
+        };
         let jobs: Vec<NewJob> =
             jobs.iter().map(|job| NewJob { batch: Some(batch.id), ..job.clone() }).collect();
-        let replies = self.accept_in(&mut tx, &jobs, dispatched).await?;
+        let jobs = self.accept_in(&mut tx, &jobs, dispatched).await?;
         if seal {
             self::seal(&mut tx, batch.id).await?;
         }
         tx.commit().await?;
-        Ok(Created::Batch(replies))
+        Ok(Created::Batch { jobs, callback })
     }
 
     /// Seals a batch: it takes no more members, and completes once all have ended. An empty one completes at once.
@@ -296,8 +305,11 @@ async fn cancel_locked(connection: &mut PgConnection, id: BatchId) -> Result<(),
 pub(super) enum Inserted {
     /// It is there now, unseen by others until the commit.
     New,
-    /// It was there before.
-    There,
+    /// It was there before, with this callback's job.
+    There {
+        /// Its id.
+        callback: Option<JobId>,
+    },
     /// It can't be.
     Refused(Created),
 }
@@ -316,14 +328,8 @@ pub(super) async fn insert(
     if !known {
         return Ok(Inserted::Refused(Created::UnknownTenant));
     }
-    let there: Option<String> = sqlx::query_scalar("SELECT tenant FROM batches WHERE id = $1")
-        .bind(batch.id.0)
-        .fetch_optional(&mut *connection)
-        .await?;
-    match there {
-        Some(owner) if owner == tenant => return Ok(Inserted::There),
-        Some(_) => return Ok(Inserted::Refused(Created::Taken)),
-        None => {}
+    if let Some(there) = there(connection, batch.id, &tenant).await? {
+        return Ok(there);
     }
     let mut outer: Option<Uuid> = None;
     if let Some(parent) = batch.parent {
@@ -338,8 +344,9 @@ pub(super) async fn insert(
         let Some(row) = row else { return Ok(Inserted::Refused(Created::NoParent(parent))) };
         outer = row.try_get("batch_id")?;
     }
-    sqlx::query(
-        "INSERT INTO batches (id, tenant, name, parent, outer_batch, callback, callback_on) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+    let inserted = sqlx::query(
+        "INSERT INTO batches (id, tenant, name, parent, outer_batch, callback, callback_on) VALUES ($1, $2, $3, $4, $5, $6, $7)
+         ON CONFLICT (id) DO NOTHING",
     )
     .bind(batch.id.0)
     .bind(&tenant)
@@ -350,6 +357,12 @@ pub(super) async fn insert(
     .bind(batch.callback.as_ref().map(|callback| callback.on.name()))
     .execute(&mut *connection)
     .await?;
+    if inserted.rows_affected() == 0 {
+        // Another call with this id has been quicker, and has committed by now (PROTOCOL.md 20).
+        return there(connection, batch.id, &tenant).await?.ok_or_else(|| {
+            StoreError::new(Dependency::Postgres, Class::Transient, "the batch was removed while it was made")
+        });
+    }
     if let Some(outer) = outer {
         sqlx::query("INSERT INTO batch_events (batch, added) VALUES ($1, 1)")
             .bind(outer)
@@ -357,6 +370,25 @@ pub(super) async fn insert(
             .await?;
     }
     Ok(Inserted::New)
+}
+
+/// The batch, if it is there.
+async fn there(
+    connection: &mut PgConnection,
+    id: BatchId,
+    tenant: &str,
+) -> Result<Option<Inserted>, sqlx::Error> {
+    let row = sqlx::query(
+        "SELECT tenant, coalesce(callback_job, (callback ->> 'id')::uuid) AS callback FROM batches WHERE id = $1",
+    )
+    .bind(id.0)
+    .fetch_optional(connection)
+    .await?;
+    let Some(row) = row else { return Ok(None) };
+    if row.try_get::<&str, _>("tenant")? != tenant {
+        return Ok(Some(Inserted::Refused(Created::Taken)));
+    }
+    Ok(Some(Inserted::There { callback: row.try_get::<Option<Uuid>, _>("callback")?.map(JobId) }))
 }
 
 /// Locks an unfinished batch against adders and the collector.
