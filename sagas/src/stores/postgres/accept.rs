@@ -326,7 +326,8 @@ async fn known_by_key(
          FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[]) AS n (place, tenant, scope, key)
          JOIN idempotency_keys k USING (tenant, scope, key)
          WHERE k.expires_at > now()
-           AND NOT EXISTS (SELECT FROM jobs j WHERE j.id = k.job_id AND j.finished_at + k.after_end <= clock_timestamp())",
+           AND NOT EXISTS (SELECT FROM jobs j WHERE j.id = k.job_id AND j.finished_at + k.after_end <= clock_timestamp()
+                                                AND j.state <> 'parked')",
     )
     .bind(late.iter().map(|(i, _)| *i as i64).collect::<Vec<_>>())
     .bind(late.iter().map(|(i, _)| jobs[*i].tenant.to_string()).collect::<Vec<_>>())
