@@ -3,8 +3,14 @@
 //! Any number may run: each takes schedules that no other holds. Job and next tick are committed in one transaction, and a
 //! tick's job has an id that derives from schedule and tick; so one that dies in between has either done both or nothing.
 //! The relay puts the jobs into Redis.
+//!
+//! A schedule that this process can't read, of a newer release perhaps, is left to those that can: it stays due, and says why.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use chrono::{DateTime, Utc};
 use metrics::{counter, gauge};
@@ -18,6 +24,7 @@ use sagas::{
     },
 };
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::{
     pacing::{Growing, pause, within},
@@ -39,6 +46,8 @@ pub struct Cron {
     postgres: Postgres,
     /// A tick that is later than this was missed.
     on_time: Duration,
+    /// Schedules that this process can't read, each as of its owner's last change; after the next it is looked at again.
+    unread: Arc<Mutex<HashMap<Uuid, DateTime<Utc>>>>,
     /// Stands for Postgres' clock; only tests set it.
     now: Option<DateTime<Utc>>,
 }
@@ -54,14 +63,14 @@ pub struct Round {
     pub caught_up: usize,
     /// Schedules for which late ticks were left out, as their catch-up policy says.
     pub skipped: usize,
-    /// Schedules whose jobs the ledger refused.
+    /// Schedules that made no job: the ledger refused it, or this process can't read them.
     pub refused: usize,
 }
 
 impl Cron {
     /// A loop over this ledger; ticks up to `on_time` late are on time.
     pub fn new(postgres: Postgres, on_time: Duration) -> Self {
-        Self { postgres, on_time, now: None }
+        Self { postgres, on_time, unread: Arc::default(), now: None }
     }
 
     /// The same loop at another time, for tests.
@@ -93,7 +102,7 @@ impl Cron {
 
     async fn round_and_rest(&self) -> Result<Duration, StoreError> {
         let limit = self.postgres.call_timeout();
-        let next = within(limit, self.postgres.next_tick_in(self.now)).await?;
+        let next = within(limit, self.postgres.next_tick_in(self.now, &self.unread())).await?;
         let late = next.map_or(0.0, |next| (-next).max(0.0));
         gauge!("schedules_lateness_seconds").set(late);
         match next {
@@ -107,21 +116,30 @@ impl Cron {
         }
     }
 
+    fn unread(&self) -> Vec<(Uuid, DateTime<Utc>)> {
+        let unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+        unread.iter().map(|(id, at)| (*id, *at)).collect()
+    }
+
     /// Deals with schedules that are due, at most 50, in one transaction.
     pub async fn round(&self) -> Result<Round, StoreError> {
         let limit = self.postgres.call_timeout() * 2;
-        let due = within(limit, self.postgres.due_schedules(self.now, BATCH)).await?;
+        let due = within(limit, self.postgres.due_schedules(self.now, BATCH, &self.unread())).await?;
         let mut round = Round { schedules: due.schedules.len(), ..Round::default() };
         if due.schedules.is_empty() {
             return Ok(round);
         }
         let plans: Vec<Plan> =
             due.schedules.iter().map(|schedule| Plan::of(schedule, due.now, self.on_time)).collect();
-        let names: Vec<(String, String)> =
-            due.schedules.iter().map(|s| (s.tenant.clone(), s.name.clone())).collect();
+        let names: Vec<(String, String, DateTime<Utc>)> =
+            due.schedules.iter().map(|s| (s.tenant.clone(), s.name.clone(), s.updated_at)).collect();
         let ticks: Vec<Tick> = plans.iter().map(|plan| plan.tick.clone()).collect();
         let answers = within(limit, due.tick(&ticks)).await?;
-        for ((plan, answer), (tenant, name)) in plans.iter().zip(answers).zip(names) {
+        for ((plan, answer), (tenant, name, updated_at)) in plans.iter().zip(answers).zip(names) {
+            if plan.tick.error.is_some() {
+                let mut unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+                unread.insert(plan.tick.schedule, updated_at);
+            }
             let error = match answer {
                 Ticked::Enqueued(_) => plan.tick.error.clone(),
                 Ticked::Refused(error) => Some(error),
@@ -166,9 +184,15 @@ impl Plan {
     fn of(schedule: &Schedule, now: DateTime<Utc>, on_time: Duration) -> Self {
         match Self::read(schedule, now, on_time) {
             Ok(plan) => plan,
-            // Nothing but a hand in the table, or another version's idea of cron, brings this about.
+            // Nothing but a hand in the table, or another release's idea of cron, brings this about. The tick stays due for
+            // those that can read it.
             Err(error) => Self {
-                tick: Tick { schedule: schedule.id, jobs: vec![], next: None, error: Some(error) },
+                tick: Tick {
+                    schedule: schedule.id,
+                    jobs: vec![],
+                    next: schedule.next_tick_at,
+                    error: Some(error),
+                },
                 late: 0,
                 skipped: false,
             },

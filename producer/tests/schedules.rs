@@ -135,7 +135,7 @@ async fn rule_17_a_tick_that_was_not_committed_is_made_by_the_next_loop() {
     let times = Times::new().await;
     times.make("08:00:00", &report("hourly", "0 * * * *")).await;
     // As a loop that dies when it has planned, and before it commits.
-    let due = times.stage.postgres.due_schedules(Some(clock("09:00:00")), 10).await.unwrap();
+    let due = times.stage.postgres.due_schedules(Some(clock("09:00:00")), 10, &[]).await.unwrap();
     assert_eq!(due.schedules.len(), 1);
     drop(due);
     times.tick_until("09:00:02", 1).await;
@@ -162,7 +162,7 @@ async fn rule_17_a_tick_that_comes_again_makes_no_second_job() {
 async fn rule_17_a_loop_that_hangs_holds_up_none_but_the_schedules_in_its_hand() {
     let times = Times::new().await;
     times.make("08:00:00", &report("first", "0 * * * *")).await;
-    let held = times.stage.postgres.due_schedules(Some(clock("09:00:00")), 1).await.unwrap();
+    let held = times.stage.postgres.due_schedules(Some(clock("09:00:00")), 1, &[]).await.unwrap();
     assert_eq!(held.schedules[0].name, "first");
     times.make("08:00:00", &report("second", "1 9 * * *")).await;
     // Waiting for the row would end with the statement's time-out.
@@ -350,19 +350,51 @@ async fn a_tick_makes_no_job_for_a_queue_that_drains_or_is_full_and_says_why() {
 }
 
 #[tokio::test]
-async fn a_schedule_that_nobody_can_read_any_more_says_so_and_keeps_no_other_from_its_tick() {
+async fn a_schedule_that_a_process_can_not_read_says_so_and_is_left_to_those_that_can() {
     let times = Times::new().await;
     times.make("08:30:00", &report("odd", "0 * * * *")).await;
     times.make("08:30:00", &report("sound", "0 * * * *")).await;
-    sqlx::query("UPDATE schedules SET cron = 'whenever' WHERE name = 'odd'")
-        .execute(times.stage.postgres.pool())
-        .await
-        .unwrap();
+    // As one that a newer release has made.
+    let rewrite = async |cron: &str| {
+        sqlx::query("UPDATE schedules SET cron = $1 WHERE name = 'odd'")
+            .bind(cron)
+            .execute(times.stage.postgres.pool())
+            .await
+            .unwrap();
+    };
+    rewrite("whenever").await;
     let round = times.cron.at(clock("09:00:00")).round().await.unwrap();
     assert_eq!((round.enqueued, round.refused), (1, 1));
     let odd = times.get("odd").await;
     assert!(odd.last_error.unwrap().contains("cron is \"whenever\""));
-    assert_eq!(odd.next_tick_at, None);
+    assert_eq!(odd.next_tick_at, Some(clock("09:00:00")), "the tick is lost for those that can read it");
+    // It takes no place in the rounds of that process any more.
+    assert_eq!(times.cron.at(clock("09:00:01")).round().await.unwrap().schedules, 0);
+    // The newer release reads what this one does not.
+    rewrite("0 * * * *").await;
+    assert_eq!(times.cron.at(clock("09:00:02")).round().await.unwrap().schedules, 0);
+    let newer = Cron::new(times.stage.postgres.clone(), MINUTE);
+    assert_eq!(newer.at(clock("09:00:03")).round().await.unwrap().enqueued, 1);
+    assert_eq!(times.made().await, ["09:00", "09:00"]);
+    let odd = times.get("odd").await;
+    assert_eq!((odd.next_tick_at, odd.last_error), (Some(clock("10:00:00")), None));
+    // Once its owner has changed it, it is looked at again by all.
+    times.schedules.at(clock("09:30:00")).update(&report("odd", "0 * * * *")).await.unwrap();
+    assert_eq!(times.cron.at(clock("10:00:00")).round().await.unwrap().enqueued, 2);
+}
+
+#[tokio::test]
+async fn an_update_brings_a_schedule_without_a_next_tick_back() {
+    let times = Times::new().await;
+    let new = report("hourly", "0 * * * *");
+    times.make("08:30:00", &new).await;
+    // As an older release left it that could not read it.
+    sqlx::query("UPDATE schedules SET next_tick_at = NULL")
+        .execute(times.stage.postgres.pool())
+        .await
+        .unwrap();
+    let changed = times.schedules.at(clock("09:10:00")).update(&new).await.unwrap();
+    assert_eq!(changed.next_tick_at, Some(clock("10:00:00")));
 }
 
 #[tokio::test]

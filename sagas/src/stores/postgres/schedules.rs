@@ -124,6 +124,19 @@ const SCHEDULE: &str =
     "id, name, tenant, kind, queue, priority, payload, max_attempts, timeout_ms, cron, time_zone, catch_up,
     max_catch_up, paused_at, next_tick_at, last_tick_at, last_job, last_error, created_at, updated_at";
 
+/// Lets those through that the caller has not named as unread in `$2` and `$3`. Not as a join, which could not follow the index
+/// of what is due.
+const READ: &str =
+    "(id, updated_at) NOT IN (SELECT o.id, o.at FROM unnest($2::uuid[], $3::timestamptz[]) AS o (id, at))";
+
+fn ids_of(unread: &[(Uuid, DateTime<Utc>)]) -> Vec<Uuid> {
+    unread.iter().map(|(id, _)| *id).collect()
+}
+
+fn changes_of(unread: &[(Uuid, DateTime<Utc>)]) -> Vec<DateTime<Utc>> {
+    unread.iter().map(|(_, at)| *at).collect()
+}
+
 /// What is to be done with one due schedule.
 #[derive(Debug, Clone)]
 pub struct Tick {
@@ -132,7 +145,7 @@ pub struct Tick {
     /// Its jobs, each with its tick, oldest first. Their ids derive from schedule and tick, so that no tick ever makes a
     /// second job.
     pub jobs: Vec<(DateTime<Utc>, NewJob)>,
-    /// The first tick after those that are dealt with here.
+    /// The first tick that is not dealt with here.
     pub next: Option<DateTime<Utc>>,
     /// Why nothing could be enqueued.
     pub error: Option<String>,
@@ -240,31 +253,46 @@ pub enum Created {
 }
 
 impl Postgres {
-    /// Schedules whose tick is due, at most `limit`, without those that another process has in hand. `now` stands for
-    /// Postgres' clock; only tests give it.
-    pub async fn due_schedules(&self, now: Option<DateTime<Utc>>, limit: i64) -> Result<Due, StoreError> {
+    /// Schedules whose tick is due, at most `limit`, without those that another process has in hand and those `unread` by the
+    /// caller, each named with its `updated_at`: once its owner has changed one, it is another. `now` stands for Postgres'
+    /// clock; only tests give it.
+    pub async fn due_schedules(
+        &self,
+        now: Option<DateTime<Utc>>,
+        limit: i64,
+        unread: &[(Uuid, DateTime<Utc>)],
+    ) -> Result<Due, StoreError> {
         let mut tx = self.begin().await?;
         let now: DateTime<Utc> =
             sqlx::query_scalar("SELECT coalesce($1, now())").bind(now).fetch_one(&mut *tx).await?;
         let schedules = sqlx::query_as(sqlx::AssertSqlSafe(format!(
-            "SELECT {SCHEDULE} FROM schedules WHERE paused_at IS NULL AND next_tick_at <= $1
-             ORDER BY next_tick_at LIMIT $2 FOR UPDATE SKIP LOCKED"
+            "SELECT {SCHEDULE} FROM schedules WHERE paused_at IS NULL AND next_tick_at <= $1 AND {READ}
+             ORDER BY next_tick_at LIMIT $4 FOR UPDATE SKIP LOCKED"
         )))
         .bind(now)
+        .bind(ids_of(unread))
+        .bind(changes_of(unread))
         .bind(limit)
         .fetch_all(&mut *tx)
         .await?;
         Ok(Due { postgres: self.clone(), tx, now, schedules })
     }
 
-    /// How long until the next tick of any schedule; negative when it is late. `None`: there is none.
-    pub async fn next_tick_in(&self, now: Option<DateTime<Utc>>) -> Result<Option<f64>, StoreError> {
-        Ok(sqlx::query_scalar(
-            "SELECT extract(epoch FROM min(next_tick_at) - coalesce($1, now()))::float8 FROM schedules
-             WHERE paused_at IS NULL AND next_tick_at IS NOT NULL",
-        )
+    /// How long until the next tick of any schedule but those `unread` by the caller; negative when it is late. `None`: there
+    /// is none.
+    pub async fn next_tick_in(
+        &self,
+        now: Option<DateTime<Utc>>,
+        unread: &[(Uuid, DateTime<Utc>)],
+    ) -> Result<Option<f64>, StoreError> {
+        Ok(sqlx::query_scalar(sqlx::AssertSqlSafe(format!(
+            "SELECT extract(epoch FROM next_tick_at - coalesce($1, now()))::float8 FROM schedules
+             WHERE paused_at IS NULL AND next_tick_at IS NOT NULL AND {READ} ORDER BY next_tick_at LIMIT 1"
+        )))
         .bind(now)
-        .fetch_one(&self.pool)
+        .bind(ids_of(unread))
+        .bind(changes_of(unread))
+        .fetch_optional(&self.pool)
         .await?)
     }
 
@@ -303,8 +331,8 @@ impl Postgres {
         })
     }
 
-    /// Replaces what a schedule says. Its next tick is `next` if its times have changed; otherwise it is left, so that one
-    /// that is due this moment is not lost. A paused one stays so. `None`: there is none of this name.
+    /// Replaces what a schedule says. Its next tick is `next` if its times have changed or it had none; otherwise it is left,
+    /// so that one that is due this moment is not lost. A paused one stays so. `None`: there is none of this name.
     pub async fn update_schedule(
         &self,
         tenant: &str,
@@ -314,7 +342,7 @@ impl Postgres {
     ) -> Result<Option<Schedule>, StoreError> {
         Ok(bind_spec(
             sqlx::query_as(sqlx::AssertSqlSafe(format!(
-                "UPDATE schedules SET next_tick_at = CASE WHEN cron = $11 AND time_zone = $12 THEN next_tick_at ELSE $4 END, kind = $5, queue = $6, priority = $7, payload = $8, max_attempts = $9,
+                "UPDATE schedules SET next_tick_at = CASE WHEN cron = $11 AND time_zone = $12 THEN coalesce(next_tick_at, $4) ELSE $4 END, kind = $5, queue = $6, priority = $7, payload = $8, max_attempts = $9,
                         timeout_ms = $10, cron = $11, time_zone = $12, catch_up = $13, max_catch_up = $14,
                         last_error = NULL, updated_at = now()
                  WHERE tenant = $2 AND name = $3 AND $1::uuid IS NOT NULL RETURNING {SCHEDULE}"
