@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use chrono::{DateTime, Utc};
 use queue::{Priority, QueueName, TenantId};
 use sagas::{
-    StoreError, kinds,
+    Class, Dependency, StoreError, kinds,
     stores::postgres::{
         Postgres,
         accept::NewJob,
@@ -28,6 +28,8 @@ pub const MAX_PER_TENANT: i64 = 1000;
 pub const MAX_CATCH_UP: i32 = 1000;
 /// Coming ticks that are told at once.
 pub const MAX_NEXT: usize = 1000;
+/// How often a schedule is read that gets other times while it is resumed.
+const RESUMES: usize = 5;
 
 /// A schedule to make, or to put in the place of one.
 #[derive(Debug, Clone, PartialEq)]
@@ -183,11 +185,17 @@ impl Schedules {
 
     /// Lets a schedule make jobs again, from its first tick after now on: what was not wanted meanwhile is not made up for.
     pub async fn resume(&self, tenant: &TenantId, name: &str) -> Result<Schedule, ScheduleError> {
-        let schedule = self.get(tenant, name).await?;
-        let table = Timetable::read(&schedule.cron, &schedule.time_zone)?;
-        let next = table.next_after(self.now().await?);
-        let resumed = self.ask(self.postgres.resume_schedule(tenant.as_str(), name, next)).await?;
-        resumed.ok_or_else(|| ScheduleError::Unknown(name.to_owned()))
+        for _ in 0..RESUMES {
+            let schedule = self.get(tenant, name).await?;
+            let table = Timetable::read(&schedule.cron, &schedule.time_zone)?;
+            let next = table.next_after(self.now().await?);
+            if let Some(resumed) = self.ask(self.postgres.resume_schedule(&schedule, next)).await? {
+                return Ok(resumed);
+            }
+            // It has other times by now, or is gone.
+        }
+        let message = format!("the schedule {name:?} gets other times again and again: try again");
+        Err(StoreError::new(Dependency::Postgres, Class::Transient, message).into())
     }
 
     /// Removes a schedule. The jobs it has made stay.

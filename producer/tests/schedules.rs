@@ -241,6 +241,37 @@ async fn a_paused_schedule_makes_nothing_and_makes_up_for_nothing_when_it_goes_o
 }
 
 #[tokio::test]
+async fn a_schedule_that_gets_other_times_while_it_is_resumed_goes_on_with_those() {
+    let times = Times::new().await;
+    let acme = tenant("acme");
+    times.make("08:30:00", &report("hourly", "0 * * * *")).await;
+    times.schedules.pause(&acme, "hourly").await.unwrap();
+    // An update that has not committed yet.
+    let mut update = times.stage.postgres.begin().await.unwrap();
+    sqlx::query("UPDATE schedules SET cron = '20 * * * *', next_tick_at = $1")
+        .bind(clock("10:20:00"))
+        .execute(&mut *update)
+        .await
+        .unwrap();
+    let schedules = times.schedules.at(clock("10:00:01"));
+    let resumed = tokio::spawn(async move { schedules.resume(&tenant("acme"), "hourly").await });
+    eventually(|| async {
+        let waiting: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()",
+        )
+        .fetch_one(times.stage.postgres.pool())
+        .await
+        .unwrap();
+        if waiting > 0 { Ok(()) } else { Err("it does not wait for the update".to_owned()) }
+    })
+    .await;
+    update.commit().await.unwrap();
+    let resumed = resumed.await.unwrap().unwrap();
+    assert_eq!((resumed.cron.as_str(), resumed.paused_at), ("20 * * * *", None));
+    assert_eq!(resumed.next_tick_at, Some(clock("10:20:00")));
+}
+
+#[tokio::test]
 async fn an_update_changes_what_is_made_and_loses_no_tick_that_is_due() {
     let times = Times::new().await;
     let mut new = report("hourly", "0 * * * *");

@@ -369,21 +369,22 @@ impl Postgres {
         .await?)
     }
 
-    /// Lets a paused schedule make jobs again, from the tick `next` on: those meanwhile were not missed but not wanted. One
-    /// that is not paused is left as it is.
+    /// Lets a paused schedule make jobs again, from the tick `next` on, which the caller has worked out from `read`: those
+    /// meanwhile were not missed but not wanted. One that is not paused is left as it is. `None`: it has other times than
+    /// `read` by now, or is gone.
     pub async fn resume_schedule(
         &self,
-        tenant: &str,
-        name: &str,
+        read: &Schedule,
         next: Option<DateTime<Utc>>,
     ) -> Result<Option<Schedule>, StoreError> {
         Ok(sqlx::query_as(sqlx::AssertSqlSafe(format!(
-            "UPDATE schedules SET next_tick_at = CASE WHEN paused_at IS NULL THEN next_tick_at ELSE $3 END, paused_at = NULL,
+            "UPDATE schedules SET next_tick_at = CASE WHEN paused_at IS NULL THEN next_tick_at ELSE $4 END, paused_at = NULL,
                     updated_at = now()
-             WHERE tenant = $1 AND name = $2 RETURNING {SCHEDULE}"
+             WHERE id = $1 AND cron = $2 AND time_zone = $3 RETURNING {SCHEDULE}"
         )))
-        .bind(tenant)
-        .bind(name)
+        .bind(read.id)
+        .bind(&read.cron)
+        .bind(&read.time_zone)
         .bind(next)
         .fetch_optional(&self.pool)
         .await?)
