@@ -134,7 +134,7 @@ fn nul<T>() -> Result<T, EnqueueError> {
 }
 
 /// Bytes of a value's JSON, without making it.
-fn json_size(value: &Value) -> usize {
+pub(crate) fn json_size(value: &Value) -> usize {
     struct Count(usize);
     impl io::Write for Count {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

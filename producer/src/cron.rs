@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
+    checks::json_size,
     pacing::{Growing, pause, within},
     timetable::Timetable,
 };
@@ -35,6 +36,9 @@ use crate::{
 const BATCH: i64 = 50;
 /// Ticks that are on time and enqueued at once at most: those of a schedule with seconds whose process was held up.
 const MAX_ON_TIME: usize = 100;
+/// Bytes of payload, as JSON, that one transaction enqueues at most, unless a single job has more. What a schedule's late
+/// ticks have beyond it is left out, the oldest first; all else is left to the next round, which comes at once.
+const MAX_BYTES: usize = 16 * 1024 * 1024;
 /// Longest time between two looks: how late a tick may be noticed that another process has scheduled meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Shortest time between two looks.
@@ -121,16 +125,25 @@ impl Cron {
         unread.iter().map(|(id, at)| (*id, *at)).collect()
     }
 
-    /// Deals with schedules that are due, at most 50, in one transaction.
+    /// Deals with schedules that are due, at most 50 and as many as 16 MiB of payload let, in one transaction.
     pub async fn round(&self) -> Result<Round, StoreError> {
         let limit = self.postgres.call_timeout() * 2;
         let due = within(limit, self.postgres.due_schedules(self.now, BATCH, &self.unread())).await?;
-        let mut round = Round { schedules: due.schedules.len(), ..Round::default() };
+        let mut round = Round::default();
         if due.schedules.is_empty() {
             return Ok(round);
         }
-        let plans: Vec<Plan> =
-            due.schedules.iter().map(|schedule| Plan::of(schedule, due.now, self.on_time)).collect();
+        let (mut plans, mut bytes): (Vec<Plan>, usize) = (vec![], 0);
+        for schedule in &due.schedules {
+            let plan = Plan::of(schedule, due.now, self.on_time);
+            bytes = bytes.saturating_add(plan.bytes);
+            // It, and those behind it, are due still.
+            if bytes > MAX_BYTES && !plans.is_empty() {
+                break;
+            }
+            plans.push(plan);
+        }
+        round.schedules = plans.len();
         let names: Vec<(String, String, DateTime<Utc>)> =
             due.schedules.iter().map(|s| (s.tenant.clone(), s.name.clone(), s.updated_at)).collect();
         let ticks: Vec<Tick> = plans.iter().map(|plan| plan.tick.clone()).collect();
@@ -143,6 +156,10 @@ impl Cron {
             let error = match answer {
                 Ticked::Enqueued(_) => plan.tick.error.clone(),
                 Ticked::Refused(error) => Some(error),
+                Ticked::Left(error) => {
+                    tracing::warn!(tenant, schedule = name, error, "a tick waits");
+                    continue;
+                }
             };
             match error {
                 None => {
@@ -177,6 +194,8 @@ struct Plan {
     late: usize,
     /// Whether late ticks are left out.
     skipped: bool,
+    /// Of its jobs' payloads together.
+    bytes: usize,
 }
 
 impl Plan {
@@ -195,6 +214,7 @@ impl Plan {
                 },
                 late: 0,
                 skipped: false,
+                bytes: 0,
             },
         }
     }
@@ -202,6 +222,8 @@ impl Plan {
     fn read(schedule: &Schedule, now: DateTime<Utc>, on_time: Duration) -> Result<Self, String> {
         let table =
             Timetable::read(&schedule.cron, &schedule.time_zone).map_err(|error| error.to_string())?;
+        let size = json_size(&schedule.payload).max(1);
+        let fits = (MAX_BYTES / size).max(1);
         let first = schedule.next_tick_at.unwrap_or(now);
         let fresh_from = now - chrono::Duration::from_std(on_time).unwrap_or_default();
         let (on_time, more) = table.newest(first.max(fresh_from), now, MAX_ON_TIME);
@@ -212,15 +234,22 @@ impl Plan {
             CatchUp::All => usize::try_from(schedule.max_catch_up).unwrap_or(0),
         };
         let late_until = on_time.first().map_or(now, |tick| *tick - chrono::Duration::milliseconds(1));
-        let (late, left_out) =
-            if first <= late_until { table.newest(first, late_until, bound) } else { (vec![], false) };
+        let (late, left_out) = if first <= late_until {
+            table.newest(first, late_until, bound.min(fits))
+        } else {
+            (vec![], false)
+        };
+        // No tick that is on time is lost for its size.
+        let room = fits - late.len();
+        let next = on_time.get(room).copied().or_else(|| table.next_after(now));
         let jobs = late
             .iter()
-            .chain(&on_time)
+            .chain(on_time.iter().take(room))
             .map(|tick| Ok((*tick, job_of(schedule, *tick)?)))
-            .collect::<Result<_, String>>()?;
-        let tick = Tick { schedule: schedule.id, jobs, next: table.next_after(now), error: None };
-        Ok(Self { tick, late: late.len(), skipped: left_out || more })
+            .collect::<Result<Vec<_>, String>>()?;
+        let bytes = size.saturating_mul(jobs.len());
+        let tick = Tick { schedule: schedule.id, jobs, next, error: None };
+        Ok(Self { tick, late: late.len(), skipped: left_out || more, bytes })
     }
 }
 

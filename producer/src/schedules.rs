@@ -24,7 +24,7 @@ use crate::{
 
 /// Schedules that one tenant may have.
 pub const MAX_PER_TENANT: i64 = 1000;
-/// Late ticks that [`CatchUp::All`] may make up for.
+/// Late ticks that [`CatchUp::All`] may make up for; of large payloads as many as 16 MiB hold.
 pub const MAX_CATCH_UP: i32 = 1000;
 /// Coming ticks that are told at once.
 pub const MAX_NEXT: usize = 1000;

@@ -415,6 +415,77 @@ async fn a_schedule_that_a_process_can_not_read_says_so_and_is_left_to_those_tha
 }
 
 #[tokio::test]
+async fn a_schedule_that_the_ledger_fails_on_keeps_no_other_from_its_tick() {
+    let times = Times::new().await;
+    let pool = times.stage.postgres.pool();
+    let odd = NewSchedule::new(tenant("acme"), "odd", "odd", json!({}), "0 * * * *");
+    times.make("08:30:00", &odd).await;
+    times.make("08:30:00", &report("sound", "0 * * * *")).await;
+    for sql in [
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'a test''s'; END $$",
+        "CREATE TRIGGER refuse BEFORE INSERT ON jobs FOR EACH ROW WHEN (NEW.kind = 'odd') EXECUTE FUNCTION refuse()",
+    ] {
+        sqlx::query(sql).execute(pool).await.unwrap();
+    }
+    let round = times.cron.at(clock("09:00:00")).round().await.unwrap();
+    assert_eq!((round.enqueued, round.refused), (1, 1));
+    let odd = times.get("odd").await;
+    assert!(odd.last_error.unwrap().contains("a test's"));
+    assert_eq!(odd.next_tick_at, Some(clock("10:00:00")));
+    // With nothing to compare it with it may be the ledger itself: the tick is kept.
+    times.schedules.pause(&tenant("acme"), "sound").await.unwrap();
+    times.cron.at(clock("10:00:00")).round().await.unwrap_err();
+    assert_eq!(times.get("odd").await.next_tick_at, Some(clock("10:00:00")));
+    sqlx::query("DROP TRIGGER refuse ON jobs").execute(pool).await.unwrap();
+    times.tick_until("10:00:01", 2).await;
+    assert_eq!(times.made().await, ["09:00", "10:00"]);
+    assert_eq!(times.get("odd").await.last_error, None);
+}
+
+/// Sixteen of its jobs fit into what one transaction enqueues.
+fn large(name: &str, cron: &str) -> NewSchedule {
+    NewSchedule { payload: json!({ "text": "x".repeat(1_000_000) }), ..report(name, cron) }
+}
+
+#[tokio::test]
+async fn what_is_made_up_for_at_once_is_bounded_in_bytes_for_a_schedule_and_for_a_round() {
+    let times = Times::new().await;
+    for name in ["a", "b"] {
+        let new = NewSchedule { catch_up: CatchUp::All, max_catch_up: 1000, ..large(name, "* * * * *") };
+        times.make("08:00:30", &new).await;
+    }
+    let cron = times.cron.at(clock("18:00:30"));
+    // The newest late ticks of one; then those of the other; then the tick on time of both.
+    for (schedules, enqueued, caught_up, skipped) in
+        [(1, 0, 16, 1), (1, 0, 16, 1), (2, 2, 0, 0), (0, 0, 0, 0)]
+    {
+        let round = cron.round().await.unwrap();
+        assert_eq!(
+            (round.schedules, round.enqueued, round.caught_up, round.skipped),
+            (schedules, enqueued, caught_up, skipped)
+        );
+    }
+    let made = times.made().await;
+    assert_eq!((made.len(), made[0].as_str(), made[33].as_str()), (34, "17:44", "18:00"));
+    for name in ["a", "b"] {
+        assert_eq!(times.get(name).await.next_tick_at, Some(clock("18:01:00")), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn ticks_on_time_that_do_not_fit_into_one_round_come_with_the_next() {
+    let times = Times::new().await;
+    times.make("08:00:20", &large("each", "* * * * * *")).await;
+    let cron = times.cron.at(clock("08:01:00"));
+    for enqueued in [16, 16, 8, 0] {
+        let round = cron.round().await.unwrap();
+        assert_eq!((round.enqueued, round.caught_up, round.skipped), (enqueued, 0, 0));
+    }
+    assert_eq!(times.stage.rows().await, 40);
+    assert_eq!(times.get("each").await.next_tick_at, Some(clock("08:01:01")));
+}
+
+#[tokio::test]
 async fn an_update_brings_a_schedule_without_a_next_tick_back() {
     let times = Times::new().await;
     let new = report("hourly", "0 * * * *");

@@ -24,7 +24,7 @@ pub enum CatchUp {
     /// One job stands for all of them, that of the latest.
     #[default]
     One,
-    /// A job for each of them, for the newest `max_catch_up` at most.
+    /// A job for each of them, for the newest `max_catch_up` at most, and for as many as 16 MiB of payload hold.
     All,
 }
 
@@ -158,6 +158,8 @@ pub enum Ticked {
     Enqueued(usize),
     /// The ledger refuses these jobs for good, or their queue takes none now. The schedule has moved on, and says so.
     Refused(String),
+    /// The ledger was not done with these jobs in time. The schedule is as it was, and still due.
+    Left(String),
 }
 
 /// Due schedules, locked until [`Due::tick`] or drop: a process that dies in between leaves them to the next.
@@ -172,9 +174,11 @@ pub struct Due {
 
 impl Due {
     /// Commits ticks: the jobs, which are left to the relay, and the time of the next tick, in one transaction. One answer
-    /// for each. A schedule whose jobs the ledger refuses keeps no other from its tick.
+    /// for each. A schedule whose jobs the ledger refuses, or fails on, keeps no other from its tick. Where none was enqueued
+    /// and the ledger failed on one, that is the ledger's fault for all that is known: nothing has changed then.
     pub async fn tick(mut self, ticks: &[Tick]) -> Result<Vec<Ticked>, StoreError> {
         let mut answers = Vec::with_capacity(ticks.len());
+        let (mut sound, mut failed) = (false, vec![]);
         for tick in ticks {
             let jobs: Vec<NewJob> = tick.jobs.iter().map(|(_, job)| job.clone()).collect();
             let mut inner = self.tx.begin().await?;
@@ -185,6 +189,7 @@ impl Due {
                 match self.postgres.accept_in(&mut inner, &jobs, false).await {
                     Ok(replies) => {
                         inner.commit().await?;
+                        sound |= !jobs.is_empty();
                         let new = replies.iter().filter(|reply| matches!(reply, Accepted::New(_)));
                         Ticked::Enqueued(new.count())
                     }
@@ -192,11 +197,23 @@ impl Due {
                         inner.rollback().await?;
                         Ticked::Refused(error.message)
                     }
+                    Err(error) if matches!(error.class, Class::Permanent | Class::Timeout) => {
+                        inner.rollback().await?;
+                        let answer = match error.class {
+                            Class::Permanent => Ticked::Refused(error.message.clone()),
+                            _ => Ticked::Left(error.message.clone()),
+                        };
+                        failed.push(error);
+                        answer
+                    }
                     Err(error) => return Err(error),
                 }
             };
             move_on(&mut self.tx, tick, &answer).await?;
             answers.push(answer);
+        }
+        if let Some(error) = failed.into_iter().next().filter(|_| !sound) {
+            return Err(error);
         }
         self.tx.commit().await?;
         Ok(answers)
@@ -224,6 +241,7 @@ async fn move_on(connection: &mut PgConnection, tick: &Tick, answer: &Ticked) ->
     let error = match answer {
         Ticked::Refused(error) => Some(error.as_str()),
         Ticked::Enqueued(_) => tick.error.as_deref(),
+        Ticked::Left(_) => return Ok(()),
     };
     let last = tick.jobs.last().filter(|_| error.is_none());
     sqlx::query(
