@@ -22,6 +22,7 @@ use sagas::{
     stores::postgres::{
         Postgres, PostgresConfig,
         accept::NewJob,
+        batches::{BatchId, Callback, CallbackOn, Changed, NewBatch},
         inspect::JobView,
         ledger::Cancel,
         take::{Take, TakeBatch, TakeItem},
@@ -921,6 +922,61 @@ async fn a_parent_that_turns_back_ends_its_children_first() {
         *states.entry(stage.job(child).await.state).or_insert(0) += 1;
     }
     assert_eq!(states, HashMap::from([(sagas::JobState::Succeeded, 1), (sagas::JobState::Cancelled, 2)]));
+}
+
+#[tokio::test]
+async fn the_children_of_a_batchs_member_count_by_their_parents_end_and_are_cancelled_by_it() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let engine = stage.saga(vec![parent(&log)]);
+    let tenant = TenantId::new("acme").unwrap();
+    let begun = async || {
+        let member = NewJob::new(KIND, queue_name(), tenant.clone(), json!({}));
+        let after = NewJob::new("after", QueueName::new("after").unwrap(), tenant.clone(), json!({}));
+        let batch = NewBatch {
+            id: BatchId::new(),
+            tenant: tenant.clone(),
+            name: "outer".to_owned(),
+            parent: None,
+            callback: Some(Callback { on: CallbackOn::Success, job: after }),
+        };
+        stage.postgres.create_batch(&batch, std::slice::from_ref(&member), true, true).await.unwrap();
+        assert!(matches!(stage.deliver(&engine, member.id).await, Ended::Release(_)));
+        (batch.id, member.id, stage.children_of(member.id).await)
+    };
+    let view = async |id| stage.postgres.batch(id, None).await.unwrap().unwrap();
+
+    // The parent says what a dead child means.
+    let (outer, id, children) = begun().await;
+    stage.end_child(children[0], "dead", None).await;
+    for child in &children[1..] {
+        stage.end_child(*child, "succeeded", None).await;
+    }
+    stage.collect().await;
+    assert_eq!(view(outer).await.finished_at, None, "the parent has not ended");
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    stage.collect().await;
+    let seen = view(outer).await;
+    assert_eq!((seen.total, seen.succeeded, seen.failed), (1, 1, 0));
+    assert!(seen.called_at.is_some());
+
+    let (outer, id, children) = begun().await;
+    let cancel = async || {
+        for batch in stage.postgres.batches_to_cancel(10).await.unwrap() {
+            stage.postgres.cancel_members(batch, uuid::Uuid::nil(), 100).await.unwrap();
+        }
+    };
+    assert_eq!(stage.postgres.cancel_batch(outer, None).await.unwrap(), Changed::Done);
+    cancel().await;
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)), "its children have not ended");
+    cancel().await;
+    stage.collect().await;
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    stage.collect().await;
+    for job in children.into_iter().chain([id]) {
+        assert_eq!(stage.job(job).await.state, "cancelled");
+    }
+    let seen = view(outer).await;
+    assert_eq!((seen.total, seen.cancelled, seen.finished_at.is_some()), (1, 1, true));
 }
 
 #[tokio::test]

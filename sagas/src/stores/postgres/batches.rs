@@ -211,7 +211,7 @@ impl Postgres {
     ) -> Result<Created, StoreError> {
         let mut tx = self.begin().await?;
         let callback = batch.callback.as_ref().map(|callback| self.seal_job(&callback.job)).transpose()?;
-        let callback = match insert(&mut tx, batch, callback.as_ref()).await? {
+        let callback = match insert(&mut tx, batch, callback.as_ref(), true).await? {
             Inserted::Refused(why) => return Ok(why),
             Inserted::New => callback.map(|job| job.id),
             Inserted::There { callback } => {
@@ -314,11 +314,14 @@ pub(super) enum Inserted {
     Refused(Created),
 }
 
-/// Inserts the batch, unless it is there.
+/// Inserts the batch, unless it is there. With `counted` it is a member of its parent's own batch. The children that a saga
+/// waits for are not: the parent ends after them, so its own end speaks for them, also where one of them failed and was
+/// mended since.
 pub(super) async fn insert(
     connection: &mut PgConnection,
     batch: &NewBatch,
     callback: Option<&NewJob>,
+    counted: bool,
 ) -> Result<Inserted, StoreError> {
     let tenant = batch.tenant.to_string();
     let known: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM tenants WHERE id = $1)")
@@ -342,7 +345,9 @@ pub(super) async fn insert(
         .fetch_optional(&mut *connection)
         .await?;
         let Some(row) = row else { return Ok(Inserted::Refused(Created::NoParent(parent))) };
-        outer = row.try_get("batch_id")?;
+        if counted {
+            outer = row.try_get("batch_id")?;
+        }
     }
     let inserted = sqlx::query(
         "INSERT INTO batches (id, tenant, name, parent, outer_batch, callback, callback_on) VALUES ($1, $2, $3, $4, $5, $6, $7)

@@ -259,7 +259,7 @@ impl Postgres {
         jobs: &[NewJob],
     ) -> Result<(), StoreError> {
         let refused = |what: String| StoreError::new(Dependency::Postgres, Class::Permanent, what);
-        if let Inserted::Refused(why) = batches::insert(connection, batch, None).await? {
+        if let Inserted::Refused(why) = batches::insert(connection, batch, None, false).await? {
             return Err(refused(format!("the children can't be enqueued: {why:?}")));
         }
         let jobs: Vec<NewJob> = jobs
