@@ -60,29 +60,28 @@ const OVER_FETCH: usize = 32;
 
 impl Stores {
     /// The document as published now. `None`: unknown, deleted, or not ingested yet. The cache saves reading the text; when
-    /// it is down or wrong, Postgres serves.
+    /// it is down, hangs or is wrong, Postgres serves.
     pub async fn document(&self, tenant: &str, document: &str) -> Result<Option<Document>, StepError> {
         // A version read just before it is replaced keeps its text for the grace period; a second look is enough.
         for _ in 0..2 {
             let Some(version) = self.postgres.current_version(tenant, document).await? else {
                 return Ok(None);
             };
-            let cached = match self.cache.get(version.version).await {
-                Ok(cached) => {
-                    cached.filter(|e| e.content_hash == version.content_hash && e.tenant == version.tenant)
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "reading past the cache");
-                    None
-                }
-            };
-            if let Some(entry) = cached {
+            let read = self.cache.get(version.version).await;
+            let answers = read.is_ok();
+            let cached = read.unwrap_or_else(|error| {
+                tracing::debug!(%error, "reading past the cache");
+                None
+            });
+            let right = |e: &Entry| e.content_hash == version.content_hash && e.tenant == version.tenant;
+            if let Some(entry) = cached.filter(right) {
                 return Ok(Some(Document { version, text: entry.body, cached: true }));
             }
             let Some(body) = self.postgres.body(version.version).await? else { continue };
             let entry =
                 Entry { body, content_hash: version.content_hash.clone(), tenant: version.tenant.clone() };
-            if let Err(error) = self.cache.put_tagged(version.document_id, version.version, &entry).await {
+            if answers && let Err(error) = self.cache.fill(version.document_id, version.version, &entry).await
+            {
                 tracing::debug!(%error, "the cache was not filled");
             }
             return Ok(Some(Document { version, text: entry.body, cached: false }));

@@ -29,7 +29,7 @@ async fn the_cache_follows_the_master_that_sentinels_name() {
     let (version, entry) =
         (Uuid::now_v7(), Entry { body: "text".into(), content_hash: "x".into(), tenant: "acme".into() });
     cache.put(version, &entry).await.unwrap();
-    assert_eq!(cache.get(version).await.unwrap(), Some(entry.clone()));
+    assert_eq!(cache.peek(version).await.unwrap(), Some(entry.clone()));
     // The master becomes a replica without closing a connection.
     let client = redis::Client::open(first.url()).unwrap();
     let mut raw = client.get_multiplexed_async_connection().await.unwrap();
@@ -38,11 +38,11 @@ async fn the_cache_follows_the_master_that_sentinels_name() {
     let error = cache.put(version, &entry).await.unwrap_err();
     assert!(error.is_unavailable(), "{error}");
     cache.put(version, &entry).await.unwrap();
-    assert_eq!(cache.get(version).await.unwrap(), Some(entry));
+    assert_eq!(cache.peek(version).await.unwrap(), Some(entry));
     second.kill9().await.unwrap();
-    let error = cache.get(version).await.unwrap_err();
+    let error = cache.peek(version).await.unwrap_err();
     assert!(error.is_unavailable(), "{error}");
     second.restart().await.unwrap();
     cache.probe().await.unwrap();
-    cache.get(version).await.unwrap();
+    cache.peek(version).await.unwrap();
 }

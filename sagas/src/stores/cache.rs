@@ -1,11 +1,15 @@
 //! The cache Redis: bodies of published versions, by version. A wrong entry can't exist, because a version never changes;
 //! an absent one is filled from Postgres. Each document has a tag with the versions that have entries.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use metrics::counter;
 use queue::{Access, address::redacted};
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
@@ -20,6 +24,10 @@ use crate::{
 const TTL: Duration = Duration::from_secs(24 * 3600);
 /// Versions that a document's tag names at most: the latest.
 const TAGGED: isize = 64;
+/// What a reader waits for the cache at most, and as long again where it has to connect first: Postgres has the text, too.
+const READ_WITHIN: Duration = Duration::from_millis(250);
+/// How long readers leave a cache alone that has failed one of them.
+const LEFT_ALONE: Duration = Duration::from_secs(1);
 
 /// How to connect.
 #[derive(Clone)]
@@ -74,6 +82,36 @@ pub struct Cache {
     line: CacheLine,
     prefix: String,
     announcer: Announcer,
+    reads: LeftAlone,
+    fills: LeftAlone,
+}
+
+/// Whether readers leave the cache alone, and why. Once that is over one of them asks, and the others go on without the cache
+/// until that one has heard from it. Clones are the same.
+#[derive(Clone, Default)]
+struct LeftAlone(Arc<Mutex<Option<(Instant, StoreError)>>>);
+
+impl LeftAlone {
+    fn lock(&self) -> MutexGuard<'_, Option<(Instant, StoreError)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An error says that the caller goes on without the cache.
+    fn may_ask(&self) -> Result<(), StoreError> {
+        if let Some((until, error)) = self.lock().as_mut() {
+            let now = Instant::now();
+            if now < *until {
+                return Err(error.clone());
+            }
+            *until = now + LEFT_ALONE;
+        }
+        Ok(())
+    }
+
+    fn heard<T>(&self, answer: Result<T, StoreError>) -> Result<T, StoreError> {
+        *self.lock() = answer.as_ref().err().map(|error| (Instant::now() + LEFT_ALONE, error.clone()));
+        answer
+    }
 }
 
 impl Cache {
@@ -81,7 +119,7 @@ impl Cache {
     pub fn lazy(config: &CacheConfig) -> Result<Self, StoreError> {
         let (line, prefix) = (CacheLine::new(config)?, config.prefix.clone());
         let announcer = Announcer::new(line.clone(), format!("{prefix}:events"));
-        Ok(Self { line, prefix, announcer })
+        Ok(Self { line, prefix, announcer, reads: LeftAlone::default(), fills: LeftAlone::default() })
     }
 
     /// Whether the server answers within a second, on a connection of its own.
@@ -108,6 +146,18 @@ impl Cache {
 
     /// Writes a version's entry and tags it with its document.
     pub async fn put_tagged(&self, document: Uuid, version: Uuid, entry: &Entry) -> Result<(), StoreError> {
+        self.line.pipeline(&self.tagged(document, version, entry)?).await
+    }
+
+    /// The same by a reader who missed the entry: it waits a quarter of a second at most, and leaves a cache alone for a second
+    /// that an entry could not be written to.
+    pub async fn fill(&self, document: Uuid, version: Uuid, entry: &Entry) -> Result<(), StoreError> {
+        let pipe = self.tagged(document, version, entry)?;
+        self.fills.may_ask()?;
+        self.fills.heard(self.line.pipeline_within(READ_WITHIN, &pipe).await)
+    }
+
+    fn tagged(&self, document: Uuid, version: Uuid, entry: &Entry) -> Result<redis::Pipeline, StoreError> {
         let tag = self.tag(document);
         let mut pipe = redis::pipe();
         pipe.add_command(self.set(version, entry)?).ignore();
@@ -119,7 +169,7 @@ impl Cache {
             .ignore();
         pipe.cmd("ZREMRANGEBYRANK").arg(&tag).arg(0).arg(-TAGGED - 1).ignore();
         pipe.cmd("EXPIRE").arg(&tag).arg(TTL.as_secs()).ignore();
-        self.line.pipeline(&pipe).await
+        Ok(pipe)
     }
 
     /// Writes a version's entry without a tag.
@@ -137,9 +187,12 @@ impl Cache {
         Ok(set)
     }
 
-    /// Reads a version's entry and counts the hit or miss.
+    /// Reads a version's entry for a reader, and counts the hit or miss. Waits a quarter of a second at most, twice that to
+    /// connect. After a failure readers get its error for a second, without a call.
     pub async fn get(&self, version: Uuid) -> Result<Option<Entry>, StoreError> {
-        let entry = self.peek(version).await?;
+        self.reads.may_ask()?;
+        let read = self.line.command_within::<Option<String>>(READ_WITHIN, &self.read(version)).await;
+        let entry = self.reads.heard(read)?.map(entry_of);
         counter!(if entry.is_some() { "redis_cache_hits_total" } else { "redis_cache_misses_total" })
             .increment(1);
         Ok(entry)
@@ -147,16 +200,14 @@ impl Cache {
 
     /// Reads without counting; an entry that can't be read as one counts as wrong content, not as absent.
     pub async fn peek(&self, version: Uuid) -> Result<Option<Entry>, StoreError> {
+        let text: Option<String> = self.line.command(&self.read(version)).await?;
+        Ok(text.map(entry_of))
+    }
+
+    fn read(&self, version: Uuid) -> redis::Cmd {
         let mut get = redis::cmd("GET");
         get.arg(self.key(version));
-        let text: Option<String> = self.line.command(&get).await?;
-        Ok(text.map(|text| {
-            serde_json::from_str(&text).unwrap_or(Entry {
-                body: text,
-                content_hash: String::new(),
-                tenant: String::new(),
-            })
-        }))
+        get
     }
 
     /// Removes versions' entries. `event` says why, for the metric: `compensated`, `retired`, `deleted`, `repaired`.
@@ -210,5 +261,32 @@ impl Cache {
             .map(|key| key.strip_prefix(&prefix).and_then(|v| v.parse().ok()).ok_or(key))
             .collect();
         Ok((versions, next))
+    }
+}
+
+fn entry_of(text: String) -> Entry {
+    serde_json::from_str(&text).unwrap_or(Entry {
+        body: text,
+        content_hash: String::new(),
+        tenant: String::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cache_that_failed_is_left_alone_and_then_asked_by_one() {
+        let alone = LeftAlone::default();
+        assert!(alone.may_ask().is_ok() && alone.may_ask().is_ok());
+        let failure = StoreError::new(Dependency::Cache, Class::Unavailable, "no answer");
+        assert!(alone.heard::<()>(Err(failure)).is_err());
+        assert!(alone.may_ask().is_err());
+        tokio::time::advance(LEFT_ALONE).await;
+        assert!(alone.may_ask().is_ok());
+        assert!(alone.may_ask().is_err(), "two ask a cache that has not answered yet");
+        assert!(alone.heard(Ok(())).is_ok());
+        assert!(alone.may_ask().is_ok() && alone.may_ask().is_ok());
     }
 }

@@ -1,7 +1,7 @@
 //! The cache's connection: one server or a Sentinels' master, opened when needed and again after an error.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -10,7 +10,7 @@ use queue::{
     dial::{Topology, Wire},
 };
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, ServerErrorKind};
-use tokio::{sync::Mutex, time::timeout};
+use tokio::time::timeout;
 
 use crate::{
     error::{Class, Dependency, StoreError},
@@ -26,7 +26,14 @@ const CONNECT_PAUSE: Duration = Duration::from_millis(50);
 pub(super) struct CacheLine {
     dialer: Dialer,
     limit: Duration,
-    state: Arc<Mutex<State>>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// Held by whoever opens a connection; the others wait for that one.
+    opening: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -48,7 +55,7 @@ impl CacheLine {
                  redis-sentinel://, rediss-sentinel://)",
             ));
         }
-        Ok(Self { dialer, limit: config.call_timeout, state: Arc::default() })
+        Ok(Self { dialer, limit: config.call_timeout, shared: Arc::default() })
     }
 
     /// Opens a connection of its own; the caller bounds it.
@@ -60,19 +67,45 @@ impl CacheLine {
     pub(super) async fn command<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, StoreError> {
         let (number, mut wire) = self.wire().await?;
         let answer = timeout(self.limit, command.query_async(&mut wire.redis)).await.ok();
-        self.keep_or_drop(number, answer).await
+        self.keep_or_drop(number, self.limit, answer)
     }
 
     /// Runs several commands in one round trip.
     pub(super) async fn pipeline<T: FromRedisValue>(&self, pipeline: &Pipeline) -> Result<T, StoreError> {
         let (number, mut wire) = self.wire().await?;
         let answer = timeout(self.limit, pipeline.query_async(&mut wire.redis)).await.ok();
-        self.keep_or_drop(number, answer).await
+        self.keep_or_drop(number, self.limit, answer)
     }
 
-    async fn keep_or_drop<T>(
+    /// [`command`](Self::command) for who waits no longer than this, and as long before that for a connection if there is
+    /// none. One that is being opened by then is there for later calls.
+    pub(super) async fn command_within<T: FromRedisValue>(
+        &self,
+        limit: Duration,
+        command: &Cmd,
+    ) -> Result<T, StoreError> {
+        let limit = limit.min(self.limit);
+        let (number, mut wire) = self.wire_within(limit).await?;
+        let answer = timeout(limit, command.query_async(&mut wire.redis)).await.ok();
+        self.keep_or_drop(number, limit, answer)
+    }
+
+    /// [`pipeline`](Self::pipeline), in the same way.
+    pub(super) async fn pipeline_within<T: FromRedisValue>(
+        &self,
+        limit: Duration,
+        pipeline: &Pipeline,
+    ) -> Result<T, StoreError> {
+        let limit = limit.min(self.limit);
+        let (number, mut wire) = self.wire_within(limit).await?;
+        let answer = timeout(limit, pipeline.query_async(&mut wire.redis)).await.ok();
+        self.keep_or_drop(number, limit, answer)
+    }
+
+    fn keep_or_drop<T>(
         &self,
         number: u64,
+        limit: Duration,
         answer: Option<Result<T, RedisError>>,
     ) -> Result<T, StoreError> {
         let (error, broken) = match answer {
@@ -83,10 +116,10 @@ impl CacheLine {
                     || error.kind() == ServerErrorKind::ReadOnly.into();
                 (error.into(), broken)
             }
-            None => (self.late("answer"), true),
+            None => (late("answer", limit), true),
         };
         if broken {
-            let mut state = self.state.lock().await;
+            let mut state = self.state();
             if state.live.as_ref().is_some_and(|(current, _)| *current == number) {
                 state.live = None;
             }
@@ -94,17 +127,32 @@ impl CacheLine {
         Err(error)
     }
 
-    async fn wire(&self) -> Result<(u64, Wire), StoreError> {
-        let mut state = self.state.lock().await;
+    // A plain mutex: it is held for moments and never across an await.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection, or why there was none a moment ago.
+    fn known(&self) -> Option<Result<(u64, Wire), StoreError>> {
+        let state = self.state();
         if let Some(live) = &state.live {
-            return Ok(live.clone());
+            return Some(Ok(live.clone()));
         }
-        if let Some((at, error)) = &state.failed
-            && at.elapsed() < CONNECT_PAUSE
-        {
-            return Err(error.clone());
+        let (at, error) = state.failed.as_ref()?;
+        (at.elapsed() < CONNECT_PAUSE).then(|| Err(error.clone()))
+    }
+
+    async fn wire(&self) -> Result<(u64, Wire), StoreError> {
+        if let Some(known) = self.known() {
+            return known;
         }
-        let opened = timeout(self.limit, self.open()).await.unwrap_or_else(|_| Err(self.late("connection")));
+        let _opening = self.shared.opening.lock().await;
+        if let Some(known) = self.known() {
+            return known;
+        }
+        let opened =
+            timeout(self.limit, self.open()).await.unwrap_or_else(|_| Err(late("connection", self.limit)));
+        let mut state = self.state();
         match opened {
             Ok(wire) => {
                 state.opened += 1;
@@ -120,10 +168,21 @@ impl CacheLine {
         }
     }
 
-    fn late(&self, what: &str) -> StoreError {
-        let text = format!("no {what} within {:?}", self.limit);
-        StoreError::new(Dependency::Cache, Class::Unavailable, text)
+    async fn wire_within(&self, limit: Duration) -> Result<(u64, Wire), StoreError> {
+        if let Some(known) = self.known() {
+            return known;
+        }
+        let line = self.clone();
+        let opening = tokio::spawn(async move { line.wire().await });
+        match timeout(limit, opening).await {
+            Ok(Ok(wire)) => wire,
+            Ok(Err(_)) | Err(_) => Err(late("connection", limit)),
+        }
     }
+}
+
+fn late(what: &str, limit: Duration) -> StoreError {
+    StoreError::new(Dependency::Cache, Class::Unavailable, format!("no {what} within {limit:?}"))
 }
 
 /// The dialer's errors speak of the queue; ours are the cache's.
