@@ -23,6 +23,7 @@ use sagas::{
         Postgres, PostgresConfig,
         accept::NewJob,
         batches::{BatchId, Callback, CallbackOn, Changed, NewBatch},
+        dead_letters::{Replay, Resolved},
         inspect::JobView,
         ledger::Cancel,
         take::{Take, TakeBatch, TakeItem},
@@ -304,6 +305,22 @@ impl Stage {
         .await
         .unwrap();
         assert_eq!(changed.rows_affected(), 1);
+    }
+
+    /// Replays a child that has died, as a person does with its letter.
+    async fn replay(&self, dead: JobId) -> JobId {
+        sqlx::query(
+            "INSERT INTO dead_letters (id, job_id, tenant, kind, queue, class, reason, payload)
+             SELECT uuid7(), id, tenant, kind, queue, 'no_way', 'no way', payload FROM jobs WHERE id = $1",
+        )
+        .bind(dead.0)
+        .execute(self.postgres.pool())
+        .await
+        .unwrap();
+        match self.postgres.replay(dead.0, &Replay::default()).await.unwrap() {
+            Resolved::Done(Some(replay)) => replay,
+            other => panic!("not replayed: {other:?}"),
+        }
     }
 
     async fn collect(&self) {
@@ -922,6 +939,113 @@ async fn a_parent_that_turns_back_ends_its_children_first() {
         *states.entry(stage.job(child).await.state).or_insert(0) += 1;
     }
     assert_eq!(states, HashMap::from([(sagas::JobState::Succeeded, 1), (sagas::JobState::Cancelled, 2)]));
+}
+
+#[tokio::test]
+async fn a_replay_of_a_dead_child_is_waited_for_and_takes_its_place() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let engine = stage.saga(vec![parent(&log)]);
+    let id = stage.enqueue().await;
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    let children = stage.children_of(id).await;
+    stage.end_child(children[0], "succeeded", Some(json!("zero"))).await;
+    stage.end_child(children[1], "dead", None).await;
+    stage.end_child(children[2], "succeeded", Some(json!("two"))).await;
+    // The batch has finished when it is replayed, and once more when the replay has died, too.
+    let mut dead = children[1];
+    for (state, result) in [("dead", None), ("succeeded", Some(json!("one")))] {
+        stage.collect().await;
+        assert!(stage.due(id).await.0 <= 0, "not woken");
+        dead = stage.replay(dead).await;
+        let Ended::Release(wait) = stage.deliver(&engine, id).await else { panic!("not put off") };
+        assert!(wait > Duration::from_secs(500), "delivered again and again: {wait:?}");
+        stage.collect().await;
+        assert!(stage.due(id).await.0 > 3_600_000, "woken before the replay had ended");
+        stage.end_child(dead, state, result).await;
+    }
+    stage.collect().await;
+    let (left, undispatched) = stage.due(id).await;
+    assert!(left <= 0 && undispatched, "{left} ms, {undispatched}");
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    let result = stage.job(id).await.result.unwrap();
+    assert_eq!(result["states"], json!(["succeeded", "succeeded", "succeeded"]));
+    assert_eq!(result["results"], json!(["zero", "one", "two"]));
+    assert_eq!(result["errors"], json!([null, null, null]));
+}
+
+#[tokio::test]
+async fn a_step_that_had_its_childrens_ends_waits_again_while_one_of_them_is_replayed() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let spread = Do::new(&log, "spread", |ctx, data| {
+        async move {
+            let ends = ctx.children("parts", &[Child::new("part", json!({}))]).await?;
+            ctx.signal::<Value>("go on", Duration::from_secs(600)).await?;
+            data["states"] = json!(ends.iter().map(|end| &end.state).collect::<Vec<_>>());
+            Ok(())
+        }
+        .boxed()
+    });
+    let engine = stage.saga(vec![spread.boxed()]);
+    let id = stage.enqueue().await;
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    let child = stage.children_of(id).await[0];
+    stage.end_child(child, "dead", None).await;
+    stage.collect().await;
+    // It has the children's ends, and waits for the signal.
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    let replay = stage.replay(child).await;
+    assert_eq!(stage.postgres.signal(id, None, "go on", &json!(1)).await.unwrap(), Signalled::Sent);
+    assert!(
+        matches!(stage.deliver(&engine, id).await, Ended::Release(wait) if wait > Duration::from_secs(3600))
+    );
+    stage.end_child(replay, "succeeded", None).await;
+    stage.collect().await;
+    let (left, undispatched) = stage.due(id).await;
+    assert!(left <= 0 && undispatched, "slept through: {left} ms, {undispatched}");
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.result, Some(json!({ "states": ["succeeded"] })));
+}
+
+#[tokio::test]
+async fn a_parent_that_turns_back_ends_a_child_that_is_replayed_too() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let engine = stage.saga(vec![parent(&log)]);
+    for running in [false, true] {
+        let id = stage.enqueue().await;
+        assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+        let children = stage.children_of(id).await;
+        for (child, state) in children.iter().zip(["dead", "succeeded", "succeeded"]) {
+            stage.end_child(*child, state, None).await;
+        }
+        stage.collect().await;
+        let replay = stage.replay(children[0]).await;
+        if running {
+            sqlx::query("UPDATE jobs SET state = 'running', worker = 'w' WHERE id = $1")
+                .bind(replay.0)
+                .execute(stage.postgres.pool())
+                .await
+                .unwrap();
+        }
+        assert_eq!(stage.postgres.cancel(id, None).await.unwrap(), Cancel::Requested);
+        if running {
+            let Ended::Release(wait) = stage.deliver(&engine, id).await else { panic!("not put off") };
+            assert!(wait > Duration::from_secs(500), "delivered again and again: {wait:?}");
+            let asked: bool =
+                sqlx::query_scalar("SELECT cancel_requested_at IS NOT NULL FROM jobs WHERE id = $1")
+                    .bind(replay.0)
+                    .fetch_one(stage.postgres.pool())
+                    .await
+                    .unwrap();
+            assert!(asked, "the replay runs on");
+            stage.end_child(replay, "cancelled", None).await;
+            stage.collect().await;
+            assert!(stage.due(id).await.0 <= 0, "not woken by its end");
+        }
+        assert_eq!(stage.deliver(&engine, id).await, Ended::Ack);
+        for job in [id, replay] {
+            assert_eq!(stage.job(job).await.state, "cancelled", "running: {running}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -286,11 +286,12 @@ impl Postgres {
 }
 
 /// Cancels a batch in the caller's transaction, whose first lock this is; see [`cancel_batch`](Postgres::cancel_batch).
-pub(super) async fn cancel_in(connection: &mut PgConnection, id: BatchId) -> Result<(), sqlx::Error> {
-    if lock(connection, id, None).await? == Changed::Done {
+pub(super) async fn cancel_in(connection: &mut PgConnection, id: BatchId) -> Result<Changed, sqlx::Error> {
+    let changed = lock(connection, id, None).await?;
+    if changed == Changed::Done {
         cancel_locked(connection, id).await?;
     }
-    Ok(())
+    Ok(changed)
 }
 
 async fn cancel_locked(connection: &mut PgConnection, id: BatchId) -> Result<(), sqlx::Error> {

@@ -92,9 +92,10 @@ impl Postgres {
         if counts.sealed && !folded.more && counts.ended() == counts.total {
             if !counts.finished {
                 finish(&mut tx, id, &counts).await?;
-                waits::wake_parents(&mut tx, id).await?;
                 folded.finished = true;
             }
+            // Also of one that had finished before: a replay has ended in it, or a parked member that went on.
+            waits::wake_parents(&mut tx, id).await?;
             if let Some(template) = counts.callback(&row)? {
                 let job = self.callback_job(template, id, &counts, row.try_get("name")?)?;
                 self.accept_one(&mut tx, &job).await?;
@@ -165,50 +166,61 @@ impl Postgres {
         limit: i64,
     ) -> Result<CancelledPage, StoreError> {
         let mut tx = self.begin().await?;
-        let ids: Vec<Uuid> = sqlx::query_scalar(
-            "SELECT id FROM jobs WHERE batch_id = $1 AND id > $2 AND state IN ('waiting', 'running') AND cancel_requested_at IS NULL
-             ORDER BY id LIMIT $3 FOR NO KEY UPDATE",
-        )
-        .bind(batch.0)
-        .bind(after)
-        .bind(limit)
-        .fetch_all(&mut *tx)
-        .await?;
-        // With the rows locked, what is read of their sagas stays true.
-        let rows = sqlx::query(
-            "WITH member AS (
-                 SELECT j.id, j.queue, j.state = 'waiting' AND NOT EXISTS (
-                            SELECT FROM sagas s WHERE s.job_id = j.id AND s.state IN ('running', 'compensating')) AS idle
-                 FROM jobs j WHERE j.id = ANY($1) AND NOT EXISTS (
-                     SELECT FROM sagas s WHERE s.job_id = j.id AND s.state = 'running' AND s.kind = 'delete' AND s.next_step > 0))
-             UPDATE jobs j SET cancel_requested_at = now(),
-                    state = CASE WHEN m.idle THEN 'cancelled' ELSE j.state END,
-                    finished_at = CASE WHEN m.idle THEN now() END,
-                    -- A waiting job with effects runs now, in order to undo them; the relay tells Redis.
-                    run_at = CASE WHEN j.state = 'waiting' AND NOT m.idle THEN now() ELSE j.run_at END,
-                    dispatched_at = CASE WHEN j.state <> 'waiting' OR m.idle THEN j.dispatched_at END
-             FROM member m WHERE j.id = m.id RETURNING j.id, j.queue, m.idle",
-        )
-        .bind(&ids)
-        .fetch_all(&mut *tx)
-        .await?;
+        let page = cancel_members_in(&mut tx, batch, after, limit).await?;
         tx.commit().await?;
-        let mut page = CancelledPage { last: ids.last().copied(), ..CancelledPage::default() };
-        for row in &rows {
-            if !row.try_get::<bool, _>("idle")? {
-                continue;
-            }
-            let queue = QueueName::new(row.try_get::<String, _>("queue")?).map_err(|e| {
-                StoreError::new(
-                    Dependency::Postgres,
-                    Class::Permanent,
-                    format!("a job's queue can't be read: {e}"),
-                )
-            })?;
-            page.cancelled.push((queue, JobId(row.try_get("id")?)));
-        }
         Ok(page)
     }
+}
+
+/// As [`cancel_members`](Postgres::cancel_members), in the caller's transaction.
+pub(super) async fn cancel_members_in(
+    connection: &mut PgConnection,
+    batch: BatchId,
+    after: Uuid,
+    limit: i64,
+) -> Result<CancelledPage, StoreError> {
+    let ids: Vec<Uuid> = sqlx::query_scalar(
+        "SELECT id FROM jobs WHERE batch_id = $1 AND id > $2 AND state IN ('waiting', 'running') AND cancel_requested_at IS NULL
+         ORDER BY id LIMIT $3 FOR NO KEY UPDATE",
+    )
+    .bind(batch.0)
+    .bind(after)
+    .bind(limit)
+    .fetch_all(&mut *connection)
+    .await?;
+    // With the rows locked, what is read of their sagas stays true.
+    let rows = sqlx::query(
+        "WITH member AS (
+             SELECT j.id, j.queue, j.state = 'waiting' AND NOT EXISTS (
+                        SELECT FROM sagas s WHERE s.job_id = j.id AND s.state IN ('running', 'compensating')) AS idle
+             FROM jobs j WHERE j.id = ANY($1) AND NOT EXISTS (
+                 SELECT FROM sagas s WHERE s.job_id = j.id AND s.state = 'running' AND s.kind = 'delete' AND s.next_step > 0))
+         UPDATE jobs j SET cancel_requested_at = now(),
+                state = CASE WHEN m.idle THEN 'cancelled' ELSE j.state END,
+                finished_at = CASE WHEN m.idle THEN now() END,
+                -- A waiting job with effects runs now, in order to undo them; the relay tells Redis.
+                run_at = CASE WHEN j.state = 'waiting' AND NOT m.idle THEN now() ELSE j.run_at END,
+                dispatched_at = CASE WHEN j.state <> 'waiting' OR m.idle THEN j.dispatched_at END
+         FROM member m WHERE j.id = m.id RETURNING j.id, j.queue, m.idle",
+    )
+    .bind(&ids)
+    .fetch_all(&mut *connection)
+    .await?;
+    let mut page = CancelledPage { last: ids.last().copied(), ..CancelledPage::default() };
+    for row in &rows {
+        if !row.try_get::<bool, _>("idle")? {
+            continue;
+        }
+        let queue = QueueName::new(row.try_get::<String, _>("queue")?).map_err(|e| {
+            StoreError::new(
+                Dependency::Postgres,
+                Class::Permanent,
+                format!("a job's queue can't be read: {e}"),
+            )
+        })?;
+        page.cancelled.push((queue, JobId(row.try_get("id")?)));
+    }
+    Ok(page)
 }
 
 struct Counts {

@@ -5,19 +5,20 @@
 //! end of the last child) locks the waiting job's row before it commits, as [`suspend`](Postgres::suspend) does: so either it
 //! finds the job asleep and wakes it, or the job finds it and does not go to sleep.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 use queue::JobId;
 use serde::Serialize;
 use serde_json::Value;
-use sqlx::{FromRow, PgConnection, Row};
+use sqlx::{FromRow, PgConnection, Row, postgres::PgRow};
 use uuid::Uuid;
 
 use super::{
     Postgres,
     accept::{Accepted, NewJob},
-    batches::{self, BatchId, Inserted, NewBatch},
+    batches::{self, BatchId, Changed, Inserted, NewBatch},
+    collecting,
     ending::{Run, insert_steps, log_run},
     lock_alive,
     take::StepRecord,
@@ -74,7 +75,7 @@ pub enum Signalled {
 /// How a child job ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChildEnd {
-    /// The child.
+    /// The child, or the replay that took its place.
     pub id: JobId,
     /// `succeeded`, `cancelled`, `dead` or `parked`.
     pub state: String,
@@ -210,6 +211,9 @@ impl Postgres {
         .fetch_one(&mut *tx)
         .await?;
         if under_way {
+            if wait.outcome.is_some() {
+                reopen(&mut tx, run, batch.id).await?;
+            }
             tx.commit().await?;
             return Ok(Awaited::NotYet(None));
         }
@@ -227,9 +231,13 @@ impl Postgres {
     ) -> Result<Awaited<()>, StoreError> {
         let mut tx = self.begin().await?;
         // A batch's row is locked before all others.
-        batches::cancel_in(&mut tx, batch).await?;
+        let cancelled = batches::cancel_in(&mut tx, batch).await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(Awaited::LeaseLost);
+        }
+        if cancelled == Changed::Finished {
+            // The collector cancels no more there: what goes on in it since, as a replay does, is few and cancelled here.
+            collecting::cancel_members_in(&mut tx, batch, Uuid::nil(), i64::MAX).await?;
         }
         let under_way: bool = sqlx::query_scalar(
             "SELECT EXISTS (SELECT FROM jobs WHERE batch_id = $1 AND state IN ('waiting', 'running'))",
@@ -238,15 +246,7 @@ impl Postgres {
         .fetch_one(&mut *tx)
         .await?;
         if under_way {
-            // Open again, if it was over before: so the end of the last one is heard of.
-            sqlx::query(
-                "UPDATE saga_waits SET ended_at = NULL, outcome = NULL, fence = $3 WHERE saga_id = $1 AND batch_id = $2",
-            )
-            .bind(run.saga_id)
-            .bind(batch.0)
-            .bind(run.fence.0)
-            .execute(&mut *tx)
-            .await?;
+            reopen(&mut tx, run, batch).await?;
         }
         tx.commit().await?;
         Ok(if under_way { Awaited::NotYet(None) } else { Awaited::Here(()) })
@@ -274,32 +274,58 @@ impl Postgres {
         Ok(batches::seal(connection, batch.id).await?)
     }
 
-    /// The members of a batch in the order in which they were given; their ids ascend.
+    /// How the members of a batch ended, in the order in which they were given; their ids ascend. One that died and was replayed
+    /// ended as its replay did.
     async fn child_ends(
         &self,
         connection: &mut PgConnection,
         batch: BatchId,
     ) -> Result<Vec<ChildEnd>, StoreError> {
         let rows = sqlx::query(
-            "SELECT id, tenant, state, result, result_key_id, last_error FROM jobs WHERE batch_id = $1 ORDER BY id",
+            "SELECT id, replay_of, tenant, state, result, result_key_id, last_error FROM jobs WHERE batch_id = $1 ORDER BY id",
         )
         .bind(batch.0)
         .fetch_all(connection)
         .await?;
-        rows.iter()
-            .map(|row| {
-                let (id, tenant): (Uuid, String) = (row.try_get("id")?, row.try_get("tenant")?);
-                let result: Option<Value> = row.try_get("result")?;
-                let key: Option<String> = row.try_get("result_key_id")?;
-                let owner = Owner { tenant: &tenant, job: id, purpose: Purpose::Result };
-                let result = result
-                    .map(|stored| self.cipher.open(owner, stored, key.as_deref()))
-                    .transpose()
-                    .map_err(|why| unreadable(&format!("the result of child {id}"), &why))?;
-                let (state, error) = (row.try_get("state")?, row.try_get("last_error")?);
-                Ok(ChildEnd { id: JobId(id), state, result, error })
+        let mut members: HashMap<Uuid, usize> = HashMap::with_capacity(rows.len());
+        for (place, row) in rows.iter().enumerate() {
+            members.insert(row.try_get("id")?, place);
+        }
+        // The place of what replays the member at a place.
+        let mut replays: HashMap<usize, usize> = HashMap::new();
+        let mut given = Vec::with_capacity(rows.len());
+        for (place, row) in rows.iter().enumerate() {
+            let dead: Option<Uuid> = row.try_get("replay_of")?;
+            match dead.and_then(|dead| members.get(&dead)) {
+                Some(dead) => {
+                    replays.insert(*dead, place);
+                }
+                None => given.push(place),
+            }
+        }
+        given
+            .into_iter()
+            .map(|mut place| {
+                // Each job replays one, so this comes to an end.
+                while let Some(later) = replays.get(&place) {
+                    place = *later;
+                }
+                self.child_end(&rows[place])
             })
             .collect()
+    }
+
+    fn child_end(&self, row: &PgRow) -> Result<ChildEnd, StoreError> {
+        let (id, tenant): (Uuid, String) = (row.try_get("id")?, row.try_get("tenant")?);
+        let result: Option<Value> = row.try_get("result")?;
+        let key: Option<String> = row.try_get("result_key_id")?;
+        let owner = Owner { tenant: &tenant, job: id, purpose: Purpose::Result };
+        let result = result
+            .map(|stored| self.cipher.open(owner, stored, key.as_deref()))
+            .transpose()
+            .map_err(|why| unreadable(&format!("the result of child {id}"), &why))?;
+        let (state, error) = (row.try_get("state")?, row.try_get("last_error")?);
+        Ok(ChildEnd { id: JobId(id), state, result, error })
     }
 
     /// Sends a job a signal, of `tenant` if given. It is kept until a step waits for it. The same one is sent once.
@@ -393,7 +419,9 @@ impl Postgres {
                 "SELECT EXISTS (
                      SELECT FROM saga_waits w WHERE w.saga_id = s.id AND w.ended_at IS NULL AND w.fence = $2
                        AND (EXISTS (SELECT FROM job_signals g WHERE w.kind = 'signal' AND g.job_id = s.job_id AND g.name = w.name)
-                         OR EXISTS (SELECT FROM batches b WHERE b.id = w.batch_id AND b.finished_at IS NOT NULL))),
+                         -- Whether one is under way, as those ask who wait: a batch that has finished may have one again.
+                         OR w.kind = 'children' AND NOT EXISTS (
+                             SELECT FROM jobs c WHERE c.batch_id = w.batch_id AND c.state IN ('waiting', 'running')))),
                      s.state = 'running' AND s.pivot_at IS NULL
                  FROM sagas s WHERE s.id = $1",
             )
@@ -576,6 +604,20 @@ async fn wait_row(
         Ok(Wait { outcome: row.try_get("outcome")?, left })
     })
     .transpose()
+}
+
+/// Opens a wait for children again, if it was over before: one of them is replayed, or was parked and goes on. So its end is
+/// heard of.
+async fn reopen(connection: &mut PgConnection, run: &Run, batch: BatchId) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "UPDATE saga_waits SET ended_at = NULL, outcome = NULL, fence = $3 WHERE saga_id = $1 AND batch_id = $2",
+    )
+    .bind(run.saga_id)
+    .bind(batch.0)
+    .bind(run.fence.0)
+    .execute(connection)
+    .await?;
+    Ok(())
 }
 
 async fn end_wait(
