@@ -1,6 +1,6 @@
 //! What readers see: published versions only.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use serde_json::Value;
 use sqlx::Row;
@@ -122,6 +122,29 @@ impl Postgres {
         let rows =
             sqlx::query(sqlx::AssertSqlSafe(sql)).bind(versions).bind(tenant).fetch_all(&self.pool).await?;
         rows.iter().map(|row| published(row).map(|v| (v.version, v)).map_err(Into::into)).collect()
+    }
+
+    /// Of the documents of `tenant` that these versions, which readers don't see any more, belong to, those whose current version
+    /// was published within this time: document and version.
+    pub async fn replaced_among(
+        &self,
+        tenant: &str,
+        versions: &[Uuid],
+        within: Duration,
+    ) -> Result<Vec<(Uuid, Uuid)>, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT DISTINCT d.id, c.id
+             FROM document_versions v
+             JOIN documents d ON d.id = v.document_id
+             JOIN document_versions c ON c.id = d.current_version
+             WHERE v.id = ANY($1) AND v.state IN ('retired', 'erased') AND d.tenant = $2
+               AND c.published_at > now() - make_interval(secs => $3)",
+        )
+        .bind(versions)
+        .bind(tenant)
+        .bind(within.as_secs_f64())
+        .fetch_all(&self.pool)
+        .await?)
     }
 
     /// The texts of these chunks.
