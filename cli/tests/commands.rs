@@ -491,6 +491,7 @@ async fn schedules_and_waiting_jobs_are_changed_from_the_command_line() {
     cli.text(2, &["jobs", "cancel", &first, "--queue", "ingest"]);
     let gone = cli.json(0, &["jobs", "cancel", "--tenant", "default"]);
     assert_eq!(gone["cancelled"], 2, "{gone}");
+    assert_eq!(cli.text(0, &["jobs", "cancel", "--tenant", "default"]).0, "no such jobs\n");
     assert_eq!(cli.json(1, &["jobs", "cancel", &first, &second])["ended"], 2);
 
     let held =

@@ -372,6 +372,9 @@ async fn cancel(which: &Which, bound: Bound, context: &Context) -> Outcome {
     // Also what was done before another failed.
     client.postgres().record_action(&actor(), "jobs.cancel", "jobs", &json!(counts)).await?;
     context.out.data(&counts, || {
+        if ids.is_empty() {
+            return "no such jobs".to_owned();
+        }
         counts.iter().filter(|(_, count)| **count > 0).fold(String::new(), |text, (word, count)| {
             format!("{text}{} {word}\n", output::counted(*count, "job"))
         })
