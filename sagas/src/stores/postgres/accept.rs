@@ -304,6 +304,11 @@ async fn already_there(
     Ok(())
 }
 
+/// Whether a key `k` that is held until its job's end is free: that was long enough ago. A parked job's end can be taken back.
+const ITS_JOB_IS_OVER: &str =
+    "EXISTS (SELECT FROM jobs j WHERE j.id = k.job_id AND j.finished_at + k.after_end <= clock_timestamp()
+                                                 AND j.state <> 'parked')";
+
 /// Jobs that come too late for their batch, and yet were accepted before under their idempotency keys: a call that is made again
 /// gets the answer of the first. Their keys are only looked up, because those that are free must stay so.
 async fn known_by_key(
@@ -321,14 +326,13 @@ async fn known_by_key(
     if late.is_empty() {
         return Ok(());
     }
-    let rows = sqlx::query(
+    let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
         "SELECT n.place, k.fingerprint, k.job_id
          FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[]) AS n (place, tenant, scope, key)
          JOIN idempotency_keys k USING (tenant, scope, key)
          WHERE k.expires_at > now()
-           AND NOT EXISTS (SELECT FROM jobs j WHERE j.id = k.job_id AND j.finished_at + k.after_end <= clock_timestamp()
-                                                AND j.state <> 'parked')",
-    )
+           AND NOT {ITS_JOB_IS_OVER}",
+    )))
     .bind(late.iter().map(|(i, _)| *i as i64).collect::<Vec<_>>())
     .bind(late.iter().map(|(i, _)| jobs[*i].tenant.to_string()).collect::<Vec<_>>())
     .bind(late.iter().map(|(_, idempotency)| idempotency.scope.clone()).collect::<Vec<_>>())
@@ -397,7 +401,7 @@ async fn reserve_keys(
         .collect();
     // A key that is held until its job has ended is free when the job's row says so: the end itself writes nothing here. A
     // job whose row can't be seen yet is new, and holds its key.
-    sqlx::query(
+    sqlx::query(sqlx::AssertSqlSafe(format!(
         "INSERT INTO idempotency_keys AS k (tenant, scope, key, fingerprint, job_id, expires_at, after_end)
          SELECT tenant, scope, key, print, job,
                 CASE WHEN held THEN 'infinity' ELSE now() + make_interval(secs => ttl) END,
@@ -408,9 +412,8 @@ async fn reserve_keys(
              SET fingerprint = EXCLUDED.fingerprint, job_id = EXCLUDED.job_id, expires_at = EXCLUDED.expires_at,
                  after_end = EXCLUDED.after_end
              WHERE k.expires_at <= now()
-                OR EXISTS (SELECT FROM jobs j
-                           WHERE j.id = k.job_id AND j.finished_at + k.after_end <= clock_timestamp() AND j.state <> 'parked')",
-    )
+                OR {ITS_JOB_IS_OVER}",
+    )))
     .bind(&tenants)
     .bind(&scopes)
     .bind(&keys)
