@@ -6,12 +6,19 @@ use std::time::Duration;
 use super::Postgres;
 use crate::error::StoreError;
 
+/// Whether no unfinished or parked parent may still look at job `j`, its own parent or that of its batch. Scalar sub-selects are
+/// never merged into a join: each is one look at a primary key.
+const NO_PARENT_LOOKS: &str =
+    "(SELECT p.finished_at IS NULL OR p.state = 'parked' FROM jobs p WHERE p.id = j.parent) IS NOT TRUE
+     AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM batches b JOIN jobs p ON p.id = b.parent
+          WHERE b.id = j.batch_id) IS NOT TRUE";
+
 impl Postgres {
     /// Removes jobs that have ended longer than `keep` ago, with their logs; at most `limit`. Kept, however old: a job with
     /// an open dead letter, with a run that is not over, or with a child that has not ended; what an unfinished or a parked
     /// parent may still look at, replays in the batch of its children included; and parked ones.
     pub async fn expire_jobs(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
-        let done = sqlx::query(
+        let done = sqlx::query(sqlx::AssertSqlSafe(format!(
             "DELETE FROM jobs WHERE id IN (
                  SELECT j.id FROM jobs j
                  WHERE j.finished_at < now() - make_interval(secs => $1) AND j.state <> 'parked'
@@ -19,12 +26,9 @@ impl Postgres {
                    AND NOT EXISTS (SELECT FROM sagas s WHERE s.job_id = j.id
                                    AND s.state IN ('running', 'compensating', 'finishing', 'parked'))
                    AND NOT EXISTS (SELECT FROM jobs c WHERE c.parent = j.id AND c.finished_at IS NULL)
-                   -- Never merged into a join: one look at a primary key for each job.
-                   AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM jobs p WHERE p.id = j.parent) IS NOT TRUE
-                   AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM batches b JOIN jobs p ON p.id = b.parent
-                        WHERE b.id = j.batch_id) IS NOT TRUE
+                   AND {NO_PARENT_LOOKS}
                  ORDER BY j.finished_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
-        )
+        )))
         .bind(keep.as_secs_f64())
         .bind(limit)
         .execute(&self.pool)
@@ -35,15 +39,13 @@ impl Postgres {
     /// Clears the results of jobs that have ended longer than `keep` ago, at most `limit`; the jobs' records stay, and so do
     /// results that an unfinished or a parked parent may still look at.
     pub async fn expire_results(&self, keep: Duration, limit: i64) -> Result<u64, StoreError> {
-        let done = sqlx::query(
+        let done = sqlx::query(sqlx::AssertSqlSafe(format!(
             "UPDATE jobs SET result = NULL, result_key_id = NULL WHERE id IN (
                  SELECT j.id FROM jobs j
                  WHERE j.result IS NOT NULL AND j.finished_at < now() - make_interval(secs => $1)
-                   AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM jobs p WHERE p.id = j.parent) IS NOT TRUE
-                   AND (SELECT p.finished_at IS NULL OR p.state = 'parked' FROM batches b JOIN jobs p ON p.id = b.parent
-                        WHERE b.id = j.batch_id) IS NOT TRUE
+                   AND {NO_PARENT_LOOKS}
                  ORDER BY j.finished_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED)",
-        )
+        )))
         .bind(keep.as_secs_f64())
         .bind(limit)
         .execute(&self.pool)
