@@ -8,9 +8,11 @@ use queue::{QueueName, TenantId, WorkerId};
 use sagas::{
     coalescing::Batch,
     stores::postgres::{
-        Postgres, PostgresConfig,
+        Fence, Postgres, PostgresConfig,
         accept::NewJob,
-        take::{TakeBatch, TakeItem},
+        ending::Run,
+        inspect::StepView,
+        take::{StepRecord, TakeBatch, TakeItem},
     },
 };
 use serde_json::json;
@@ -43,6 +45,8 @@ async fn schema(postgres: &Postgres) -> Vec<String> {
             UNION ALL
             SELECT format('relation %s: %s %s', r.relname, r.relkind, pg_get_expr(r.relpartbound, r.oid)), r.relname
             FROM pg_class r WHERE r.relnamespace = 'flotilla'::regnamespace
+            UNION ALL
+            SELECT format('view %s: %s', viewname, definition), viewname FROM pg_views WHERE schemaname = 'flotilla'
             UNION ALL
             SELECT format('type %s: %s', t.typname, t.typtype), t.typname
             FROM pg_type t WHERE t.typnamespace = 'flotilla'::regnamespace
@@ -146,6 +150,56 @@ async fn a_way_back_writes_the_rows_of_runs_that_have_none_yet() {
             .await
             .unwrap();
     assert_eq!(runs, [(jobs[0].id.0, "running".to_owned(), 7)]);
+}
+
+#[tokio::test]
+async fn steps_of_a_completed_run_are_read_from_its_row_and_a_way_back_gives_them_their_own() {
+    let (_services, postgres) = database().await;
+    postgres.migrate_up().await.unwrap();
+    postgres.create_tenant("acme").await.unwrap();
+    let (queue, tenant) = (QueueName::new("q").unwrap(), TenantId::new("acme").unwrap());
+    let job = NewJob::new("kind", queue, tenant, json!({}));
+    postgres.accept(std::slice::from_ref(&job), true).await.unwrap();
+    let worker = WorkerId::new("w");
+    let take = TakeBatch::new(postgres.clone(), worker.clone()).beginning(vec![("kind", 1)]);
+    take.flush(&[TakeItem { id: job.id, fast: None }]).await.unwrap();
+
+    let began = chrono::DateTime::from_timestamp_micros(1_795_440_000_123_456).unwrap();
+    let step = |name: &'static str, took_us, error: Option<&str>| StepRecord {
+        step: name.into(),
+        compensation: false,
+        attempts: 2,
+        started_at: began,
+        ended_at: began + chrono::TimeDelta::microseconds(took_us),
+        error: error.map(str::to_owned),
+    };
+    let steps = [step("first", 0, None), step("second", 7_654_321, Some("it \"broke\""))];
+    let run = Run { job_id: job.id, fence: Fence(1), saga_id: Some(job.id.0), worker, started_at: began };
+    assert!(postgres.complete(&run, &json!(null), &steps).await.unwrap());
+
+    let told: Vec<_> = steps
+        .iter()
+        .zip(0..)
+        .map(|(step, seq)| StepView {
+            fence: 1,
+            seq,
+            step_name: step.step.to_string(),
+            direction: "execute".to_owned(),
+            state: if step.error.is_some() { "failed" } else { "succeeded" }.to_owned(),
+            attempts: 2,
+            started_at: step.started_at,
+            ended_at: step.ended_at,
+            error: step.error.clone(),
+        })
+        .collect();
+    let rows = async || -> i64 {
+        sqlx::query_scalar("SELECT count(*) FROM saga_steps").fetch_one(postgres.pool()).await.unwrap()
+    };
+    assert_eq!((postgres.steps(job.id.0).await.unwrap(), rows().await), (told.clone(), 0));
+    postgres.migrate_down(25).await.unwrap();
+    assert_eq!(rows().await, 2);
+    postgres.migrate_up().await.unwrap();
+    assert_eq!(postgres.steps(job.id.0).await.unwrap(), told);
 }
 
 async fn partitions(postgres: &Postgres) -> Vec<String> {

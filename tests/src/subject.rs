@@ -252,7 +252,7 @@ impl Fleet {
             "WITH job AS (SELECT * FROM jobs WHERE id = $1)
              SELECT 'job ' || to_jsonb(j)::text FROM job j
              UNION ALL SELECT 'run ' || to_jsonb(s)::text FROM sagas s WHERE job_id = $1
-             UNION ALL SELECT 'step ' || to_jsonb(t)::text FROM saga_steps t JOIN sagas s ON s.id = t.saga_id WHERE s.job_id = $1
+             UNION ALL SELECT 'step ' || to_jsonb(t)::text FROM saga_timeline t JOIN sagas s ON s.id = t.saga_id WHERE s.job_id = $1
              UNION ALL SELECT 'attempt ' || to_jsonb(a)::text FROM job_attempts a WHERE job_id = $1
              UNION ALL SELECT 'dead letter ' || to_jsonb(l)::text FROM dead_letters l WHERE job_id = $1
              UNION ALL SELECT 'document ' || to_jsonb(d)::text FROM documents d JOIN job j ON j.document_id = d.id

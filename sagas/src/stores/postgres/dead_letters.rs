@@ -131,7 +131,7 @@ const STORY: &str = "(SELECT coalesce(jsonb_agg(to_jsonb(a) - 'job_id' ORDER BY 
        (SELECT coalesce(jsonb_agg(jsonb_build_object('id', s.id, 'definition_version', s.definition_version, 'state', s.state,
                    'error', s.error, 'created_at', s.created_at, 'finished_at', s.finished_at,
                    'steps', (SELECT coalesce(jsonb_agg(to_jsonb(t) - 'saga_id' ORDER BY t.fence, t.seq), '[]')
-                             FROM saga_steps t WHERE t.saga_id = s.id)) ORDER BY s.created_at, s.id), '[]')
+                             FROM saga_timeline t WHERE t.saga_id = s.id)) ORDER BY s.created_at, s.id), '[]')
         FROM sagas s WHERE s.job_id = l.job_id) AS runs";
 
 /// What a filter lets through; its binds are `$1` to `$7`, and those of a cursor `$8` and `$9`.

@@ -12,7 +12,7 @@ use chrono::{DateTime, Utc};
 use queue::{JobId, WorkerId};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::{PgConnection, PgExecutor};
+use sqlx::{PgConnection, PgExecutor, types::Json};
 use uuid::Uuid;
 
 use super::{Fence, Postgres, lock_alive, take::StepRecord};
@@ -198,7 +198,7 @@ impl Batch for CompleteBatch {
     }
 }
 
-/// Rows of `saga_steps` as columns, in the order of [`STEPS`]' parameters.
+/// Rows of `saga_steps` as columns.
 #[derive(Default)]
 struct Steps<'a> {
     sagas: Vec<Uuid>,
@@ -232,19 +232,14 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// `INSERT INTO saga_steps` from [`Steps`]: nine arrays. To be followed by a join or a condition, and a word on conflicts.
-macro_rules! insert_steps {
-    () => {
-        "INSERT INTO saga_steps (saga_id, fence, seq, step_name, direction, state, attempts, started_at, ended_at, error)
-         SELECT saga_id, fence, seq, step, CASE WHEN compensation THEN 'compensate' ELSE 'execute' END,
-                CASE WHEN error IS NULL THEN 'succeeded' ELSE 'failed' END, attempts, started_at, ended_at, error
-         FROM unnest($1::uuid[], $2::bigint[], $3::integer[], $4::text[], $5::boolean[], $6::integer[],
-                     $7::timestamptz[], $8::timestamptz[], $9::text[])
-              AS s (saga_id, fence, seq, step, compensation, attempts, started_at, ended_at, error)"
-    };
+/// A step as the row of its run has it (`migrations/0026_steps_with_their_run.up.sql`). The last delivery of a run that is completed
+/// has no compensation.
+fn in_its_run(step: &StepRecord) -> (&str, i32, i64, i64, Option<&str>) {
+    let began = step.started_at.timestamp_micros();
+    (&step.step, step.attempts, began, step.ended_at.timestamp_micros() - began, step.error.as_deref())
 }
 
-/// Writes the steps of a run's delivery. The caller holds the fences.
+/// Writes the steps of a run's delivery as rows of their own. The caller holds the fences.
 pub(super) async fn insert_steps(
     connection: &mut PgConnection,
     runs: &[(Uuid, Fence, &[StepRecord])],
@@ -253,18 +248,26 @@ pub(super) async fn insert_steps(
     if rows.sagas.is_empty() {
         return Ok(());
     }
-    sqlx::query(concat!(insert_steps!(), " ON CONFLICT (saga_id, fence, seq) DO NOTHING"))
-        .bind(rows.sagas)
-        .bind(rows.fences)
-        .bind(rows.seqs)
-        .bind(rows.names)
-        .bind(rows.compensations)
-        .bind(rows.attempts)
-        .bind(rows.started)
-        .bind(rows.ended)
-        .bind(rows.errors)
-        .execute(connection)
-        .await?;
+    sqlx::query(
+        "INSERT INTO saga_steps (saga_id, fence, seq, step_name, direction, state, attempts, started_at, ended_at, error)
+         SELECT saga_id, fence, seq, step, CASE WHEN compensation THEN 'compensate' ELSE 'execute' END,
+                CASE WHEN error IS NULL THEN 'succeeded' ELSE 'failed' END, attempts, started_at, ended_at, error
+         FROM unnest($1::uuid[], $2::bigint[], $3::integer[], $4::text[], $5::boolean[], $6::integer[],
+                     $7::timestamptz[], $8::timestamptz[], $9::text[])
+              AS s (saga_id, fence, seq, step, compensation, attempts, started_at, ended_at, error)
+         ON CONFLICT (saga_id, fence, seq) DO NOTHING",
+    )
+    .bind(rows.sagas)
+    .bind(rows.fences)
+    .bind(rows.seqs)
+    .bind(rows.names)
+    .bind(rows.compensations)
+    .bind(rows.attempts)
+    .bind(rows.started)
+    .bind(rows.ended)
+    .bind(rows.errors)
+    .execute(connection)
+    .await?;
     Ok(())
 }
 
@@ -324,58 +327,44 @@ impl Postgres {
         let given: Vec<(JobId, &Value)> = items.iter().map(|item| (item.job_id, &item.result)).collect();
         let (results, keys): (Vec<Value>, Vec<Option<String>>) =
             self.seal_results(&given).await?.into_iter().unzip();
-        let steps =
-            Steps::of(items.iter().filter_map(|one| Some((one.saga?.0, one.fence, one.steps.as_slice()))));
         let ended: Vec<(Uuid, bool)> = sqlx::query_as(crate::fenced_sql!(
-            concat!(
-                "WITH alive AS (
-                    SELECT held.*, j.kind, j.tenant, j.taken_at, held.revocable AND j.cancel_wanted AS cancelled
-                    FROM (
-                        SELECT * FROM unnest($10::uuid[], $11::bigint[], $12::uuid[], $13::integer[], $14::jsonb[], $15::text[], $16::boolean[])
-                             AS held (id, fence, saga, version, result, key_id, revocable)
-                        ORDER BY id
-                    ) AS held
-                    CROSS JOIN LATERAL (
-                        SELECT j.kind, j.tenant, j.taken_at, j.cancel_requested_at IS NOT NULL AS cancel_wanted FROM jobs j
-                        WHERE j.id = held.id AND j.fence = held.fence AND j.state = 'running' FOR NO KEY UPDATE
-                    ) AS j
-                 ), ended AS (
-                    -- Whichever plan is kept, it looks each run up in the index.
-                    INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at, finished_at)
-                    SELECT saga, id, kind, version, tenant, 'completed', fence, taken_at, now() FROM alive
-                    WHERE saga IS NOT NULL AND NOT cancelled
-                    ON CONFLICT (id) DO UPDATE SET state = 'completed', finished_at = now(), updated_at = now(), fence = excluded.fence
+            "WITH alive AS (
+                SELECT held.*, j.kind, j.tenant, j.taken_at, held.revocable AND j.cancel_wanted AS cancelled
+                FROM (
+                    SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::integer[], $5::jsonb[], $6::jsonb[], $7::text[], $8::boolean[])
+                         AS held (id, fence, saga, version, steps, result, key_id, revocable)
+                    ORDER BY id
+                ) AS held
+                CROSS JOIN LATERAL (
+                    SELECT j.kind, j.tenant, j.taken_at, j.cancel_requested_at IS NOT NULL AS cancel_wanted FROM jobs j
+                    WHERE j.id = held.id AND j.fence = held.fence AND j.state = 'running' FOR NO KEY UPDATE
+                ) AS j
+             ), ended AS (
+                -- Whichever plan is kept, it looks each run up in the index.
+                INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at, finished_at, steps)
+                SELECT saga, id, kind, version, tenant, 'completed', fence, taken_at, now(), steps FROM alive
+                WHERE saga IS NOT NULL AND NOT cancelled
+                ON CONFLICT (id) DO UPDATE
+                    SET state = 'completed', finished_at = now(), updated_at = now(), fence = excluded.fence, steps = excluded.steps
                     WHERE sagas.state = 'running'
-                    RETURNING id
-                 ), steps AS (",
-                insert_steps!(),
-                " JOIN ended ON ended.id = s.saga_id
-                 ), done AS (
-                    UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
-                           finished_at = now(), last_error = NULL
-                    FROM alive
-                    -- Not a join: it would look at each run for each job.
-                    WHERE j.id = alive.id AND NOT alive.cancelled
-                      AND (alive.saga IS NULL OR alive.saga = ANY (ARRAY(SELECT id FROM ended)))
-                    RETURNING j.id
-                 )
-                 SELECT id, false FROM done UNION ALL SELECT id, true FROM alive WHERE cancelled"
-            ),
+                RETURNING id
+             ), done AS (
+                UPDATE jobs j SET state = 'succeeded', result = nullif(alive.result, 'null'), result_key_id = alive.key_id,
+                       finished_at = now(), last_error = NULL
+                FROM alive
+                -- Not a join: it would look at each run for each job.
+                WHERE j.id = alive.id AND NOT alive.cancelled
+                  AND (alive.saga IS NULL OR alive.saga = ANY (ARRAY(SELECT id FROM ended)))
+                RETURNING j.id
+             )
+             SELECT id, false FROM done UNION ALL SELECT id, true FROM alive WHERE cancelled",
             "j.fence = held.fence AND j.state = 'running'"
         ))
-        .bind(steps.sagas)
-        .bind(steps.fences)
-        .bind(steps.seqs)
-        .bind(steps.names)
-        .bind(steps.compensations)
-        .bind(steps.attempts)
-        .bind(steps.started)
-        .bind(steps.ended)
-        .bind(steps.errors)
         .bind(items.iter().map(|item| item.job_id.0).collect::<Vec<_>>())
         .bind(items.iter().map(|item| item.fence.0).collect::<Vec<_>>())
         .bind(items.iter().map(|item| item.saga.map(|(saga, _)| saga)).collect::<Vec<_>>())
         .bind(items.iter().map(|item| item.saga.map(|(_, version)| version)).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| Json(item.steps.iter().map(in_its_run).collect())).collect::<Vec<Json<Vec<_>>>>())
         .bind(results)
         .bind(keys)
         .bind(items.iter().map(|item| item.revocable).collect::<Vec<_>>())

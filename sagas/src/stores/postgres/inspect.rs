@@ -170,7 +170,7 @@ pub struct SagaFilter {
 }
 
 /// A step of a run.
-#[derive(Debug, Clone, Serialize, FromRow)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, FromRow)]
 pub struct StepView {
     /// The delivery it belongs to.
     pub fence: i64,
@@ -307,7 +307,7 @@ impl Postgres {
     pub async fn steps(&self, saga: Uuid) -> Result<Vec<StepView>, StoreError> {
         Ok(sqlx::query_as(
             "SELECT fence, seq, step_name, direction, state, attempts, started_at, ended_at, error
-             FROM saga_steps WHERE saga_id = $1 ORDER BY fence, seq",
+             FROM saga_timeline WHERE saga_id = $1 ORDER BY fence, seq",
         )
         .bind(saga)
         .fetch_all(&self.pool)
