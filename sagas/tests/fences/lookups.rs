@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use chrono::Utc;
 use queue::JobId;
 use sagas::{
     coalescing::Batch,
@@ -10,6 +11,7 @@ use sagas::{
         accept::NewJob,
         ending::{CompleteBatch, Completion, Verdict},
         progress::Progress,
+        take::StepRecord,
     },
 };
 use serde_json::{Value, json};
@@ -80,13 +82,29 @@ async fn entries_of_a_run(ledger: &Ledger) -> Vec<(&'static str, i64)> {
     reads
 }
 
-#[tokio::test]
-async fn jobs_are_looked_up_by_their_ids_whatever_else_is_under_way() {
+fn undone() -> StepRecord {
+    StepRecord {
+        step: "undone".into(),
+        compensation: true,
+        attempts: 1,
+        started_at: Utc::now(),
+        ended_at: Utc::now(),
+        error: None,
+    }
+}
+
+/// A ledger with one session, which keeps its plans and tells of its own reads.
+async fn one_session() -> Ledger {
     let mut ledger = Ledger::start().await;
-    // One session, which keeps its plans and tells of its own reads.
     let config =
         PostgresConfig { max_connections: 1, ..PostgresConfig::new(ledger.services.postgres().url()) };
     ledger.postgres = Postgres::connect(&config).await.unwrap();
+    ledger
+}
+
+#[tokio::test]
+async fn jobs_are_looked_up_by_their_ids_whatever_else_is_under_way() {
+    let ledger = one_session().await;
     let no_vacuum = "ALTER TABLE jobs SET (autovacuum_enabled = false)";
     sqlx::query(no_vacuum).execute(ledger.postgres.pool()).await.unwrap();
     // A ledger in its first seconds: hardly anything is unfinished, and reading all of that looks cheap.
@@ -104,4 +122,45 @@ async fn jobs_are_looked_up_by_their_ids_whatever_else_is_under_way() {
     let reads = entries_of_a_run(&ledger).await;
     let most = |(_, entries): &(_, i64)| *entries < UNDER_WAY as i64 / 10;
     assert!(reads.iter().all(most), "at first {first:?}, then {reads:?}");
+}
+
+#[tokio::test]
+async fn a_run_of_one_job_plans_none_of_its_statements_again() {
+    let ledger = one_session().await;
+    // In tables of more than a few pages ten look-ups cost ten times as much as one.
+    sqlx::raw_sql(
+        "INSERT INTO jobs (id, kind, queue, tenant, priority, payload, timeout_ms, state, finished_at)
+         SELECT uuid7(), 'embed', 'embed', (SELECT id FROM tenants), 5, '{}', 1000, 'succeeded', now() FROM generate_series(1, 10000);
+         INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, finished_at)
+         SELECT id, id, kind, 1, tenant, 'completed', 1, now() FROM jobs;
+         INSERT INTO documents (id, tenant, key, last_order) SELECT id, tenant, id::text, 1 FROM jobs;
+         INSERT INTO document_versions (id, document_id, tenant, doc_order, saga_id, state, content_hash, model, dimensions, collection,
+                                        chunk_count, sweep_after)
+         SELECT id, id, tenant, 1, id, 'retired', sha256(''), 'm', 1, 'c', 1, now() FROM jobs;",
+    )
+    .execute(ledger.postgres.pool())
+    .await
+    .unwrap();
+    sqlx::query("ANALYZE").execute(ledger.postgres.pool()).await.unwrap();
+    for n in 0..2 * RUNS {
+        let [succeeds, fails] = [ledger.accept(&jobs(1)).await[0], ledger.accept(&jobs(1)).await[0]];
+        ledger.take("w", succeeds).await;
+        succeed(&ledger, &[succeeds]).await;
+        let job = ledger.take("w", fails).await;
+        let saga = saga_of(&job, Uuid::now_v7());
+        assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
+        let run = run_of(&job, Some(saga.id));
+        let verdict = Verdict::Dead { failure: failure() };
+        ledger.postgres.begin_compensation(&run, &verdict, "a test's", None, 1).await.unwrap();
+        assert!(ledger.postgres.finish(&run, &verdict, &[undone()]).await.unwrap());
+        ledger.ingested(&format!("document {n}")).await;
+    }
+    let planned: Vec<(String, i64)> = sqlx::query_as(
+        "SELECT statement, custom_plans FROM pg_prepared_statements
+         WHERE custom_plans > 5 ORDER BY custom_plans",
+    )
+    .fetch_all(ledger.postgres.pool())
+    .await
+    .unwrap();
+    assert!(planned.is_empty(), "{} statements: {planned:#?}", planned.len());
 }

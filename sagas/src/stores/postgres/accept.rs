@@ -292,10 +292,11 @@ async fn already_there(
     jobs: &[NewJob],
     replies: &mut [Option<Accepted>],
 ) -> Result<(), sqlx::Error> {
-    let there: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM jobs WHERE id = ANY($1)")
-        .bind(jobs.iter().map(|job| job.id.0).collect::<Vec<_>>())
-        .fetch_all(connection)
-        .await?;
+    let there: Vec<Uuid> =
+        sqlx::query_scalar("SELECT id FROM jobs WHERE id = ANY((SELECT $1::uuid[])::uuid[])")
+            .bind(jobs.iter().map(|job| job.id.0).collect::<Vec<_>>())
+            .fetch_all(connection)
+            .await?;
     for (job, reply) in jobs.iter().zip(replies) {
         if reply.is_none() && there.contains(&job.id.0) {
             *reply = Some(Accepted::New(job.id));

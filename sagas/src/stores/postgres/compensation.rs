@@ -80,7 +80,7 @@ impl Postgres {
         let rows: Vec<(Uuid, bool)> = sqlx::query_as(crate::fenced_sql!(
             "WITH alive AS (
                 SELECT held.*, j.* FROM (
-                    SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::jsonb[], $5::text[], $6::jsonb[], $7::smallint[])
+                    SELECT * FROM unnest((SELECT $1::uuid[]), $2::bigint[], $3::uuid[], $4::jsonb[], $5::text[], $6::jsonb[], $7::smallint[])
                          AS held (id, fence, saga, verdict, error, data, pivot)
                     ORDER BY id
                 ) AS held

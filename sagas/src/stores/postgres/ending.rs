@@ -252,7 +252,7 @@ pub(super) async fn insert_steps(
         "INSERT INTO saga_steps (saga_id, fence, seq, step_name, direction, state, attempts, started_at, ended_at, error)
          SELECT saga_id, fence, seq, step, CASE WHEN compensation THEN 'compensate' ELSE 'execute' END,
                 CASE WHEN error IS NULL THEN 'succeeded' ELSE 'failed' END, attempts, started_at, ended_at, error
-         FROM unnest($1::uuid[], $2::bigint[], $3::integer[], $4::text[], $5::boolean[], $6::integer[],
+         FROM unnest((SELECT $1::uuid[]), $2::bigint[], $3::integer[], $4::text[], $5::boolean[], $6::integer[],
                      $7::timestamptz[], $8::timestamptz[], $9::text[])
               AS s (saga_id, fence, seq, step, compensation, attempts, started_at, ended_at, error)
          ON CONFLICT (saga_id, fence, seq) DO NOTHING",
@@ -331,7 +331,7 @@ impl Postgres {
             "WITH alive AS (
                 SELECT held.*, j.kind, j.tenant, j.taken_at, held.revocable AND j.cancel_wanted AS cancelled
                 FROM (
-                    SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::integer[], $5::jsonb[], $6::jsonb[], $7::text[], $8::boolean[])
+                    SELECT * FROM unnest((SELECT $1::uuid[]), $2::bigint[], $3::uuid[], $4::integer[], $5::jsonb[], $6::jsonb[], $7::text[], $8::boolean[])
                          AS held (id, fence, saga, version, steps, result, key_id, revocable)
                     ORDER BY id
                 ) AS held
@@ -509,7 +509,7 @@ async fn end_compensated(
     }
     let ended: Vec<Uuid> = sqlx::query_scalar(
         "UPDATE sagas s SET state = 'compensated', verdict = e.verdict, finished_at = now(), updated_at = now(), fence = e.fence
-         FROM unnest($1::uuid[], $2::jsonb[], $3::bigint[]) AS e (id, verdict, fence) WHERE s.id = e.id RETURNING s.id",
+         FROM unnest((SELECT $1::uuid[]), $2::jsonb[], $3::bigint[]) AS e (id, verdict, fence) WHERE s.id = e.id RETURNING s.id",
     )
     .bind(runs.iter().map(|(saga, _)| *saga).collect::<Vec<_>>())
     .bind(runs.iter().map(|(_, item)| json!(item.verdict)).collect::<Vec<_>>())
@@ -540,7 +540,7 @@ pub(super) async fn settle(
     });
     sqlx::query(
         "WITH e AS (
-            SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::text[], $5::timestamptz[], $6::text[], $7::text[],
+            SELECT * FROM unnest((SELECT $1::uuid[]), $2::uuid[], $3::bigint[], $4::text[], $5::timestamptz[], $6::text[], $7::text[],
                                  $8::float8[], $9::text[], $10::text[], $11::text[], $12::jsonb[])
                  AS e (id, saga, fence, worker, started_at, state, outcome, retry_in_s, class, code, error, chain)
          ), done AS (

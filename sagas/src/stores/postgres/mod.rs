@@ -280,7 +280,8 @@ pub(crate) struct Alive {
 /// transaction that began with this statement.
 ///
 /// A sub-select that locks is never merged into the join around it, so that each job is looked up by its id whatever Postgres
-/// thinks of the table (`docs/decisions/0052-each-job-by-its-id.md`).
+/// thinks of the table (`docs/decisions/0052-each-job-by-its-id.md`). It doesn't see how many they are, so that the plan for one is
+/// that for all (`docs/decisions/0055-one-plan-for-one-job-and-for-many.md`).
 #[cfg_attr(feature = "faults", track_caller)]
 pub(crate) fn lock_alive<'a>(
     connection: &'a mut PgConnection,
@@ -290,7 +291,7 @@ pub(crate) fn lock_alive<'a>(
     let fences: Vec<i64> = jobs.iter().map(|(_, fence)| fence.0).collect();
     let sql = crate::fenced_sql!(
         "SELECT held.id, j.cancel_requested
-         FROM (SELECT * FROM unnest($1::uuid[], $2::bigint[]) AS held (id, fence) ORDER BY id) AS held
+         FROM (SELECT * FROM unnest((SELECT $1::uuid[]), $2::bigint[]) AS held (id, fence) ORDER BY id) AS held
          CROSS JOIN LATERAL (
              SELECT j.cancel_requested_at IS NOT NULL AS cancel_requested FROM jobs j
              WHERE j.id = held.id AND j.fence = held.fence AND j.state = 'running' FOR NO KEY UPDATE

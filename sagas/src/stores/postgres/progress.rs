@@ -36,7 +36,7 @@ impl Postgres {
     pub async fn record_progress(&self, reports: &[Progress]) -> Result<Vec<JobId>, StoreError> {
         let rows = sqlx::query(crate::fenced_sql!(
             "WITH said AS (
-                 SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::smallint[], $4::text[]) AS s (id, fence, percent, message)
+                 SELECT * FROM unnest((SELECT $1::uuid[]), $2::bigint[], $3::smallint[], $4::text[]) AS s (id, fence, percent, message)
                  ORDER BY id
              ), alive AS (
                  SELECT j.id FROM said CROSS JOIN LATERAL (

@@ -154,7 +154,7 @@ async fn lock_documents(
 ) -> Result<HashMap<Uuid, Shown>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT id, current_version, current_order, deleted_order FROM documents
-         WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE",
+         WHERE id = ANY((SELECT $1::uuid[])::uuid[]) ORDER BY id FOR NO KEY UPDATE",
     )
     .bind(ids)
     .fetch_all(connection)
@@ -175,7 +175,7 @@ async fn lock_versions(
     connection: &mut PgConnection,
     ids: impl Iterator<Item = Uuid>,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query("SELECT FROM document_versions WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE")
+    sqlx::query("SELECT FROM document_versions WHERE id = ANY((SELECT $1::uuid[])::uuid[]) ORDER BY id FOR NO KEY UPDATE")
         .bind(ids.collect::<Vec<_>>())
         .execute(connection)
         .await?;
@@ -192,7 +192,7 @@ async fn write_versions(
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "UPDATE document_versions v SET state = 'retired', retired_by = r.saga, sweep_after = now() + make_interval(secs => r.grace)
-         FROM unnest($1::uuid[], $2::uuid[], $3::float8[]) AS r (id, saga, grace) WHERE v.id = r.id",
+         FROM unnest((SELECT $1::uuid[]), $2::uuid[], $3::float8[]) AS r (id, saga, grace) WHERE v.id = r.id",
     )
     .bind(retired.iter().map(|r| r.0).collect::<Vec<_>>())
     .bind(retired.iter().map(|r| r.1).collect::<Vec<_>>())
@@ -203,7 +203,7 @@ async fn write_versions(
         published.iter().map(|(item, _)| *item).filter(|item| !skipped.contains(&item.version)).collect();
     let done = sqlx::query(
         "UPDATE document_versions v SET state = 'published', published_at = now(), vectors_hash = p.hash
-         FROM unnest($1::uuid[], $2::bytea[]) AS p (id, hash) WHERE v.id = p.id AND v.state = 'staged'",
+         FROM unnest((SELECT $1::uuid[]), $2::bytea[]) AS p (id, hash) WHERE v.id = p.id AND v.state = 'staged'",
     )
     .bind(new.iter().map(|item| item.version).collect::<Vec<_>>())
     .bind(new.iter().map(|item| item.vectors_hash.clone()).collect::<Vec<_>>())
@@ -223,7 +223,7 @@ async fn write_versions(
 async fn show(connection: &mut PgConnection, shown: &HashMap<Uuid, (Uuid, i64)>) -> Result<(), sqlx::Error> {
     sqlx::query(
         "UPDATE documents d SET current_version = s.version, current_order = s.num, updated_at = now()
-         FROM unnest($1::uuid[], $2::uuid[], $3::bigint[]) AS s (id, version, num) WHERE d.id = s.id",
+         FROM unnest((SELECT $1::uuid[]), $2::uuid[], $3::bigint[]) AS s (id, version, num) WHERE d.id = s.id",
     )
     .bind(shown.keys().copied().collect::<Vec<_>>())
     .bind(shown.values().map(|s| s.0).collect::<Vec<_>>())
@@ -239,7 +239,7 @@ async fn end(connection: &mut PgConnection, published: &[(&Publish, bool)]) -> R
         "UPDATE sagas s SET state = CASE WHEN e.retires THEN 'finishing' ELSE 'completed' END,
                 finished_at = CASE WHEN e.retires THEN NULL ELSE now() END,
                 next_step = e.next_step, updated_at = now(), fence = e.fence
-         FROM unnest($1::uuid[], $2::boolean[], $3::bigint[], $4::smallint[]) AS e (id, retires, fence, next_step)
+         FROM unnest((SELECT $1::uuid[]), $2::boolean[], $3::bigint[], $4::smallint[]) AS e (id, retires, fence, next_step)
          WHERE s.id = e.id",
     )
     .bind(published.iter().map(|(item, _)| item.saga_id).collect::<Vec<_>>())
@@ -267,7 +267,7 @@ async fn end(connection: &mut PgConnection, published: &[(&Publish, bool)]) -> R
     insert_steps(connection, &runs).await?;
     sqlx::query(
         "UPDATE jobs j SET state = 'succeeded', result = nullif(e.result, 'null'::jsonb), finished_at = now(), last_error = NULL
-         FROM unnest($1::uuid[], $2::jsonb[]) AS e (id, result) WHERE j.id = e.id",
+         FROM unnest((SELECT $1::uuid[]), $2::jsonb[]) AS e (id, result) WHERE j.id = e.id",
     )
     .bind(published.iter().map(|(item, _)| item.job_id.0).collect::<Vec<_>>())
     .bind(published.iter().map(|(item, _)| item.result.clone()).collect::<Vec<_>>())

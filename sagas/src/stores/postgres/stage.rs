@@ -138,7 +138,7 @@ pub(super) async fn insert_sagas(
     sqlx::query(
         "INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, next_step, data, fence)
          SELECT id, job_id, kind, version, tenant, 'running', next_step, data, fence
-         FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::smallint[], $7::jsonb[], $8::bigint[])
+         FROM unnest((SELECT $1::uuid[]), $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::smallint[], $7::jsonb[], $8::bigint[])
               AS s (id, job_id, kind, version, tenant, next_step, data, fence)
          ORDER BY id
          ON CONFLICT (id) DO NOTHING",
@@ -164,7 +164,7 @@ async fn insert_versions(connection: &mut PgConnection, items: &[&Stage]) -> Res
               collection, chunk_count)
          SELECT id, document_id, tenant, doc_order, saga_id, 'staged', title, body, metadata, content_hash, model,
                 dimensions, collection, chunk_count
-         FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::bigint[], $5::uuid[], $6::text[], $7::text[], $8::jsonb[],
+         FROM unnest((SELECT $1::uuid[]), $2::uuid[], $3::text[], $4::bigint[], $5::uuid[], $6::text[], $7::text[], $8::jsonb[],
                      $9::bytea[], $10::text[], $11::integer[], $12::text[], $13::integer[])
               AS v (id, document_id, tenant, doc_order, saga_id, title, body, metadata, content_hash, model, dimensions,
                     collection, chunk_count)
@@ -200,7 +200,7 @@ async fn insert_chunks(connection: &mut PgConnection, items: &[&Stage]) -> Resul
     }
     sqlx::query(
         "INSERT INTO chunks (version_id, no, body)
-         SELECT * FROM unnest($1::uuid[], $2::integer[], $3::text[]) ON CONFLICT DO NOTHING",
+         SELECT * FROM unnest((SELECT $1::uuid[]), $2::integer[], $3::text[]) ON CONFLICT DO NOTHING",
     )
     .bind(ids)
     .bind(numbers)
@@ -221,7 +221,7 @@ impl Postgres {
     async fn begin_sagas(&self, sagas: &[&NewSaga]) -> Result<Vec<bool>, StoreError> {
         let alive: Vec<Uuid> = sqlx::query_scalar(crate::fenced_sql!(
             "WITH held AS (
-                SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::smallint[], $7::jsonb[], $8::bigint[])
+                SELECT * FROM unnest((SELECT $1::uuid[]), $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::smallint[], $7::jsonb[], $8::bigint[])
                      AS s (id, job_id, kind, version, tenant, next_step, data, fence)
                 ORDER BY job_id
              ), alive AS (

@@ -202,7 +202,7 @@ impl Postgres {
             "WITH due AS (
                 SELECT j.id, j.runs_alone, j.was_lost, j.begun_at,
                        CASE WHEN j.fence = 0 THEN begins.version ELSE j.begun_version END AS begun_version
-                FROM (SELECT id FROM unnest($1::uuid[]) AS claimed (id) ORDER BY id) AS claimed
+                FROM (SELECT id FROM unnest((SELECT $1::uuid[])) AS claimed (id) ORDER BY id) AS claimed
                 CROSS JOIN LATERAL (
                     SELECT j.id, j.kind, j.fence, j.begun_version, j.runs_alone, j.taken_at AS begun_at,
                            j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost
@@ -279,7 +279,7 @@ impl Postgres {
         let rows = sqlx::query(
             "SELECT job_id, s.id, definition_version, state, next_step, data, done, verdict, pivot_at IS NOT NULL AS pivot_begun,
                     lost_compensating
-             FROM unnest($1::uuid[]) AS again (id) CROSS JOIN LATERAL (
+             FROM unnest((SELECT $1::uuid[])) AS again (id) CROSS JOIN LATERAL (
                 SELECT * FROM sagas o WHERE o.job_id = again.id AND o.state IN ('running', 'compensating') LIMIT 1
              ) s",
         )
@@ -373,7 +373,7 @@ fn taken_job(row: &PgRow, cipher: &PayloadCipher) -> Result<TakenJob, sqlx::Erro
     })
 }
 
-/// How one step of a run went; becomes a row of `saga_steps`.
+/// How one step of a run went; becomes a row of `saga_timeline`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Name of the step.
