@@ -12,6 +12,7 @@ mod workloads;
 use std::process::ExitCode;
 
 use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     report::Report,
@@ -84,9 +85,12 @@ fn print(
 ) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let results = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
         tokio::select! {
             results = measure => results,
-            _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
+            _ = terminate.recv() => anyhow::bail!("interrupted by SIGTERM"),
+            _ = interrupt.recv() => anyhow::bail!("interrupted by SIGINT"),
         }
     })?;
     println!("{}", serde_json::to_string(&Report { bench, results })?);

@@ -6,9 +6,14 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use tokio::process::Command;
 
 use super::Report;
+use crate::signals::AskedToEnd;
 
 const PROGRAM: &str = "flotilla-bench";
 
@@ -23,9 +28,23 @@ pub async fn run(bench: &str, args: &[String]) -> anyhow::Result<Report> {
     })?;
     let mut command = Command::new(&program);
     command.args([bench, "--json"]).args(args);
+    let mut asked = AskedToEnd::listen()?;
     let running = command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true).spawn();
-    let output = running.with_context(|| format!("{} can't be started", program.display()))?;
-    let output = output.wait_with_output().await?;
+    let running = running.with_context(|| format!("{} can't be started", program.display()))?;
+    let pid = running.id().and_then(|id| i32::try_from(id).ok());
+    let output = tokio::spawn(running.wait_with_output());
+    tokio::pin!(output);
+    let output = tokio::select! {
+        output = &mut output => output??,
+        (signal, _) = asked.next() => {
+            // It removes its servers and their data.
+            if let Some(pid) = pid {
+                kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+            }
+            output.await??;
+            bail!("interrupted by {signal}");
+        }
+    };
     if !output.status.success() {
         bail!("{PROGRAM} ended with {}; what it said is above", output.status);
     }

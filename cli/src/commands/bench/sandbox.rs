@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, future::Future, path::PathBuf};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use devstack::{Service, Stack, StackOptions};
 
-use crate::{context::Context, output};
+use crate::{context::Context, output, signals::AskedToEnd};
 
 /// Servers in a temporary directory, and a context whose settings point at them.
 pub struct Sandbox {
@@ -16,7 +16,7 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// Runs `work` over fresh servers with an up-to-date schema. They are stopped and removed whatever `work` does, also
-    /// after Ctrl-C.
+    /// after a signal.
     pub async fn with<T, F>(
         services: &[Service],
         settings: &[(&'static str, String)],
@@ -26,16 +26,14 @@ impl Sandbox {
     where
         F: Future<Output = anyhow::Result<T>>,
     {
+        let mut asked = AskedToEnd::listen()?;
         let sandbox = Self::start(services, settings, context).await?;
         let migrated = async {
             let postgres = sandbox.context.postgres().await?;
             postgres.migrate_up().await?;
             work(sandbox.context.clone()).await
         };
-        let outcome = tokio::select! {
-            outcome = migrated => outcome,
-            _ = tokio::signal::ctrl_c() => Err(anyhow!("interrupted")),
-        };
+        let outcome = asked.or(migrated).await;
         sandbox.stop().await;
         outcome
     }

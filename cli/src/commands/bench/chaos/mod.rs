@@ -43,6 +43,7 @@ use crate::{
     context::Context,
     failure::{Ending, Outcome},
     output,
+    signals::AskedToEnd,
 };
 
 #[derive(Debug, clap::Args)]
@@ -110,10 +111,7 @@ struct Count {
 }
 
 pub async fn run(args: Args, context: &Context) -> Outcome {
-    let report = tokio::select! {
-        report = Box::pin(chaos(&args, context)) => report?,
-        _ = tokio::signal::ctrl_c() => bail!("interrupted"),
-    };
+    let report = AskedToEnd::listen()?.or(Box::pin(chaos(&args, context))).await?;
     context.out.data(&report, || {
         let mut table = output::table(&["RESULT", "VALUE", "UNIT"]);
         for count in &report.results {
