@@ -8,7 +8,8 @@ COPY scripts/fetch_model.py /src/fetch_model.py
 RUN --mount=type=cache,target=/cache \
     mkdir -p /models && FLOTILLA_CACHE=/cache python3 /src/fetch_model.py /models/all-MiniLM-L6-v2
 
-FROM rust:1.95-slim-bookworm AS build
+# Not the slim one: it has no make, which the allocator's build wants.
+FROM rust:1.95-bookworm AS build
 WORKDIR /src
 # What may enter the context is listed in .dockerignore; rust-toolchain.toml is not, because this image is the toolchain.
 COPY . .

@@ -12,12 +12,17 @@ mod workloads;
 use std::process::ExitCode;
 
 use clap::Parser;
+use tikv_jemallocator::Jemalloc;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     report::Report,
     workloads::{Plan, Workload},
 };
+
+/// As the product has it, for all sides.
+#[global_allocator]
+static ALLOCATOR: Jemalloc = Jemalloc;
 
 /// Measures the queue beside apalis-redis and two minimal scripts, and sagas beside plain writes, on private services
 #[derive(Debug, Parser)]

@@ -12,6 +12,7 @@ use std::{ffi::OsStr, process::ExitCode, time::Duration};
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, builder::Resettable};
 use telemetry::{Telemetry, TelemetryConfig};
+use tikv_jemallocator::Jemalloc;
 
 use crate::{
     commands::{
@@ -23,6 +24,10 @@ use crate::{
     failure::Outcome,
     output::Output,
 };
+
+/// A fifth less CPU for a saga than with the C library's (`docs/decisions/0056-jemalloc.md`).
+#[global_allocator]
+static ALLOCATOR: Jemalloc = Jemalloc;
 
 /// Flotilla: a fleet of workers that runs jobs as sagas over Postgres, Qdrant and Redis
 ///

@@ -51,7 +51,7 @@ FAULTS = [
     ("compose", "deploy/compose.env.example", "GRAFANA_PORT=3000", "GRAFANA_PORT=3001", "GRAFANA_PORT is '3001'"),
     ("compose", COMPOSE, "dockerfile: Dockerfile}\n    command", "dockerfile: Containerfile}\n    command", "does not exist"),
     ("image", "Dockerfile", "FROM python:3.11-slim-bookworm", "FROM python:latest", "python:latest is not pinned"),
-    ("image", "Dockerfile", "FROM rust:1.95-slim", "FROM rust:1.94-slim", "does not build with rust:1.95"),
+    ("image", "Dockerfile", "FROM rust:1.95-bookworm", "FROM rust:1.94-bookworm", "does not build with rust:1.95"),
     ("image", "Dockerfile", "USER 10001:10001", "USER root", "use a number"),
     ("image", "Dockerfile", "--from=model", "--from=models", "names no stage"),
     ("image", "Dockerfile", "COPY scripts/fetch_model.py", "COPY scripts/get_model.py", "get_model.py, which does not"),
