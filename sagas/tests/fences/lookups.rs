@@ -95,7 +95,10 @@ fn undone() -> StepRecord {
 
 /// A ledger with one session, which keeps its plans and tells of its own reads.
 async fn one_session() -> Ledger {
-    let mut ledger = Ledger::start().await;
+    one_session_of(Ledger::start().await).await
+}
+
+async fn one_session_of(mut ledger: Ledger) -> Ledger {
     let config =
         PostgresConfig { max_connections: 1, ..PostgresConfig::new(ledger.services.postgres().url()) };
     ledger.postgres = Postgres::connect(&config).await.unwrap();
@@ -124,6 +127,23 @@ async fn jobs_are_looked_up_by_their_ids_whatever_else_is_under_way() {
     assert!(reads.iter().all(most), "at first {first:?}, then {reads:?}");
 }
 
+/// Runs of one job each: one that succeeds, one that is undone, an ingest; more of each than a session plans anew.
+async fn runs_of_one_job(ledger: &Ledger) {
+    for n in 0..2 * RUNS {
+        let [succeeds, fails] = [ledger.accept(&jobs(1)).await[0], ledger.accept(&jobs(1)).await[0]];
+        ledger.take("w", succeeds).await;
+        succeed(ledger, &[succeeds]).await;
+        let job = ledger.take("w", fails).await;
+        let saga = saga_of(&job, Uuid::now_v7());
+        assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
+        let run = run_of(&job, Some(saga.id));
+        let verdict = Verdict::Dead { failure: failure() };
+        ledger.postgres.begin_compensation(&run, &verdict, "a test's", None, 1).await.unwrap();
+        assert!(ledger.postgres.finish(&run, &verdict, &[undone()]).await.unwrap());
+        ledger.ingested(&format!("document {n}")).await;
+    }
+}
+
 #[tokio::test]
 async fn a_run_of_one_job_plans_none_of_its_statements_again() {
     let ledger = one_session().await;
@@ -142,19 +162,7 @@ async fn a_run_of_one_job_plans_none_of_its_statements_again() {
     .await
     .unwrap();
     sqlx::query("ANALYZE").execute(ledger.postgres.pool()).await.unwrap();
-    for n in 0..2 * RUNS {
-        let [succeeds, fails] = [ledger.accept(&jobs(1)).await[0], ledger.accept(&jobs(1)).await[0]];
-        ledger.take("w", succeeds).await;
-        succeed(&ledger, &[succeeds]).await;
-        let job = ledger.take("w", fails).await;
-        let saga = saga_of(&job, Uuid::now_v7());
-        assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
-        let run = run_of(&job, Some(saga.id));
-        let verdict = Verdict::Dead { failure: failure() };
-        ledger.postgres.begin_compensation(&run, &verdict, "a test's", None, 1).await.unwrap();
-        assert!(ledger.postgres.finish(&run, &verdict, &[undone()]).await.unwrap());
-        ledger.ingested(&format!("document {n}")).await;
-    }
+    runs_of_one_job(&ledger).await;
     let planned: Vec<(String, i64)> = sqlx::query_as(
         "SELECT statement, custom_plans FROM pg_prepared_statements
          WHERE custom_plans > 5 ORDER BY custom_plans",
@@ -163,4 +171,28 @@ async fn a_run_of_one_job_plans_none_of_its_statements_again() {
     .await
     .unwrap();
     assert!(planned.is_empty(), "{} statements: {planned:#?}", planned.len());
+}
+
+#[tokio::test]
+async fn a_fresh_ledger_is_never_read_from_end_to_end_whatever_the_servers_settings() {
+    let first = Ledger::start().await;
+    sqlx::query("ALTER DATABASE flotilla SET random_page_cost = 4")
+        .execute(first.postgres.pool())
+        .await
+        .unwrap();
+    let ledger = one_session_of(first).await;
+    for table in ["jobs", "sagas", "documents", "document_versions"] {
+        let no_vacuum = format!("ALTER TABLE {table} SET (autovacuum_enabled = false)");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(no_vacuum)).execute(ledger.postgres.pool()).await.unwrap();
+    }
+    runs_of_one_job(&ledger).await;
+    sqlx::query("SELECT pg_stat_force_next_flush()").execute(ledger.postgres.pool()).await.unwrap();
+    let read: Vec<(String, i64)> = sqlx::query_as(
+        "SELECT relname::text, seq_tup_read FROM pg_stat_user_tables
+         WHERE relname IN ('jobs', 'sagas', 'documents', 'document_versions') AND seq_tup_read > 0",
+    )
+    .fetch_all(ledger.postgres.pool())
+    .await
+    .unwrap();
+    assert!(read.is_empty(), "rows read by scans: {read:?}");
 }

@@ -104,6 +104,8 @@ impl Postgres {
             .application_name("flotilla")
             .options([
                 ("search_path", SCHEMA.to_owned()),
+                // Look-ups by index, also in tables that are small as yet (docs/decisions/0055-one-plan-for-one-job-and-for-many.md).
+                ("random_page_cost", "1.1".to_owned()),
                 // The server ends what the client has given up, and a dead client's locks.
                 ("statement_timeout", config.call_timeout.as_millis().to_string()),
                 ("idle_in_transaction_session_timeout", (config.call_timeout * 2).as_millis().to_string()),
@@ -280,7 +282,7 @@ pub(crate) struct Alive {
 /// transaction that began with this statement.
 ///
 /// A sub-select that locks is never merged into the join around it, so that each job is looked up by its id whatever Postgres
-/// thinks of the table (`docs/decisions/0052-each-job-by-its-id.md`). It doesn't see how many they are, so that the plan for one is
+/// thinks of the table (`docs/decisions/0052-each-job-by-its-id.md`). It isn't told how many they are, so that the plan for one is
 /// that for all (`docs/decisions/0055-one-plan-for-one-job-and-for-many.md`).
 #[cfg_attr(feature = "faults", track_caller)]
 pub(crate) fn lock_alive<'a>(
