@@ -174,30 +174,37 @@ async fn steps_of_a_completed_run_are_read_from_its_row_and_a_way_back_gives_the
         error: error.map(str::to_owned),
     };
     let steps = [step("first", 0, None), step("second", 7_654_321, Some("it \"broke\""))];
+    // What an earlier delivery has logged has rows.
+    sqlx::query(
+        "INSERT INTO saga_steps (saga_id, fence, seq, step_name, direction, state, attempts, started_at, ended_at)
+         VALUES ($1, 0, 0, 'earlier', 'execute', 'succeeded', 1, now(), now())",
+    )
+    .bind(job.id.0)
+    .execute(postgres.pool())
+    .await
+    .unwrap();
+    let earlier = postgres.steps(job.id.0).await.unwrap();
     let run = Run { job_id: job.id, fence: Fence(1), saga_id: Some(job.id.0), worker, started_at: began };
     assert!(postgres.complete(&run, &json!(null), &steps).await.unwrap());
 
-    let told: Vec<_> = steps
-        .iter()
-        .zip(0..)
-        .map(|(step, seq)| StepView {
-            fence: 1,
-            seq,
-            step_name: step.step.to_string(),
-            direction: "execute".to_owned(),
-            state: if step.error.is_some() { "failed" } else { "succeeded" }.to_owned(),
-            attempts: 2,
-            started_at: step.started_at,
-            ended_at: step.ended_at,
-            error: step.error.clone(),
-        })
-        .collect();
+    let last = steps.iter().zip(0..).map(|(step, seq)| StepView {
+        fence: 1,
+        seq,
+        step_name: step.step.to_string(),
+        direction: "execute".to_owned(),
+        state: if step.error.is_some() { "failed" } else { "succeeded" }.to_owned(),
+        attempts: 2,
+        started_at: step.started_at,
+        ended_at: step.ended_at,
+        error: step.error.clone(),
+    });
+    let told: Vec<_> = earlier.into_iter().chain(last).collect();
     let rows = async || -> i64 {
         sqlx::query_scalar("SELECT count(*) FROM saga_steps").fetch_one(postgres.pool()).await.unwrap()
     };
-    assert_eq!((postgres.steps(job.id.0).await.unwrap(), rows().await), (told.clone(), 0));
+    assert_eq!((postgres.steps(job.id.0).await.unwrap(), rows().await), (told.clone(), 1));
     postgres.migrate_down(25).await.unwrap();
-    assert_eq!(rows().await, 2);
+    assert_eq!(rows().await, 3);
     postgres.migrate_up().await.unwrap();
     assert_eq!(postgres.steps(job.id.0).await.unwrap(), told);
 }
