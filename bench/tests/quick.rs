@@ -1,8 +1,13 @@
 //! `flotilla-bench queue|saga --quick`: everything runs, every job is counted, and the report has its shape.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::process::{Command, Output};
+use std::{
+    io::{BufRead, BufReader, Read},
+    process::{Command, Output, Stdio},
+};
 
+use devstack::ProcessId;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 fn flotilla_bench(arguments: &[&str]) -> Output {
@@ -79,4 +84,29 @@ fn what_it_is_asked_for_wrongly_is_refused_with_what_is_allowed() {
     assert!(!output.status.success());
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("enqueue") && said.contains("pickup"), "{said}");
+}
+
+#[test]
+fn a_run_that_is_told_to_end_takes_its_servers_with_it() {
+    let mut bench = Command::new(env!("CARGO_BIN_EXE_flotilla-bench"))
+        .args(["saga", "--quick"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(bench.stderr.take().unwrap());
+    let mut line = String::new();
+    // The servers of the first part have done their work, those of the next are about to start.
+    while !line.starts_with("store: ") {
+        line.clear();
+        assert!(said.read_line(&mut line).unwrap() > 0, "it ended before it measured");
+    }
+    let own = ProcessId::of(bench.id()).unwrap();
+    let others = own.descendants();
+    own.signal(Signal::SIGTERM).unwrap();
+    let mut rest = String::new();
+    said.read_to_string(&mut rest).unwrap();
+    assert!(!bench.wait().unwrap().success());
+    assert!(rest.contains("interrupted by SIGTERM"), "{rest}");
+    assert!(!others.iter().any(ProcessId::is_alive), "of {others:?} some are left");
 }

@@ -1,48 +1,21 @@
-//! SIGTERM and SIGINT: the first asks for a drain, the second ends the process at once. Work that has nothing to drain ends with the
-//! first.
+//! SIGTERM and SIGINT: the first asks for a drain, the second ends the process at once.
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-
-/// Both signals, from now on.
-#[derive(Debug)]
-pub struct AskedToEnd {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl AskedToEnd {
-    /// Listens for them; neither ends the process by itself any more.
-    pub fn listen() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
-    }
-
-    /// Waits for the next one; its name, and the exit code of a process that it ended.
-    pub async fn next(&mut self) -> (&'static str, i32) {
-        tokio::select! {
-            _ = self.terminate.recv() => ("SIGTERM", 143),
-            _ = self.interrupt.recv() => ("SIGINT", 130),
-        }
-    }
-
-    /// What `work` comes to, unless a signal comes first.
-    pub async fn or<T>(&mut self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-        tokio::select! {
-            outcome = work => outcome,
-            (signal, _) = self.next() => Err(anyhow::anyhow!("interrupted by {signal}")),
-        }
-    }
-}
 
 /// A token that the first signal cancels. The second ends the process with 128 + the signal's number, as a shell
 /// would say of a process that a signal ended.
 pub fn drain_on_signal() -> anyhow::Result<CancellationToken> {
-    let mut asked = AskedToEnd::listen()?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let token = CancellationToken::new();
     let drain = token.clone();
     tokio::spawn(async move {
         loop {
-            let (name, code) = asked.next().await;
+            let (name, code) = tokio::select! {
+                _ = terminate.recv() => ("SIGTERM", 143),
+                _ = interrupt.recv() => ("SIGINT", 130),
+            };
             if drain.is_cancelled() {
                 tracing::warn!(signal = name, "second signal: ending at once");
                 std::process::exit(code);
@@ -52,4 +25,12 @@ pub fn drain_on_signal() -> anyhow::Result<CancellationToken> {
         }
     });
     Ok(token)
+}
+
+/// What `work` comes to, unless the process is asked to end first.
+pub async fn unless_asked_to_end<T>(
+    asked: &CancellationToken,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    asked.run_until_cancelled(work).await.unwrap_or_else(|| Err(anyhow::anyhow!("interrupted")))
 }

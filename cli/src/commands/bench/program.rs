@@ -6,14 +6,12 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use devstack::ProcessId;
+use nix::sys::signal::Signal;
 use tokio::process::Command;
 
 use super::Report;
-use crate::signals::AskedToEnd;
+use crate::signals;
 
 const PROGRAM: &str = "flotilla-bench";
 
@@ -28,21 +26,20 @@ pub async fn run(bench: &str, args: &[String]) -> anyhow::Result<Report> {
     })?;
     let mut command = Command::new(&program);
     command.args([bench, "--json"]).args(args);
-    let mut asked = AskedToEnd::listen()?;
+    let asked = signals::drain_on_signal()?;
     let running = command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true).spawn();
     let running = running.with_context(|| format!("{} can't be started", program.display()))?;
-    let pid = running.id().and_then(|id| i32::try_from(id).ok());
-    let output = tokio::spawn(running.wait_with_output());
-    tokio::pin!(output);
+    let child = running.id().and_then(ProcessId::of);
+    let mut output = tokio::spawn(running.wait_with_output());
     let output = tokio::select! {
         output = &mut output => output??,
-        (signal, _) = asked.next() => {
+        () = asked.cancelled() => {
             // It removes its servers and their data.
-            if let Some(pid) = pid {
-                kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+            if let Some(child) = child {
+                child.signal(Signal::SIGTERM)?;
             }
             output.await??;
-            bail!("interrupted by {signal}");
+            bail!("interrupted");
         }
     };
     if !output.status.success() {

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, future::Future, path::PathBuf};
 use anyhow::Context as _;
 use devstack::{Service, Stack, StackOptions};
 
-use crate::{context::Context, output, signals::AskedToEnd};
+use crate::{context::Context, output, signals};
 
 /// Servers in a temporary directory, and a context whose settings point at them.
 pub struct Sandbox {
@@ -26,14 +26,14 @@ impl Sandbox {
     where
         F: Future<Output = anyhow::Result<T>>,
     {
-        let mut asked = AskedToEnd::listen()?;
+        let asked = signals::drain_on_signal()?;
         let sandbox = Self::start(services, settings, context).await?;
         let migrated = async {
             let postgres = sandbox.context.postgres().await?;
             postgres.migrate_up().await?;
             work(sandbox.context.clone()).await
         };
-        let outcome = asked.or(migrated).await;
+        let outcome = signals::unless_asked_to_end(&asked, migrated).await;
         sandbox.stop().await;
         outcome
     }

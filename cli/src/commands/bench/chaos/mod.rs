@@ -42,8 +42,7 @@ use crate::{
     commands::worker,
     context::Context,
     failure::{Ending, Outcome},
-    output,
-    signals::AskedToEnd,
+    output, signals,
 };
 
 #[derive(Debug, clap::Args)]
@@ -111,7 +110,8 @@ struct Count {
 }
 
 pub async fn run(args: Args, context: &Context) -> Outcome {
-    let report = AskedToEnd::listen()?.or(Box::pin(chaos(&args, context))).await?;
+    let asked = signals::drain_on_signal()?;
+    let report = signals::unless_asked_to_end(&asked, Box::pin(chaos(&args, context))).await?;
     context.out.data(&report, || {
         let mut table = output::table(&["RESULT", "VALUE", "UNIT"]);
         for count in &report.results {
