@@ -49,7 +49,7 @@ present() {
     case $1 in
         postgres) has initdb || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || compgen -G '/usr/pgsql-*/bin/initdb' >/dev/null ;;
         redis) has redis-server ;;
-        compiler) has cc ;;
+        compiler) has cc && has make ;;
         # `python3 -m pip` and not `pip`: that is how the model is fetched.
         python) has python3 && python3 -m pip --version >/dev/null 2>&1 ;;
         curl) has curl ;;
