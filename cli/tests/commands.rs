@@ -424,6 +424,34 @@ async fn a_second_signal_ends_a_worker_that_drains() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn jobs_that_only_redis_has_are_chosen_too_and_without_redis_their_absence_is_told() {
+    let services = TestServices::builder().postgres().redis_queue().start().await.unwrap();
+    let cli = Cli { services };
+    cli.text(0, &["migrate", "up"]);
+    let fast = || {
+        let job = cli.json(0, &["enqueue", "report", "--payload", "{}", "--durability", "fast"]);
+        job["id"].as_str().unwrap().to_owned()
+    };
+    let (first, _) = (fast(), fast());
+    let keys = cli.json(0, &["encryption", "status"]);
+    assert_eq!(keys["in_use"][0]["unfinished"], 2, "{keys}");
+    fast();
+    let gone = cli.json(0, &["jobs", "cancel", "--queue", "report"]);
+    assert_eq!(gone["cancelled"], 3, "{gone}");
+    assert_eq!(cli.json(0, &["jobs", "show", &first])["state"], "cancelled");
+
+    let last = fast();
+    cli.services.redis_queue().kill9().await.unwrap();
+    for command in ["show", "cancel"] {
+        let (_, err) = cli.text(2, &["jobs", command, &last]);
+        assert!(err.contains("the queue's Redis, which may have it"), "{err}");
+    }
+    let (out, err) = cli.text(0, &["jobs", "cancel", "--queue", "report"]);
+    assert_eq!(out, "no such jobs\n");
+    assert!(err.contains("that no worker has claimed are left out"), "{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn schedules_and_waiting_jobs_are_changed_from_the_command_line() {
     let services = TestServices::builder().postgres().redis_queue().start().await.unwrap();
     let cli = Cli { services };

@@ -6,7 +6,8 @@ mod support;
 use std::time::Duration;
 
 use producer::{
-    Cancel, Change, Changed, Client, ClientSettings, Durability, EnqueueError, NewJob, WaitError, new_job,
+    Cancel, Change, Changed, Client, ClientSettings, Durability, EnqueueError, NewJob, Selection, WaitError,
+    new_job,
 };
 use queue::{JobId, Priority};
 use sagas::JobState;
@@ -221,6 +222,44 @@ async fn protocol_8_a_job_on_a_document_has_its_place_from_acceptance_on_also_wh
         orders.push(stage.postgres.job(id, None).await.unwrap().expect("in the ledger").doc_order);
     }
     assert_eq!(orders, [Some(1), Some(2)]);
+}
+
+#[tokio::test]
+async fn fast_jobs_that_wait_are_among_those_chosen_by_what_they_are() {
+    let stage = Stage::with(ClientSettings::default(), |config| config.partitions = 3).await;
+    let fast = async |jobs: Vec<NewJob>| {
+        for outcome in stage.client.enqueue_many(jobs, Durability::Fast).await.unwrap() {
+            outcome.unwrap();
+        }
+    };
+    // More than Redis hands out at once.
+    for first in [0, 500, 1000] {
+        fast((first..first + 500).map(report).collect()).await;
+    }
+    let later = Some(chrono::Utc::now() + chrono::Duration::hours(1));
+    fast(vec![NewJob { tenant: tenant("globex"), ..report(1) }, NewJob { run_at: later, ..report(2) }]).await;
+    assert_eq!(stage.rows().await, 0);
+    let which = |owner: &str| Selection {
+        tenant: Some(owner.to_owned()),
+        queue: Some(report(0).queue.to_string()),
+        kind: Some("report".to_owned()),
+        limit: 5000,
+        ..Selection::default()
+    };
+    for (other, rows) in [
+        (Selection { kind: Some("ingest".to_owned()), ..which("acme") }, 0),
+        (Selection { queue: Some("elsewhere".to_owned()), ..which("acme") }, 0),
+        (which("globex"), 1),
+    ] {
+        stage.client.settle_all_fast(&other).await.unwrap();
+        assert_eq!(stage.rows().await, rows, "{other:?}");
+    }
+    for _ in 0..2 {
+        stage.client.settle_all_fast(&which("acme")).await.unwrap();
+        assert_eq!(stage.postgres.select_jobs(&which("acme")).await.unwrap().len(), 1501);
+    }
+    stage.client.settle_all_fast(&Selection::default()).await.unwrap();
+    assert_eq!(stage.rows().await, 1502);
 }
 
 #[tokio::test]

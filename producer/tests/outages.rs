@@ -6,7 +6,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use devstack::testing::TestServices;
-use producer::{Client, ClientSettings, Durability, EnqueueError};
+use producer::{Client, ClientSettings, Durability, EnqueueError, Selection};
 use queue::Queue;
 use sagas::stores::postgres::{Postgres, PostgresConfig};
 use support::{
@@ -131,6 +131,10 @@ async fn a_job_that_the_ledger_does_not_know_may_be_in_a_queue_that_is_away() {
     assert!(gone.is_unavailable(), "{gone}");
     let gone = stage.client.cancel(job, None).await.unwrap_err();
     assert!(gone.is_unavailable(), "{gone}");
+    let gone = stage.client.settle_all_fast(&Selection::default()).await.unwrap_err();
+    assert!(gone.is_unavailable(), "{gone}");
+    let without = Client::new(stage.postgres.clone(), None, ClientSettings::default());
+    assert!(without.settle_all_fast(&Selection::default()).await.unwrap_err().is_unavailable());
     stage.services.redis_queue().resume().await.unwrap();
     eventually(|| async { stage.client.cancel(job, None).await.map_err(|error| error.to_string()) }).await;
 }

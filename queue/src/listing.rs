@@ -48,7 +48,47 @@ pub struct Listed {
     pub at_ms: Option<i64>,
 }
 
+/// Where [`Queue::scan`] goes on; at first the default.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ScanCursor {
+    partition: u16,
+    /// Redis' own cursor.
+    place: u64,
+}
+
 impl Queue {
+    /// Some of the jobs that Redis has of a queue, whatever their state, and where to go on; `None` at the end. A job that is
+    /// there from the first call to the last is met at least once, another may be. What can't be read is logged and left out.
+    pub async fn scan(
+        &self,
+        queue: &QueueName,
+        from: ScanCursor,
+    ) -> Result<(Vec<Envelope>, Option<ScanCursor>), QueueError> {
+        let ScanCursor { partition, place } = from;
+        let key = partition_key(self.config(), queue, partition);
+        let mut ask = redis::cmd("HSCAN");
+        ask.arg(format!("{key}:j")).arg(place).arg("COUNT").arg(CHUNK);
+        let mut reply = Reply::new(self.shared.link.command(&ask).await?.value)?;
+        let place = reply.parsed("a cursor")?;
+        let mut records = reply.array()?;
+        let mut found = Vec::with_capacity(records.len() / 2);
+        while !records.is_empty() {
+            let id: JobId = records.parsed("a job id")?;
+            match read_record(&records.bytes()?, id, queue) {
+                Ok(envelope) => found.push(envelope),
+                Err(error) => tracing::warn!(%id, %error, "a record can't be read"),
+            }
+        }
+        let further = match place {
+            0 if partition + 1 < self.config().partitions => {
+                Some(ScanCursor { partition: partition + 1, place: 0 })
+            }
+            0 => None,
+            place => Some(ScanCursor { partition, place }),
+        };
+        Ok((found, further))
+    }
+
     /// A page of the jobs in one state: at most `limit` (500) after `skip`. Waiting jobs come by priority, then tenant
     /// (the first [`STATS_TENANTS`] of a priority); the others by time; all of it per partition, one after the other.
     /// The queue moves on between two pages, so a job may be on both or on neither.

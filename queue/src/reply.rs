@@ -60,6 +60,11 @@ impl Reply {
         text(self.next("text")?)
     }
 
+    /// An array within the array.
+    pub(crate) fn array(&mut self) -> Result<Self, QueueError> {
+        Self::new(self.next("an array")?)
+    }
+
     /// Text that parses as `T`.
     pub(crate) fn parsed<T: std::str::FromStr>(&mut self, what: &str) -> Result<T, QueueError> {
         let text = self.text()?;

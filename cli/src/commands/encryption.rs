@@ -2,7 +2,10 @@
 
 use sagas::{
     encryption,
-    stores::postgres::sealing::{KeyUse, Rotated},
+    stores::postgres::{
+        control::Selection,
+        sealing::{KeyUse, Rotated},
+    },
 };
 use serde_json::json;
 use uuid::Uuid;
@@ -39,8 +42,16 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
     }
 }
 
+/// Has the ledger know the jobs that so far only Redis has: their records are sealed, too.
+async fn settle_fast(context: &Context) -> anyhow::Result<()> {
+    let client = super::enqueue::client(context).await?;
+    super::jobs::settle_fast(&client, &Selection::default()).await;
+    Ok(())
+}
+
 async fn status(context: &Context) -> Outcome {
     let postgres = context.postgres().await?;
+    settle_fast(context).await?;
     let used = postgres.keys_in_use().await?;
     let known = postgres.cipher().ids();
     let missing: Vec<&str> =
@@ -73,6 +84,7 @@ fn table(used: &[KeyUse], known: &[&str]) -> comfy_table::Table {
 
 async fn rotate(page: i64, context: &Context) -> Outcome {
     let postgres = context.migrated_postgres().await?;
+    settle_fast(context).await?;
     let mut all = Rotated::default();
     let mut after = Uuid::nil();
     while let Some((last, rotated)) = postgres.rotate_page(after, page).await? {

@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use chrono::{DateTime, Utc};
 use futures::StreamExt as _;
+use producer::Client;
 use queue::{JobId, Priority};
 use sagas::{
     JobState,
     stores::postgres::{
-        Postgres,
         control::{Change, Changed, Selection},
         dead_letters::DeadLetter,
         inspect::{AttemptView, JobFilter, JobView, SagaView},
@@ -181,7 +181,7 @@ struct Detail {
 async fn show(id: Uuid, context: &Context) -> Outcome {
     let client = super::enqueue::client(context).await?;
     let postgres = client.postgres();
-    let Some(job) = client.job(JobId(id), None).await? else { return Err(unknown(id).into()) };
+    let Some(job) = client.job(JobId(id), None).await? else { return Err(unknown(id, &client)) };
     // A payload is shown by those commands alone that are asked for it.
     let dead_letter = postgres.dead_letter(id).await?;
     let dead_letter = dead_letter.map(|letter| DeadLetter { payload: Value::Null, ..letter });
@@ -261,13 +261,16 @@ fn described(detail: &Detail) -> String {
     out
 }
 
+/// Has the ledger know the fast jobs of a selection that so far only Redis knows. Says so where Redis can't be asked: the ledger's
+/// own jobs can be chosen all the same.
+pub async fn settle_fast(client: &Client, which: &Selection) {
+    if let Err(error) = client.settle_all_fast(which).await {
+        output::say(format!("jobs with durability=fast that no worker has claimed are left out: {error}"));
+    }
+}
+
 /// The jobs meant.
-async fn chosen(
-    which: &Which,
-    bound: Bound,
-    running: bool,
-    postgres: &Postgres,
-) -> anyhow::Result<Vec<JobId>> {
+async fn chosen(which: &Which, bound: Bound, running: bool, client: &Client) -> anyhow::Result<Vec<JobId>> {
     if !which.ids.is_empty() {
         return Ok(which.ids.iter().copied().map(JobId).collect());
     }
@@ -279,7 +282,8 @@ async fn chosen(
         after: bound.after,
         limit: bound.limit,
     };
-    Ok(postgres.select_jobs(&selection).await?)
+    settle_fast(client, &selection).await;
+    Ok(client.postgres().select_jobs(&selection).await?)
 }
 
 /// Says how to go on if a filter may have chosen more.
@@ -291,7 +295,7 @@ fn advise(which: &Which, bound: Bound, ids: &[JobId]) {
 
 async fn change(which: &Which, bound: Bound, change: Change, action: &str, context: &Context) -> Outcome {
     let client = super::enqueue::client(context).await?;
-    let ids = chosen(which, bound, false, client.postgres()).await?;
+    let ids = chosen(which, bound, false, &client).await?;
     let mut answers = Vec::with_capacity(ids.len());
     for page in ids.chunks(AT_ONCE) {
         let changed = client.change(page, None, change).await?;
@@ -346,7 +350,7 @@ async fn cancel(which: &Which, bound: Bound, context: &Context) -> Outcome {
     if let [id] = which.ids[..] {
         return cancel_one(id, &client, context).await;
     }
-    let ids = chosen(which, bound, true, client.postgres()).await?;
+    let ids = chosen(which, bound, true, &client).await?;
     let mut counts: BTreeMap<&str, usize> =
         ["cancelled", "requested", "past_pivot", "ended", "unknown"].map(|word| (word, 0)).into();
     let answers: Vec<_> = futures::stream::iter(&ids)
@@ -386,7 +390,7 @@ async fn cancel(which: &Which, bound: Bound, context: &Context) -> Outcome {
     Ok(Ending::fine_if(which.ids.is_empty() || counts["cancelled"] + counts["requested"] == ids.len()))
 }
 
-async fn cancel_one(id: Uuid, client: &producer::Client, context: &Context) -> Outcome {
+async fn cancel_one(id: Uuid, client: &Client, context: &Context) -> Outcome {
     let (word, sentence, good) = match client.cancel(JobId(id), None).await? {
         Cancel::Cancelled => ("cancelled", "cancelled", true),
         Cancel::Requested => {
@@ -394,7 +398,7 @@ async fn cancel_one(id: Uuid, client: &producer::Client, context: &Context) -> O
         }
         Cancel::PastPivot => ("past_pivot", "too late: its effect is published", false),
         Cancel::Ended => ("ended", "it has ended already", false),
-        Cancel::Unknown => return Err(unknown(id).into()),
+        Cancel::Unknown => return Err(unknown(id, client)),
     };
     if good {
         client.postgres().record_action(&actor(), "jobs.cancel", &id.to_string(), &json!({})).await?;
@@ -403,8 +407,16 @@ async fn cancel_one(id: Uuid, client: &producer::Client, context: &Context) -> O
     Ok(Ending::fine_if(good))
 }
 
-fn unknown(id: Uuid) -> Refused {
-    Refused(format!("the ledger doesn't know job {id} (finished jobs are kept for 7 days)"))
+/// Nobody knows the job; or the ledger doesn't, and Redis, which may, can't be asked.
+fn unknown(id: Uuid, client: &Client) -> anyhow::Error {
+    match client.queue() {
+        Some(_) => {
+            Refused(format!("the ledger doesn't know job {id} (finished jobs are kept for 7 days)")).into()
+        }
+        None => anyhow!(
+            "the ledger doesn't know job {id}, and the queue's Redis, which may have it if it is a fast one, can't be reached"
+        ),
+    }
 }
 
 #[cfg(test)]
