@@ -198,40 +198,6 @@ impl Batch for CompleteBatch {
     }
 }
 
-/// Rows of `saga_steps` as columns.
-#[derive(Default)]
-struct Steps<'a> {
-    sagas: Vec<Uuid>,
-    fences: Vec<i64>,
-    seqs: Vec<i32>,
-    names: Vec<&'a str>,
-    compensations: Vec<bool>,
-    attempts: Vec<i32>,
-    started: Vec<DateTime<Utc>>,
-    ended: Vec<DateTime<Utc>>,
-    errors: Vec<Option<&'a str>>,
-}
-
-impl<'a> Steps<'a> {
-    fn of(runs: impl Iterator<Item = (Uuid, Fence, &'a [StepRecord])>) -> Self {
-        let mut rows = Self::default();
-        for (saga, fence, steps) in runs {
-            for (seq, step) in (0..).zip(steps) {
-                rows.sagas.push(saga);
-                rows.fences.push(fence.0);
-                rows.seqs.push(seq);
-                rows.names.push(&step.step);
-                rows.compensations.push(step.compensation);
-                rows.attempts.push(step.attempts);
-                rows.started.push(step.started_at);
-                rows.ended.push(step.ended_at);
-                rows.errors.push(step.error.as_deref());
-            }
-        }
-        rows
-    }
-}
-
 /// A step as the row of its run has it (`migrations/0026_steps_with_their_run.up.sql`). The last delivery of a run that is completed
 /// has no compensation.
 fn in_its_run(step: &StepRecord) -> (&str, i32, i64, i64, Option<&str>) {
@@ -244,8 +210,11 @@ pub(super) async fn insert_steps(
     connection: &mut PgConnection,
     runs: &[(Uuid, Fence, &[StepRecord])],
 ) -> Result<(), sqlx::Error> {
-    let rows = Steps::of(runs.iter().copied());
-    if rows.sagas.is_empty() {
+    let rows: Vec<(Uuid, Fence, i32, &StepRecord)> = runs
+        .iter()
+        .flat_map(|&(saga, fence, steps)| (0..).zip(steps).map(move |(seq, step)| (saga, fence, seq, step)))
+        .collect();
+    if rows.is_empty() {
         return Ok(());
     }
     sqlx::query(
@@ -257,15 +226,15 @@ pub(super) async fn insert_steps(
               AS s (saga_id, fence, seq, step, compensation, attempts, started_at, ended_at, error)
          ON CONFLICT (saga_id, fence, seq) DO NOTHING",
     )
-    .bind(rows.sagas)
-    .bind(rows.fences)
-    .bind(rows.seqs)
-    .bind(rows.names)
-    .bind(rows.compensations)
-    .bind(rows.attempts)
-    .bind(rows.started)
-    .bind(rows.ended)
-    .bind(rows.errors)
+    .bind(rows.iter().map(|(saga, ..)| *saga).collect::<Vec<_>>())
+    .bind(rows.iter().map(|(_, fence, ..)| fence.0).collect::<Vec<_>>())
+    .bind(rows.iter().map(|(_, _, seq, _)| *seq).collect::<Vec<_>>())
+    .bind(rows.iter().map(|(.., step)| &*step.step).collect::<Vec<_>>())
+    .bind(rows.iter().map(|(.., step)| step.compensation).collect::<Vec<_>>())
+    .bind(rows.iter().map(|(.., step)| step.attempts).collect::<Vec<_>>())
+    .bind(rows.iter().map(|(.., step)| step.started_at).collect::<Vec<_>>())
+    .bind(rows.iter().map(|(.., step)| step.ended_at).collect::<Vec<_>>())
+    .bind(rows.iter().map(|(.., step)| step.error.as_deref()).collect::<Vec<_>>())
     .execute(connection)
     .await?;
     Ok(())
