@@ -14,7 +14,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// How long anything may take on a busy machine.
 const WITHIN: Duration = Duration::from_secs(60);
@@ -312,7 +312,7 @@ async fn a_whole_day_with_the_command_line() {
     let rest = cli.json(0, &["events", "list", "--after", cursor, "--limit", "1"]);
     assert_eq!((&rest["events"][0], &rest["next"]), (&heard["events"][20], &heard["events"][20]["cursor"]));
     assert!(cli.text(0, &["events", "list"]).0.contains("document.published"));
-    assert_eq!(cli.json(0, &["events", "list", "--after", "now"])["events"], serde_json::json!([]));
+    assert_eq!(cli.json(0, &["events", "list", "--after", "now"])["events"], json!([]));
     cli.text(2, &["events", "list", "--after", "yesterday"]);
     let mut tail = cli
         .command(&["events", "tail", "--after", "0-0", "--json"])
@@ -331,7 +331,7 @@ async fn a_whole_day_with_the_command_line() {
     assert!(cli.text(0, &["breakers"]).0.contains("embedder"));
 
     let audit = cli.json(0, &["audit"]);
-    assert_eq!(audit["by_kind"], serde_json::json!({}), "{audit}");
+    assert_eq!(audit["by_kind"], json!({}), "{audit}");
 
     // A reader that goes away is no failure, and SIGTERM drains.
     let mut child = cli
@@ -432,23 +432,59 @@ async fn jobs_that_only_redis_has_are_chosen_too_and_without_redis_their_absence
         let job = cli.json(0, &["enqueue", "report", "--payload", "{}", "--durability", "fast"]);
         job["id"].as_str().unwrap().to_owned()
     };
-    let (first, _) = (fast(), fast());
-    let keys = cli.json(0, &["encryption", "status"]);
-    assert_eq!(keys["in_use"][0]["unfinished"], 2, "{keys}");
+    let first = fast();
+    fast();
+    // The record of one is sealed with a key that is exchanged before a worker comes.
+    let keys: Vec<String> =
+        (0..2).map(|_| cli.json(0, &["encryption", "new-key"])["key"].as_str().unwrap().to_owned()).collect();
+    let with_keys = |keys: &str, arguments: &[&str]| {
+        let output = cli.command(arguments).env("FLOTILLA_ENCRYPTION_KEYS", keys).output().unwrap();
+        let text = format!("{output:?}");
+        (output.status.code(), serde_json::from_slice::<Value>(&output.stdout).expect(&text))
+    };
+    let (old, both) = (format!("old:{}", keys[0]), format!("new:{},old:{}", keys[1], keys[0]));
+    let sealed = ["enqueue", "report", "--payload", "{}", "--durability", "fast", "--json"];
+    assert_eq!(with_keys(&old, &sealed).0, Some(0));
+    let in_use = |keys: &str| {
+        let (code, status) = with_keys(keys, &["encryption", "status", "--json"]);
+        let mut counts: Vec<(Value, Value, Value)> = status["in_use"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|one| (one["key_id"].clone(), one["unfinished"].clone(), one["only_in_redis"].clone()))
+            .collect();
+        counts.sort_by_key(|one| one.0.to_string());
+        (code, json!(counts))
+    };
+    assert_eq!(in_use(&both), (Some(0), json!([["old", 0, 1], [null, 0, 2]])));
+    let new = format!("new:{}", keys[1]);
+    assert_eq!(in_use(&new).0, Some(1), "the old key is in use");
+    let (code, rotated) = with_keys(&both, &["encryption", "rotate", "--json"]);
+    // The plain ones were sealed as they came in.
+    assert_eq!((code, &rotated["rotated"]["jobs"], &rotated["complete"]), (Some(0), &json!(1), &json!(true)));
+    assert_eq!(in_use(&new), (Some(0), json!([["new", 3, 0]])));
     fast();
     let gone = cli.json(0, &["jobs", "cancel", "--queue", "report"]);
-    assert_eq!(gone["cancelled"], 3, "{gone}");
+    assert_eq!(gone["cancelled"], 4, "{gone}");
     assert_eq!(cli.json(0, &["jobs", "show", &first])["state"], "cancelled");
 
     let last = fast();
     cli.services.redis_queue().kill9().await.unwrap();
-    for command in ["show", "cancel"] {
-        let (_, err) = cli.text(2, &["jobs", command, &last]);
-        assert!(err.contains("the queue's Redis, which may have it"), "{err}");
+    for (code, command) in [
+        (2, &["jobs", "show", &last][..]),
+        (2, &["jobs", "cancel", &last]),
+        (2, &["sagas", "signal", &last, "go"]),
+        (1, &["jobs", "snooze", &last, "--for", "1h"]),
+        (1, &["jobs", "cancel", &last, &first]),
+    ] {
+        let (_, err) = cli.text(code, command);
+        assert!(err.contains("The queue's Redis, which may have it"), "{command:?}: {err}");
     }
-    let (out, err) = cli.text(0, &["jobs", "cancel", "--queue", "report"]);
+    let (out, err) = cli.text(1, &["jobs", "cancel", "--queue", "report"]);
     assert_eq!(out, "no such jobs\n");
-    assert!(err.contains("that no worker has claimed are left out"), "{err}");
+    assert!(err.contains("that no worker has claimed may be left out"), "{err}");
+    cli.text(1, &["encryption", "status"]);
+    assert_eq!(with_keys(&both, &["encryption", "rotate", "--json"]).0, Some(1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -492,7 +528,7 @@ async fn schedules_and_waiting_jobs_are_changed_from_the_command_line() {
         arguments = vec!["schedules", "list", "--limit", "1", "--after", after];
     }
     assert_eq!(pages, ["acme/nightly", "default/nightly"]);
-    assert_eq!(cli.json(0, &arguments), serde_json::json!([]));
+    assert_eq!(cli.json(0, &arguments), json!([]));
     cli.text(2, &["schedules", "list", "--after", "nightly"]);
     cli.text(0, &["schedules", "delete", "nightly"]);
     cli.text(1, &["schedules", "show", "nightly"]);

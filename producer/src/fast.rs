@@ -1,6 +1,8 @@
 //! Jobs with `durability=fast` that no worker has claimed yet: only Redis knows them.
 
-use queue::{Envelope, JobId, Listed, Queue, QueueError, QueueName, ScanCursor};
+use std::collections::{BTreeMap, HashMap};
+
+use queue::{Envelope, JobId, Listed, Queue, QueueError, QueueName};
 use sagas::{
     Class, Dependency, StoreError,
     stores::postgres::{accept::NewJob, control::Selection},
@@ -26,10 +28,36 @@ impl Client {
         Ok(true)
     }
 
-    /// Brings into the ledger all jobs of a selection's queue, tenant and kind that so far only Redis knows, so that those who choose
-    /// jobs there find them, too. They stay where they wait. Fails if Redis can't be asked; what was found until then is in the
-    /// ledger.
+    /// Brings into the ledger all jobs of a selection's queue, tenant and kind that so far only Redis knows, however many, so that
+    /// those who choose jobs there find them, too. They stay where they wait. Without a queue all are looked at that somebody
+    /// served or pushed to within a week. Fails if Redis can't be asked; what was found until then is in the ledger.
     pub async fn settle_all_fast(&self, which: &Selection) -> Result<(), StoreError> {
+        self.each_fast(which, async |jobs| self.bring_in(jobs).await).await
+    }
+
+    /// How many fast jobs only Redis has, by the key that they are sealed with, if any; without those of queues that nobody served
+    /// or pushed to within a week. Fails if Redis can't be asked.
+    pub async fn fast_by_key(&self) -> Result<BTreeMap<Option<String>, u64>, StoreError> {
+        let mut counts = BTreeMap::new();
+        let postgres = self.postgres();
+        self.each_fast(&Selection::default(), async |jobs| {
+            let ids: Vec<JobId> = jobs.iter().map(|job| job.id).collect();
+            let known = within(postgres.call_timeout(), postgres.known_jobs(&ids)).await?;
+            for job in jobs.into_iter().filter(|job| !known.contains(&job.id)) {
+                *counts.entry(job.sealed.map(|sealed| sealed.key_id)).or_default() += 1;
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(counts)
+    }
+
+    /// Hands out, in pages, the fast jobs of a selection's queue, tenant and kind that Redis has.
+    async fn each_fast(
+        &self,
+        which: &Selection,
+        mut handle: impl AsyncFnMut(Vec<NewJob>) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
         let queue = self.queue_that_may_have_it()?;
         let meant = |envelope: &Envelope| {
             which.tenant.as_deref().is_none_or(|tenant| tenant == envelope.tenant.as_str())
@@ -39,18 +67,24 @@ impl Client {
             Some(Ok(name)) => vec![name],
             // No queue is called so.
             Some(Err(_)) => vec![],
-            None => queue.queues().await.map_err(away)?,
+            None => {
+                let known = queue.queues().await;
+                self.learn(&known);
+                known.map_err(away)?
+            }
         };
         for name in names {
-            let mut further = Some(ScanCursor::default());
-            while let Some(place) = further {
-                let page = queue.scan(&name, place).await;
-                self.learn(&page);
-                let found;
-                (found, further) = page.map_err(away)?;
-                let jobs: Vec<NewJob> = found.into_iter().filter(meant).filter_map(fast_job).collect();
-                if !jobs.is_empty() {
-                    self.bring_in(jobs).await?;
+            for partition in 0..queue.config().partitions {
+                let mut further = Some(0);
+                while let Some(from) = further {
+                    let page = queue.scan(&name, partition, from).await;
+                    self.learn(&page);
+                    let found;
+                    (found, further) = page.map_err(away)?;
+                    let jobs: Vec<NewJob> = found.into_iter().filter(meant).filter_map(fast_job).collect();
+                    if !jobs.is_empty() {
+                        handle(jobs).await?;
+                    }
                 }
             }
         }
@@ -65,9 +99,17 @@ impl Client {
         }
     }
 
+    /// What the ledger refuses leaves Redis, as if a worker had come to it: nobody would find it, and it might run once its key is
+    /// free.
     async fn bring_in(&self, jobs: Vec<NewJob>) -> Result<(), StoreError> {
         let postgres = self.postgres();
-        within(postgres.call_timeout() * 2, postgres.admit_fast(jobs)).await
+        let queues: HashMap<JobId, QueueName> = jobs.iter().map(|job| (job.id, job.queue.clone())).collect();
+        let refused = within(postgres.call_timeout() * 2, postgres.admit_fast(jobs)).await?;
+        let places: Vec<_> = refused.iter().map(|id| (queues[id].clone(), *id)).collect();
+        if !places.is_empty() {
+            self.queue_that_may_have_it()?.forget(&places).await.map_err(away)?;
+        }
+        Ok(())
     }
 }
 

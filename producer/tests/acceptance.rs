@@ -239,6 +239,7 @@ async fn fast_jobs_that_wait_are_among_those_chosen_by_what_they_are() {
     let later = Some(chrono::Utc::now() + chrono::Duration::hours(1));
     fast(vec![NewJob { tenant: tenant("globex"), ..report(1) }, NewJob { run_at: later, ..report(2) }]).await;
     assert_eq!(stage.rows().await, 0);
+    assert_eq!(stage.client.fast_by_key().await.unwrap(), [(None, 1502)].into());
     let which = |owner: &str| Selection {
         tenant: Some(owner.to_owned()),
         queue: Some(report(0).queue.to_string()),
@@ -260,6 +261,48 @@ async fn fast_jobs_that_wait_are_among_those_chosen_by_what_they_are() {
     }
     stage.client.settle_all_fast(&Selection::default()).await.unwrap();
     assert_eq!(stage.rows().await, 1502);
+    assert_eq!(stage.client.fast_by_key().await.unwrap(), [].into());
+}
+
+#[tokio::test]
+async fn fast_jobs_that_the_ledger_refuses_leave_redis_when_they_are_looked_for() {
+    let stage = Stage::new().await;
+    let twice = || with_key(report(1), "k");
+    let first = stage.client.enqueue(twice(), Durability::Fast).await.unwrap().id;
+    let second = stage.client.enqueue(twice(), Durability::Fast).await.unwrap().id;
+    assert_eq!(stage.depth("report").await, 2);
+    stage.client.settle_all_fast(&Selection::default()).await.unwrap();
+    assert_eq!(ids_of(&stage.claim("report", 10).await), [first]);
+    assert!(stage.client.job(second, None).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn fast_jobs_come_into_the_ledger_in_id_order_so_that_two_who_bring_them_never_wait_for_each_other() {
+    let stage = Stage::new().await;
+    let (first, second) = (report(1), report(2));
+    assert!(first.id < second.id);
+    let insert = "INSERT INTO jobs (id, kind, queue, priority, tenant, payload, timeout_ms)
+                  VALUES ($1, 'report', 'report', 5, 'acme', '{}', 1000)";
+    let mut other = stage.postgres.begin().await.unwrap();
+    sqlx::query(insert).bind(first.id.0).execute(&mut *other).await.unwrap();
+    let bringing = tokio::spawn({
+        let (postgres, jobs) = (stage.postgres.clone(), vec![second.clone(), first.clone()]);
+        async move { postgres.admit_fast(jobs).await }
+    });
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INSERT INTO jobs%'";
+    eventually(|| async {
+        let waiting: i64 = sqlx::query_scalar(waits).fetch_one(stage.postgres.pool()).await.unwrap();
+        if waiting == 1 { Ok(()) } else { Err(format!("{waiting} wait")) }
+    })
+    .await;
+    // It waits for the first, and so has not the second.
+    let mut theirs = stage.postgres.begin().await.unwrap();
+    sqlx::query("SET LOCAL lock_timeout = '1s'").execute(&mut *theirs).await.unwrap();
+    sqlx::query(insert).bind(second.id.0).execute(&mut *theirs).await.unwrap();
+    theirs.rollback().await.unwrap();
+    other.rollback().await.unwrap();
+    assert_eq!(bringing.await.unwrap().unwrap(), []);
+    assert_eq!(stage.rows().await, 2);
 }
 
 #[tokio::test]

@@ -66,7 +66,7 @@ pub use ids::{
 pub use lease::{Lease, LeaseLost};
 pub use ledger::{Ledger, NoLedger};
 pub use lender::Lender;
-pub use listing::{Listed, ListedState, ScanCursor};
+pub use listing::{Listed, ListedState};
 pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use rates::{Ended, Rates};

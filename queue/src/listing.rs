@@ -1,4 +1,4 @@
-//! Pages of the jobs in one state, for people.
+//! Pages of the jobs that Redis has: in one state, for people; all of them, for those who look for one kind.
 
 use redis::Value;
 
@@ -48,45 +48,36 @@ pub struct Listed {
     pub at_ms: Option<i64>,
 }
 
-/// Where [`Queue::scan`] goes on; at first the default.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ScanCursor {
-    partition: u16,
-    /// Redis' own cursor.
-    place: u64,
-}
-
 impl Queue {
-    /// Some of the jobs that Redis has of a queue, whatever their state, and where to go on; `None` at the end. A job that is
-    /// there from the first call to the last is met at least once, another may be. What can't be read is logged and left out.
+    /// Some of the jobs that Redis has in a partition of a queue, whatever their state, from the beginning (0) or from where the
+    /// call before ended, and where to go on; `None` at the end. A job that is there from the first call to the last is met at
+    /// least once, another may be, unless the partition goes to another server meanwhile. What can't be read is logged and left
+    /// out.
     pub async fn scan(
         &self,
         queue: &QueueName,
-        from: ScanCursor,
-    ) -> Result<(Vec<Envelope>, Option<ScanCursor>), QueueError> {
-        let ScanCursor { partition, place } = from;
-        let key = partition_key(self.config(), queue, partition);
+        partition: u16,
+        from: u64,
+    ) -> Result<(Vec<Envelope>, Option<u64>), QueueError> {
         let mut ask = redis::cmd("HSCAN");
-        ask.arg(format!("{key}:j")).arg(place).arg("COUNT").arg(CHUNK);
+        ask.arg(format!("{}:j", partition_key(self.config(), queue, partition)));
+        ask.arg(from).arg("COUNT").arg(CHUNK);
         let mut reply = Reply::new(self.shared.link.command(&ask).await?.value)?;
-        let place = reply.parsed("a cursor")?;
+        let further: u64 = reply.parsed("a cursor")?;
         let mut records = reply.array()?;
         let mut found = Vec::with_capacity(records.len() / 2);
         while !records.is_empty() {
-            let id: JobId = records.parsed("a job id")?;
-            match read_record(&records.bytes()?, id, queue) {
+            let (id, record) = (records.text()?, records.bytes()?);
+            let read = id
+                .parse()
+                .map_err(|_| QueueError::Protocol("its name is no job id".to_owned()))
+                .and_then(|job: JobId| read_record(&record, job, queue));
+            match read {
                 Ok(envelope) => found.push(envelope),
-                Err(error) => tracing::warn!(%id, %error, "a record can't be read"),
+                Err(error) => tracing::warn!(id, %error, "a record can't be read"),
             }
         }
-        let further = match place {
-            0 if partition + 1 < self.config().partitions => {
-                Some(ScanCursor { partition: partition + 1, place: 0 })
-            }
-            0 => None,
-            place => Some(ScanCursor { partition, place }),
-        };
-        Ok((found, further))
+        Ok((found, (further != 0).then_some(further)))
     }
 
     /// A page of the jobs in one state: at most `limit` (500) after `skip`. Waiting jobs come by priority, then tenant

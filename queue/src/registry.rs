@@ -1,5 +1,5 @@
-//! Which queues there are and which workers live, for people. Nothing depends on it: it is lost with Redis' data and
-//! comes back within a minute.
+//! Which queues there are and which workers live, for people, and for those who look for a job without knowing its queue. No job's
+//! way depends on it: it is lost with Redis' data and comes back within a minute.
 
 use std::time::{Duration, Instant};
 

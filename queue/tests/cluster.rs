@@ -5,6 +5,7 @@
 mod support;
 
 use std::{
+    collections::HashSet,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -112,6 +113,17 @@ async fn rule_21_every_operation_stays_in_the_slot_of_its_partition() {
         .await
         .unwrap();
     queue.missing(&left).await.unwrap();
+    let mut found = HashSet::new();
+    for partition in 0..3 {
+        let (page, further) = queue.scan(&name(), partition, 0).await.unwrap();
+        assert_eq!(further, None);
+        found.extend(page.iter().map(|envelope| envelope.id));
+    }
+    let done: HashSet<_> = leases[..10].iter().map(|lease| lease.id).collect();
+    let held: HashSet<_> = leases[20..].iter().map(|lease| lease.id).collect();
+    let dropped: HashSet<_> = left.iter().map(|(_, id)| *id).filter(|id| !held.contains(id)).collect();
+    let there = all.iter().map(|job| job.id).filter(|id| !done.contains(id) && !dropped.contains(id));
+    assert_eq!(found, there.collect());
     // Policies that hold nothing back here, each with its keys.
     let (rate, tenant) = (Some(Rate::per_second(1e6)), TenantId::new("acme").unwrap());
     let all_of = QueuePolicy {

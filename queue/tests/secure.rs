@@ -8,8 +8,7 @@ use std::{collections::HashSet, fs, path::PathBuf, time::Duration};
 use devstack::{RedisProcess, testing::TestServices};
 use queue::{
     Access, Acker, BreakerNews, BreakerReport, Claimer, ClaimerConfig, Done, Envelope, Gates, Heartbeat,
-    HeartbeatConfig, Presence, Priority, Queue, QueueConfig, Reaper, ScanCursor, Scheduler, TenantId,
-    WorkerId,
+    HeartbeatConfig, Presence, Priority, Queue, QueueConfig, Reaper, Scheduler, TenantId, WorkerId,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use support::{
@@ -252,7 +251,7 @@ async fn a_user_with_no_more_than_the_guides_rights_can_do_everything() {
     queue.places(&places).await.unwrap();
     queue.stats(&name()).await.unwrap();
     queue.leases(&name()).await.unwrap();
-    queue.scan(&name(), ScanCursor::default()).await.unwrap();
+    queue.scan(&name(), 0, 0).await.unwrap();
     let mut news = queue.breaker_news(WorkerId::new("listener"), CancellationToken::new());
     assert_eq!(tokio::time::timeout(PATIENCE, news.recv()).await.unwrap(), Some(BreakerNews::Listening));
     for report in [BreakerReport::Open, BreakerReport::Look, BreakerReport::Closed] {

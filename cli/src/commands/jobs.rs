@@ -261,18 +261,15 @@ fn described(detail: &Detail) -> String {
     out
 }
 
-/// Has the ledger know the fast jobs of a selection that so far only Redis knows. Says so where Redis can't be asked: the ledger's
-/// own jobs can be chosen all the same.
-pub async fn settle_fast(client: &Client, which: &Selection) {
-    if let Err(error) = client.settle_all_fast(which).await {
-        output::say(format!("jobs with durability=fast that no worker has claimed are left out: {error}"));
-    }
-}
-
-/// The jobs meant.
-async fn chosen(which: &Which, bound: Bound, running: bool, client: &Client) -> anyhow::Result<Vec<JobId>> {
+/// The jobs meant, and whether those can be all: the ledger's own can be chosen also where Redis can't be asked for fast ones.
+async fn chosen(
+    which: &Which,
+    bound: Bound,
+    running: bool,
+    client: &Client,
+) -> anyhow::Result<(Vec<JobId>, bool)> {
     if !which.ids.is_empty() {
-        return Ok(which.ids.iter().copied().map(JobId).collect());
+        return Ok((which.ids.iter().copied().map(JobId).collect(), true));
     }
     let selection = Selection {
         tenant: which.tenant.clone(),
@@ -282,8 +279,12 @@ async fn chosen(which: &Which, bound: Bound, running: bool, client: &Client) -> 
         after: bound.after,
         limit: bound.limit,
     };
-    settle_fast(client, &selection).await;
-    Ok(client.postgres().select_jobs(&selection).await?)
+    // The run before, which ended at `after`, has brought them all.
+    let settled = if bound.after.is_some() { Ok(()) } else { client.settle_all_fast(&selection).await };
+    if let Err(error) = &settled {
+        output::say(format!("jobs with durability=fast that no worker has claimed may be left out: {error}"));
+    }
+    Ok((client.postgres().select_jobs(&selection).await?, settled.is_ok()))
 }
 
 /// Says how to go on if a filter may have chosen more.
@@ -295,7 +296,7 @@ fn advise(which: &Which, bound: Bound, ids: &[JobId]) {
 
 async fn change(which: &Which, bound: Bound, change: Change, action: &str, context: &Context) -> Outcome {
     let client = super::enqueue::client(context).await?;
-    let ids = chosen(which, bound, false, &client).await?;
+    let (ids, complete) = chosen(which, bound, false, &client).await?;
     let mut answers = Vec::with_capacity(ids.len());
     for page in ids.chunks(AT_ONCE) {
         let changed = client.change(page, None, change).await?;
@@ -327,7 +328,10 @@ async fn change(which: &Which, bound: Bound, change: Change, action: &str, conte
         lines.join("\n")
     })?;
     advise(which, bound, &ids);
-    Ok(Ending::fine_if(which.ids.is_empty() || done == answers.len()))
+    if answers.iter().any(|(_, word, _)| *word == "unknown") {
+        say_if_redis_is_away(&client);
+    }
+    Ok(Ending::fine_if(complete && (which.ids.is_empty() || done == answers.len())))
 }
 
 /// A length of time as people write it.
@@ -350,7 +354,7 @@ async fn cancel(which: &Which, bound: Bound, context: &Context) -> Outcome {
     if let [id] = which.ids[..] {
         return cancel_one(id, &client, context).await;
     }
-    let ids = chosen(which, bound, true, &client).await?;
+    let (ids, complete) = chosen(which, bound, true, &client).await?;
     let mut counts: BTreeMap<&str, usize> =
         ["cancelled", "requested", "past_pivot", "ended", "unknown"].map(|word| (word, 0)).into();
     let answers: Vec<_> = futures::stream::iter(&ids)
@@ -387,7 +391,11 @@ async fn cancel(which: &Which, bound: Bound, context: &Context) -> Outcome {
         return Err(error.into());
     }
     advise(which, bound, &ids);
-    Ok(Ending::fine_if(which.ids.is_empty() || counts["cancelled"] + counts["requested"] == ids.len()))
+    if counts["unknown"] > 0 {
+        say_if_redis_is_away(&client);
+    }
+    let done = counts["cancelled"] + counts["requested"];
+    Ok(Ending::fine_if(complete && (which.ids.is_empty() || done == ids.len())))
 }
 
 async fn cancel_one(id: Uuid, client: &Client, context: &Context) -> Outcome {
@@ -408,14 +416,21 @@ async fn cancel_one(id: Uuid, client: &Client, context: &Context) -> Outcome {
 }
 
 /// Nobody knows the job; or the ledger doesn't, and Redis, which may, can't be asked.
-fn unknown(id: Uuid, client: &Client) -> anyhow::Error {
+pub fn unknown(id: Uuid, client: &Client) -> anyhow::Error {
     match client.queue() {
         Some(_) => {
             Refused(format!("the ledger doesn't know job {id} (finished jobs are kept for 7 days)")).into()
         }
-        None => anyhow!(
-            "the ledger doesn't know job {id}, and the queue's Redis, which may have it if it is a fast one, can't be reached"
-        ),
+        None => anyhow!("the ledger doesn't know job {id}. {REDIS_IS_AWAY}"),
+    }
+}
+
+const REDIS_IS_AWAY: &str = "The queue's Redis, which may have it if it is a fast one, can't be reached, or REDIS_QUEUE_URL is not set";
+
+/// Some jobs are unknown.
+fn say_if_redis_is_away(client: &Client) {
+    if client.queue().is_none() {
+        output::say(REDIS_IS_AWAY);
     }
 }
 

@@ -141,7 +141,7 @@ async fn signal(job: Uuid, name: &str, payload: &Value, context: &Context) -> Ou
         Signalled::Conflict => ("conflict", "this signal was sent before with another payload", false),
         Signalled::Ended => ("ended", "it has ended", false),
         Signalled::TooMany => ("too_many_signals", "it has as many signals as a job may have", false),
-        Signalled::Unknown => return Err(Refused(format!("the ledger doesn't know job {job}")).into()),
+        Signalled::Unknown => return Err(super::jobs::unknown(job, &client)),
     };
     if word == "sent" {
         let detail = json!({ "signal": name });

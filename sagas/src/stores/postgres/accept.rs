@@ -1,7 +1,7 @@
 //! Acceptance: jobs enter the ledger (contract point 1). One transaction for a whole batch.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     time::Duration,
 };
 
@@ -221,23 +221,25 @@ impl Postgres {
         none_strange(&insert(connection, &self.cipher, &[job], &places, false).await?)
     }
 
-    /// Brings jobs with `durability=fast` into the ledger when a worker is about to take them. Those of unknown tenants
-    /// or with keys already used stay out, and so are dropped by the take. A parent that the ledger doesn't have is left out:
-    /// retention may have removed it.
-    pub async fn admit_fast(&self, mut jobs: Vec<NewJob>) -> Result<(), StoreError> {
-        let named: Vec<Uuid> =
-            jobs.iter().flat_map(|job| [job.parent, job.replay_of]).flatten().map(|id| id.0).collect();
+    /// Brings jobs with `durability=fast` into the ledger when a worker is about to take them, or somebody looks for them; in id
+    /// order, as both may have the same. Those of unknown tenants or with keys already used stay out, and so are dropped by the
+    /// take: these are returned. A parent that the ledger doesn't have is left out: retention may have removed it.
+    pub async fn admit_fast(&self, mut jobs: Vec<NewJob>) -> Result<Vec<JobId>, StoreError> {
+        jobs.sort_unstable_by_key(|job| job.id);
+        let named: Vec<JobId> = jobs.iter().flat_map(|job| [job.parent, job.replay_of]).flatten().collect();
         if !named.is_empty() {
-            let known: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM jobs WHERE id = ANY($1)")
-                .bind(named)
-                .fetch_all(&self.pool)
-                .await?;
+            let known = self.known_jobs(&named).await?;
             for job in &mut jobs {
-                job.parent = job.parent.filter(|id| known.contains(&id.0));
-                job.replay_of = job.replay_of.filter(|id| known.contains(&id.0));
+                job.parent = job.parent.filter(|id| known.contains(id));
+                job.replay_of = job.replay_of.filter(|id| known.contains(id));
             }
         }
+        let mut refused = vec![];
         for (job, reply) in jobs.iter().zip(self.accept(&jobs, true).await?) {
+            if reply == Accepted::New(job.id) {
+                continue;
+            }
+            refused.push(job.id);
             match reply {
                 Accepted::Conflict(first) => {
                     tracing::warn!(job = %job.id, %first, "a fast job is dropped: its idempotency key was used with another request");
@@ -248,7 +250,12 @@ impl Postgres {
                 _ => {}
             }
         }
-        Ok(())
+        Ok(refused)
+    }
+
+    /// Which of these jobs the ledger has.
+    pub async fn known_jobs(&self, jobs: &[JobId]) -> Result<HashSet<JobId>, StoreError> {
+        Ok(there(&mut *self.pool.acquire().await?, jobs.iter().copied()).await?)
     }
 
     /// Marks accepted jobs as not dispatched, so that the relay puts them into Redis.
@@ -286,19 +293,27 @@ async fn refuse_unknown_tenants(
     Ok(())
 }
 
+async fn there(
+    connection: &mut PgConnection,
+    jobs: impl Iterator<Item = JobId>,
+) -> Result<HashSet<JobId>, sqlx::Error> {
+    let there: Vec<Uuid> =
+        sqlx::query_scalar("SELECT id FROM jobs WHERE id = ANY((SELECT $1::uuid[])::uuid[])")
+            .bind(jobs.map(|job| job.0).collect::<Vec<_>>())
+            .fetch_all(connection)
+            .await?;
+    Ok(there.into_iter().map(JobId).collect())
+}
+
 /// Jobs that an earlier call with the same ids has accepted (PROTOCOL.md 20).
 async fn already_there(
     connection: &mut PgConnection,
     jobs: &[NewJob],
     replies: &mut [Option<Accepted>],
 ) -> Result<(), sqlx::Error> {
-    let there: Vec<Uuid> =
-        sqlx::query_scalar("SELECT id FROM jobs WHERE id = ANY((SELECT $1::uuid[])::uuid[])")
-            .bind(jobs.iter().map(|job| job.id.0).collect::<Vec<_>>())
-            .fetch_all(connection)
-            .await?;
+    let there = there(connection, jobs.iter().map(|job| job.id)).await?;
     for (job, reply) in jobs.iter().zip(replies) {
-        if reply.is_none() && there.contains(&job.id.0) {
+        if reply.is_none() && there.contains(&job.id) {
             *reply = Some(Accepted::New(job.id));
         }
     }
@@ -548,6 +563,7 @@ async fn insert(
             SELECT j.id, kind, queue, priority, tenant, payload, coalesce(run_at, now()), max_attempts, timeout_ms, document_id,
                    doc_order, parent, replay_of, traceparent, tracestate, batch_id, key_id, CASE WHEN $18 THEN now() END
             FROM j JOIN known ON known.id = j.tenant
+            ORDER BY j.id
             ON CONFLICT (id) DO NOTHING
          )
          SELECT DISTINCT tenant FROM j WHERE tenant NOT IN (SELECT id FROM known)",
