@@ -94,8 +94,12 @@ impl Client {
     fn queue_that_may_have_it(&self) -> Result<&Queue, StoreError> {
         match (self.open_queue(), self.queue()) {
             (Some(queue), _) => Ok(queue),
-            (None, Some(_)) => Err(away("the queue's Redis failed just now, and may have the job")),
-            (None, None) => Err(away("the queue's Redis can't be reached, and may have the job")),
+            (None, Some(_)) => Err(away(
+                "the queue's Redis failed just now, and may have fast jobs that the ledger doesn't know",
+            )),
+            (None, None) => Err(away(
+                "the queue's Redis can't be reached, and may have fast jobs that the ledger doesn't know",
+            )),
         }
     }
 
