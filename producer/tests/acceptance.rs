@@ -271,6 +271,8 @@ async fn fast_jobs_that_the_ledger_refuses_leave_redis_when_they_are_looked_for(
     let first = stage.client.enqueue(twice(), Durability::Fast).await.unwrap().id;
     let second = stage.client.enqueue(twice(), Durability::Fast).await.unwrap().id;
     assert_eq!(stage.depth("report").await, 2);
+    let met_twice = NewJob { id: first, ..twice() };
+    assert_eq!(stage.postgres.admit_fast(vec![met_twice.clone(), met_twice]).await.unwrap(), []);
     stage.client.settle_all_fast(&Selection::default()).await.unwrap();
     assert_eq!(ids_of(&stage.claim("report", 10).await), [first]);
     assert!(stage.client.job(second, None).await.unwrap().is_none());

@@ -226,6 +226,8 @@ impl Postgres {
     /// take: these are returned. A parent that the ledger doesn't have is left out: retention may have removed it.
     pub async fn admit_fast(&self, mut jobs: Vec<NewJob>) -> Result<Vec<JobId>, StoreError> {
         jobs.sort_unstable_by_key(|job| job.id);
+        // Whoever pages through Redis may meet one twice.
+        jobs.dedup_by_key(|job| job.id);
         let named: Vec<JobId> = jobs.iter().flat_map(|job| [job.parent, job.replay_of]).flatten().collect();
         if !named.is_empty() {
             let known = self.known_jobs(&named).await?;
