@@ -59,10 +59,7 @@ async fn fast_jobs<T>(
     ask: impl AsyncFnOnce(Client) -> Result<T, StoreError>,
 ) -> Option<T> {
     let asked = async { anyhow::Ok(ask(super::enqueue::client(context).await?).await?) };
-    let say = |error: &anyhow::Error| {
-        output::say(format!("fast jobs that no worker has claimed may be left out: {error:#}"));
-    };
-    asked.await.inspect_err(say).ok()
+    asked.await.inspect_err(|error| super::jobs::say_left_out(format!("{error:#}"))).ok()
 }
 
 async fn status(context: &Context) -> Outcome {

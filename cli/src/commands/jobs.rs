@@ -1,6 +1,6 @@
 //! `flotilla jobs`: what the ledger knows of jobs; cancelling them, moving them up and putting them off.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, fmt::Display, time::Duration};
 
 use anyhow::{Context as _, anyhow};
 use chrono::{DateTime, Utc};
@@ -282,9 +282,14 @@ async fn chosen(
     // The run before, which ended at `after`, has brought them all.
     let settled = if bound.after.is_some() { Ok(()) } else { client.settle_all_fast(&selection).await };
     if let Err(error) = &settled {
-        output::say(format!("jobs with durability=fast that no worker has claimed may be left out: {error}"));
+        say_left_out(error);
     }
     Ok((client.postgres().select_jobs(&selection).await?, settled.is_ok()))
+}
+
+/// Says that Redis could not be asked for the jobs that nobody else has.
+pub fn say_left_out(error: impl Display) {
+    output::say(format!("jobs with durability=fast that no worker has claimed may be left out: {error}"));
 }
 
 /// Says how to go on if a filter may have chosen more.

@@ -238,11 +238,8 @@ impl Postgres {
         }
         let mut refused = vec![];
         for (job, reply) in jobs.iter().zip(self.accept(&jobs, true).await?) {
-            if reply == Accepted::New(job.id) {
-                continue;
-            }
-            refused.push(job.id);
             match reply {
+                Accepted::New(_) => continue,
                 Accepted::Conflict(first) => {
                     tracing::warn!(job = %job.id, %first, "a fast job is dropped: its idempotency key was used with another request");
                 }
@@ -251,6 +248,7 @@ impl Postgres {
                 }
                 _ => {}
             }
+            refused.push(job.id);
         }
         Ok(refused)
     }
