@@ -1,7 +1,7 @@
 //! Putting accepted jobs into Redis at once, while Redis is there.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -112,8 +112,12 @@ pub(crate) async fn place(queue: &Queue, envelopes: &[Envelope]) -> Result<Vec<O
     queue.reprioritise(&stays).await?;
     let named: Vec<(QueueName, JobId)> = moved.iter().map(|e| (e.queue.clone(), e.id)).collect();
     queue.forget(&named).await?;
-    queue.push_accepted(&moved).await?;
-    Ok(envelopes.iter().zip(pushed).map(|(e, pushed)| (!leased.contains(&e.id)).then_some(pushed)).collect())
+    let again = queue.push_accepted(&moved).await?;
+    let again: HashMap<JobId, Pushed> = moved.iter().map(|e| e.id).zip(again).collect();
+    let answer = |(e, pushed): (&Envelope, Pushed)| {
+        (!leased.contains(&e.id)).then(|| again.get(&e.id).copied().unwrap_or(pushed))
+    };
+    Ok(envelopes.iter().zip(pushed).map(answer).collect())
 }
 
 /// What Redis holds of an accepted job.

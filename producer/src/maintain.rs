@@ -7,7 +7,7 @@ use std::time::Duration;
 use queue::Queue;
 use sagas::stores::postgres::Postgres;
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use uuid::Uuid;
 
 use crate::{
@@ -37,35 +37,29 @@ pub async fn maintain(
     let stop = shutdown.child_token();
     let _stop_at_end = stop.clone().drop_guard();
     let mut loops: JoinSet<Result<(), MaintainError>> = JoinSet::new();
-    let relay = Relay::new(postgres.clone(), queue.clone(), settings.clone());
-    let stats = Stats::new(postgres.clone(), queue.clone(), settings.clone());
-    let policies = Policies::new(postgres.clone(), queue.clone(), &settings);
-    let (for_relay, for_stats, for_policies) = (stop.clone(), stop.clone(), stop.clone());
-    loops.spawn(async move {
-        policies.run(for_policies).await;
-        Ok(())
-    });
-    let (cron, for_cron) = (Cron::new(postgres.clone(), settings.cron_on_time), stop.clone());
-    let (collector, for_collector) =
-        (Collector::new(postgres.clone(), queue.clone(), settings.clone()), stop.clone());
-    loops.spawn(async move {
-        relay.run(for_relay).await;
-        Ok(())
-    });
-    loops.spawn(async move {
-        stats.run(for_stats).await;
-        Ok(())
-    });
+    let with = With {
+        postgres: postgres.clone(),
+        queue: queue.clone(),
+        settings: settings.clone(),
+        stop: stop.clone(),
+    };
+    loops.spawn(lasting("policies", (stop.clone(), with.clone()), |with| {
+        Policies::new(with.postgres, with.queue, &with.settings).run(with.stop)
+    }));
+    loops.spawn(lasting("relay", (stop.clone(), with.clone()), |with| {
+        Relay::new(with.postgres, with.queue, with.settings).run(with.stop)
+    }));
+    loops.spawn(lasting("stats", (stop.clone(), with.clone()), |with| {
+        Stats::new(with.postgres, with.queue, with.settings).run(with.stop)
+    }));
+    loops.spawn(lasting("cron", (stop.clone(), with.clone()), |with| {
+        Cron::new(with.postgres, with.settings.cron_on_time).run(with.stop)
+    }));
+    loops.spawn(lasting("collector", (stop.clone(), with.clone()), |with| {
+        Collector::new(with.postgres, with.queue, with.settings).run(with.stop)
+    }));
     // With one partition it ends at once.
     let lending = queue::Lender::spawn(queue.clone(), settings.queues.clone(), stop.clone());
-    loops.spawn(async move {
-        cron.run(for_cron).await;
-        Ok(())
-    });
-    loops.spawn(async move {
-        collector.run(for_collector).await;
-        Ok(())
-    });
     loops.spawn(Reconciler { postgres, queue, settings, ledger }.run(stop.clone()));
     let mut outcome = Ok(());
     while let Some(ended) = loops.join_next().await {
@@ -82,6 +76,31 @@ pub async fn maintain(
         tracing::error!(%error, "the lender ended; other processes run one, too");
     }
     outcome
+}
+
+/// What the loops are made of.
+#[derive(Clone)]
+struct With {
+    postgres: Postgres,
+    queue: Queue,
+    settings: MaintainSettings,
+    stop: CancellationToken,
+}
+
+/// Runs a loop until `stop`, and begins it again should it panic: without a relay a lone producer would accept jobs that nobody
+/// dispatches.
+async fn lasting<T: Clone, F: Future<Output = ()> + Send + 'static>(
+    role: &'static str,
+    (stop, with): (CancellationToken, T),
+    begin: fn(T) -> F,
+) -> Result<(), MaintainError> {
+    while let Err(error) = AbortOnDropHandle::new(tokio::spawn(begin(with.clone()))).await {
+        tracing::error!(role, %error, "a maintenance loop panicked; it begins again");
+        if !pause(Duration::from_secs(1), &stop).await {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Waits until both stores answer and the prefix is seen not to be another ledger's. An unstamped prefix is left so: it
@@ -106,4 +125,24 @@ async fn own_prefix(
         pause(pauses.next(), shutdown).await;
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    };
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_loop_that_panicked_begins_again() {
+        let begun = Arc::new(AtomicU32::new(0));
+        let ended = lasting("any", (CancellationToken::new(), Arc::clone(&begun)), |begun| async move {
+            assert!(begun.fetch_add(1, Ordering::SeqCst) == 2, "not yet");
+        });
+        assert!(ended.await.is_ok());
+        assert_eq!(begun.load(Ordering::SeqCst), 3);
+    }
 }

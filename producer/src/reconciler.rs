@@ -164,14 +164,26 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Dispatches what Redis doesn't know of a page; returns how many it took.
+    /// Dispatches what Redis doesn't know of a page, and has the relay bring forward what sleeps there although it is due: it was
+    /// woken, and Redis lost that. Returns how many it dispatched.
     async fn compare(&self, page: &[Envelope]) -> Result<usize, PassError> {
         let names: Vec<(QueueName, JobId)> = page.iter().map(|job| (job.queue.clone(), job.id)).collect();
-        let missing: HashSet<JobId> = self.queue.missing(&names).await?.into_iter().collect();
-        if missing.is_empty() {
+        let (missing, scheduled) = self.queue.missing_and_scheduled(&names).await?;
+        let scheduled: HashSet<JobId> = scheduled.into_iter().collect();
+        let is_due = |job: &Envelope| job.run_at_ms.is_none() && scheduled.contains(&job.id);
+        let asleep: Vec<JobId> = page.iter().filter(|job| is_due(job)).map(|job| job.id).collect();
+        if !asleep.is_empty() {
+            let woken = self.postgres.wake_overdue(&asleep, self.settings.grace);
+            let woken = within(self.postgres.call_timeout(), woken).await?;
+            if woken > 0 {
+                tracing::warn!(woken, "jobs slept in the queue that were due: the relay brings them forward");
+            }
+        }
+        let missing: HashSet<JobId> = missing.into_iter().collect();
+        let again: Vec<Envelope> = page.iter().filter(|job| missing.contains(&job.id)).cloned().collect();
+        if again.is_empty() {
             return Ok(0);
         }
-        let again: Vec<Envelope> = page.iter().filter(|job| missing.contains(&job.id)).cloned().collect();
         let pushed = self.queue.push_accepted(&again).await?;
         let took = pushed.iter().filter(|pushed| **pushed == Pushed::Queued).count();
         metrics::counter!("reconciler_redispatched_total").increment(took as u64);

@@ -36,14 +36,22 @@ pub(crate) struct Relay {
     postgres: Postgres,
     queue: Queue,
     settings: MaintainSettings,
-    /// Queues whose window was full, and until when.
+    /// Queues whose window was full, and until when; those whose window for later jobs was.
     full: HashMap<String, Instant>,
+    later_full: HashMap<String, Instant>,
     refusals: Refusals,
 }
 
 impl Relay {
     pub fn new(postgres: Postgres, queue: Queue, settings: MaintainSettings) -> Self {
-        Self { postgres, queue, settings, full: HashMap::new(), refusals: Refusals::default() }
+        Self {
+            postgres,
+            queue,
+            settings,
+            full: HashMap::new(),
+            later_full: HashMap::new(),
+            refusals: Refusals::default(),
+        }
     }
 
     /// Runs until `shutdown`. Ends a round under way first, unless a server hangs.
@@ -78,11 +86,11 @@ impl Relay {
     /// Dispatches one batch; returns how many jobs Redis took.
     async fn round(&mut self) -> Result<usize, RelayError> {
         let now = Instant::now();
-        self.full.retain(|_, until| *until > now);
-        let full: Vec<String> = self.full.keys().cloned().collect();
+        let full = still(&mut self.full, now);
+        let later_full = still(&mut self.later_full, now);
         let limit = self.postgres.call_timeout() * 2;
-        let batch =
-            within(limit, self.postgres.undispatched(self.settings.relay_batch as i64, &full)).await?;
+        let most = self.settings.relay_batch as i64;
+        let batch = within(limit, self.postgres.undispatched(most, &full, &later_full)).await?;
         if batch.envelopes.is_empty() {
             return Ok(0);
         }
@@ -96,7 +104,10 @@ impl Relay {
                 None => {}
                 // Accepted jobs are not subject to policies; only the window refuses them.
                 Some(Pushed::Full | Pushed::QueueFull | Pushed::TenantFull | Pushed::Draining) => {
-                    self.full.insert(envelope.queue.to_string(), now + FULL_PAUSE);
+                    // Due and later jobs have a window each.
+                    let full =
+                        if envelope.run_at_ms.is_some() { &mut self.later_full } else { &mut self.full };
+                    full.insert(envelope.queue.to_string(), now + FULL_PAUSE);
                 }
             }
         }
@@ -105,4 +116,10 @@ impl Relay {
         }
         Ok(there.len())
     }
+}
+
+/// The queues that were full less than a moment ago.
+fn still(full: &mut HashMap<String, Instant>, now: Instant) -> Vec<String> {
+    full.retain(|_, until| *until > now);
+    full.keys().cloned().collect()
 }

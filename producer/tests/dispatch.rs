@@ -6,8 +6,10 @@ mod support;
 use std::{collections::BTreeSet, time::Duration};
 
 use producer::{ClientSettings, Durability, MaintainSettings};
-use queue::{JobId, LeaseRef, Queue, QueueConfig, QueueError};
-use support::{Maintenance, Stage, eventually, ids, ids_of, ingest, name, queue_config, quick, report};
+use queue::{Envelope, JobId, LeaseRef, Queue, QueueConfig, QueueError};
+use support::{
+    Maintenance, Stage, eventually, ids, ids_of, ingest, name, queue_config, quick, report, tenant,
+};
 use uuid::Uuid;
 
 #[tokio::test]
@@ -116,6 +118,43 @@ async fn a_full_queue_does_not_hold_up_the_others() {
 }
 
 #[tokio::test]
+async fn later_jobs_of_a_full_schedule_do_not_hold_up_those_that_are_due() {
+    let stage = Stage::with(ClientSettings::default(), |config| config.window = 5).await;
+    let mut later: Vec<_> = (0..40).map(report).collect();
+    for job in &mut later {
+        job.run_at = Some(chrono::Utc::now() + Duration::from_secs(3600));
+    }
+    stage.postgres.accept(&later, false).await.unwrap();
+    stage.postgres.accept(&[report(40)], false).await.unwrap();
+    let maintenance = stage.maintain(MaintainSettings { relay_batch: 10, ..quick() });
+    eventually(|| async {
+        let (due, scheduled) = (stage.depth("report").await, stage.scheduled("report").await);
+        if (due, scheduled) == (1, 5) { Ok(()) } else { Err(format!("{due} due, {scheduled} scheduled")) }
+    })
+    .await;
+    maintenance.stop().await;
+}
+
+#[tokio::test]
+async fn a_time_that_no_clock_shows_does_not_stop_the_relay() {
+    let stage = Stage::new().await;
+    let (never, due) = (report(0), report(1));
+    stage.postgres.accept(&[never.clone(), due], false).await.unwrap();
+    sqlx::query("UPDATE jobs SET run_at = 'infinity' WHERE id = $1")
+        .bind(never.id.0)
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+    let maintenance = stage.maintain(quick());
+    eventually(|| async {
+        let (due, scheduled) = (stage.depth("report").await, stage.scheduled("report").await);
+        if (due, scheduled) == (1, 1) { Ok(()) } else { Err(format!("{due} due, {scheduled} scheduled")) }
+    })
+    .await;
+    maintenance.stop().await;
+}
+
+#[tokio::test]
 async fn after_flushall_everything_is_dispatched_again_and_delayed_jobs_stay_delayed() {
     let stage = Stage::new().await;
     let maintenance = stage.maintain(MaintainSettings { grace: Duration::from_secs(3600), ..quick() });
@@ -184,6 +223,25 @@ async fn a_job_that_redis_forgot_is_found_by_the_regular_pass() {
     })
     .await;
     assert_eq!(stage.depth("report").await, 2);
+    maintenance.stop().await;
+}
+
+#[tokio::test]
+async fn a_job_that_was_woken_is_brought_forward_although_redis_has_lost_that() {
+    let stage = Stage::new().await;
+    let job = report(0);
+    stage.postgres.accept(std::slice::from_ref(&job), true).await.unwrap();
+    // As an old RDB, or a replica that takes over, has it.
+    let mut asleep = Envelope::new("report", name("report"), tenant("acme"));
+    asleep.id = job.id;
+    asleep.run_at_ms = Some(chrono::Utc::now().timestamp_millis() + 3_600_000);
+    stage.queue.push(&[asleep]).await.unwrap();
+    let maintenance = stage.maintain(MaintainSettings { grace: Duration::from_millis(100), ..quick() });
+    eventually(|| async {
+        let (due, scheduled) = (stage.depth("report").await, stage.scheduled("report").await);
+        if (due, scheduled) == (1, 0) { Ok(()) } else { Err(format!("{due} due, {scheduled} scheduled")) }
+    })
+    .await;
     maintenance.stop().await;
 }
 

@@ -19,22 +19,36 @@ const MAX_LEASES: usize = 100_000;
 impl Queue {
     /// Which of these jobs Redis doesn't know: neither waiting, scheduled nor leased.
     pub async fn missing(&self, jobs: &[(QueueName, JobId)]) -> Result<Vec<JobId>, QueueError> {
-        let mut missing = Vec::new();
+        Ok(self.missing_and_scheduled(jobs).await?.0)
+    }
+
+    /// Which of these jobs Redis doesn't know, and which are scheduled there. One look at a hash for each.
+    pub async fn missing_and_scheduled(
+        &self,
+        jobs: &[(QueueName, JobId)],
+    ) -> Result<(Vec<JobId>, Vec<JobId>), QueueError> {
+        let (mut missing, mut scheduled) = (Vec::new(), Vec::new());
         for chunk in jobs.chunks(CHUNK) {
             let mut pipeline = redis::pipe();
             for job in chunk {
                 let (queue, partition) = self.job_place(job);
                 let key = format!("{}:j", partition_key(self.config(), queue, partition));
-                pipeline.cmd("HEXISTS").arg(key).arg(job.1.to_string());
+                pipeline.cmd("HGET").arg(key).arg(job.1.to_string());
             }
             let answers = self.shared.link.pipeline(&pipeline).await?;
-            for ((_, id), answer) in chunk.iter().zip(&answers) {
-                if reply::number(answer)? == 0 {
-                    missing.push(*id);
+            for ((_, id), answer) in chunk.iter().zip(answers) {
+                match answer {
+                    Value::Nil => missing.push(*id),
+                    record => {
+                        // The sequence of a scheduled job is 0 (partition.lua).
+                        if reply::text(record)?.starts_with("0 ") {
+                            scheduled.push(*id);
+                        }
+                    }
                 }
             }
         }
-        Ok(missing)
+        Ok((missing, scheduled))
     }
 
     /// Where each of these jobs is in Redis, in order; `None`: Redis doesn't know it. For audits.

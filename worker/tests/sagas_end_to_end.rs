@@ -246,7 +246,7 @@ async fn a_document_is_ingested_replaced_embedded_again_and_deleted() {
         || fleet.stores.postgres.current_version("acme", "a").await.unwrap().unwrap().collection != "other"
     {
         // The children wait for the relay, which this test stands in for.
-        let batch = fleet.stores.postgres.undispatched(10, &[]).await.unwrap();
+        let batch = fleet.stores.postgres.undispatched(10, &[], &[]).await.unwrap();
         fleet.queue.push(&batch.envelopes).await.unwrap();
         let ids: Vec<JobId> = batch.envelopes.iter().map(|e| e.id).collect();
         batch.done(&ids).await.unwrap();

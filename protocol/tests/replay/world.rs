@@ -125,7 +125,7 @@ impl World {
             }
             Action::Relay { job } => {
                 let id = self.id(job);
-                let batch = self.postgres.undispatched(10, &[]).await.unwrap();
+                let batch = self.postgres.undispatched(10, &[], &[]).await.unwrap();
                 let envelope =
                     batch.envelopes.iter().find(|envelope| envelope.id == id).expect("to be relayed");
                 let outcome = self.push(envelope.clone()).await;

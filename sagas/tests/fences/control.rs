@@ -27,7 +27,7 @@ async fn rule_17_a_waiting_job_is_changed_and_left_to_the_relay_and_others_are_l
     assert_eq!(changed, [Changed::Running, Changed::Done, Changed::Unknown, Changed::Ended]);
     let changed = ledger.postgres.change_jobs(&[waiting], Some("globex"), priority(1)).await.unwrap();
     assert_eq!(changed, [Changed::Unknown], "another tenant's");
-    let batch = ledger.postgres.undispatched(10, &[]).await.unwrap();
+    let batch = ledger.postgres.undispatched(10, &[], &[]).await.unwrap();
     let seen: Vec<_> = batch.envelopes.iter().map(|e| (e.id, e.priority.get())).collect();
     assert_eq!(seen, [(waiting, 9)]);
     drop(batch);

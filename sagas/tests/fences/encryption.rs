@@ -240,7 +240,7 @@ async fn what_sql_enqueues_is_plain_until_the_relay_takes_it() {
         .fetch_one(ledger.postgres.pool())
         .await
         .unwrap();
-    let relayed = ledger.postgres.undispatched(10, &[]).await.unwrap();
+    let relayed = ledger.postgres.undispatched(10, &[], &[]).await.unwrap();
     relayed.done(&[queue::JobId(id)]).await.unwrap();
     ledger.assert_nothing_shows().await;
     assert_eq!(ledger.take("w", queue::JobId(id)).await.payload, json!({ "card": SECRET }));

@@ -19,7 +19,7 @@ async fn protocol_18_the_relay_finds_a_job_that_was_committed_late() {
     let (early, late) = (ingest("a"), ingest("b"));
     // Ids and times are older than what the relay has already dispatched.
     ledger.postgres.accept(std::slice::from_ref(&late), false).await.unwrap();
-    let batch = ledger.postgres.undispatched(10, &[]).await.unwrap();
+    let batch = ledger.postgres.undispatched(10, &[], &[]).await.unwrap();
     assert_eq!(batch.envelopes.iter().map(|e| e.id).collect::<Vec<_>>(), [late.id]);
     batch.done(&[late.id]).await.unwrap();
     ledger.postgres.accept(std::slice::from_ref(&early), false).await.unwrap();
@@ -28,7 +28,7 @@ async fn protocol_18_the_relay_finds_a_job_that_was_committed_late() {
         .execute(ledger.postgres.pool())
         .await
         .unwrap();
-    let batch = ledger.postgres.undispatched(10, &[]).await.unwrap();
+    let batch = ledger.postgres.undispatched(10, &[], &[]).await.unwrap();
     assert_eq!(batch.envelopes.iter().map(|e| e.id).collect::<Vec<_>>(), [early.id]);
 }
 
@@ -50,12 +50,30 @@ async fn protocol_12_sql_accepts_no_payload_that_a_worker_could_not_read() {
 }
 
 #[tokio::test]
+async fn sql_accepts_no_time_that_a_relay_could_not_read() {
+    let ledger = Ledger::start().await;
+    for (run_at, fine) in [
+        ("9999-12-31 23:59Z", true),
+        ("infinity", false),
+        ("-infinity", false),
+        ("10000-01-01 00:00Z", false),
+    ] {
+        let done = sqlx::query("SELECT enqueue('report', '{}', 'acme', run_at => $1::text::timestamptz)")
+            .bind(run_at)
+            .execute(ledger.postgres.pool())
+            .await;
+        let code = done.err().and_then(|error| Some(error.as_database_error()?.code()?.into_owned()));
+        assert_eq!(code.as_deref(), if fine { None } else { Some("22023") }, "{run_at}");
+    }
+}
+
+#[tokio::test]
 async fn protocol_18_two_relays_never_take_the_same_jobs_and_neither_waits() {
     let ledger = Ledger::start().await;
     let jobs: Vec<NewJob> = (0..10).map(|n| ingest(&format!("d{n}"))).collect();
     ledger.postgres.accept(&jobs, false).await.unwrap();
-    let one = ledger.postgres.undispatched(6, &[]).await.unwrap();
-    let two = ledger.postgres.undispatched(6, &[]).await.unwrap();
+    let one = ledger.postgres.undispatched(6, &[], &[]).await.unwrap();
+    let two = ledger.postgres.undispatched(6, &[], &[]).await.unwrap();
     let ids = |batch: &[Envelope]| batch.iter().map(|e| e.id).collect::<BTreeSet<JobId>>();
     let (one_ids, two_ids) = (ids(&one.envelopes), ids(&two.envelopes));
     assert_eq!((one_ids.len(), two_ids.len()), (6, 4));
@@ -64,7 +82,7 @@ async fn protocol_18_two_relays_never_take_the_same_jobs_and_neither_waits() {
     drop(one);
     let all: Vec<JobId> = two_ids.into_iter().collect();
     two.done(&all).await.unwrap();
-    let three = ledger.postgres.undispatched(10, &[]).await.unwrap();
+    let three = ledger.postgres.undispatched(10, &[], &[]).await.unwrap();
     assert_eq!(ids(&three.envelopes), one_ids);
 }
 
@@ -164,10 +182,10 @@ async fn the_relay_takes_urgent_jobs_first_and_a_few_of_each_priority() {
     let counted = |batch: &[Envelope]| {
         [9, 5, 3, 0].map(|priority| batch.iter().filter(|e| e.priority.get() == priority).count())
     };
-    let one = ledger.postgres.undispatched(100, &[]).await.unwrap();
+    let one = ledger.postgres.undispatched(100, &[], &[]).await.unwrap();
     assert_eq!(counted(&one.envelopes), [2, 92, 5, 1]);
     // Another relay meanwhile takes others.
-    let two = ledger.postgres.undispatched(100, &[]).await.unwrap();
+    let two = ledger.postgres.undispatched(100, &[], &[]).await.unwrap();
     assert_eq!(counted(&two.envelopes), [0, 95, 5, 0]);
     let mut seen: Vec<_> = one.envelopes.iter().chain(&two.envelopes).map(|e| e.id).collect();
     seen.sort();
@@ -177,6 +195,6 @@ async fn the_relay_takes_urgent_jobs_first_and_a_few_of_each_priority() {
         (one.envelopes.iter().map(|e| e.id).collect(), two.envelopes.iter().map(|e| e.id).collect());
     one.done(&done).await.unwrap();
     two.done(&others).await.unwrap();
-    let rest = ledger.postgres.undispatched(1000, &[]).await.unwrap();
+    let rest = ledger.postgres.undispatched(1000, &[], &[]).await.unwrap();
     assert_eq!(counted(&rest.envelopes), [0, 13, 190, 0]);
 }

@@ -28,24 +28,32 @@ impl Batch {
     }
 }
 
-pub(super) const ENVELOPE: &str =
-    "id, kind, queue, priority, tenant, traceparent, tracestate, created_at, run_at, run_at > now() AS later";
+/// Times beyond those that Rust knows ('infinity') are brought within: one job must not stop the relay.
+pub(super) const ENVELOPE: &str = "id, kind, queue, priority, tenant, traceparent, tracestate, created_at,
+    greatest(least(run_at, '9999-12-31 23:59Z'), 'epoch') AS run_at, run_at > now() AS later";
 
 impl Postgres {
-    /// Undispatched jobs, at most `limit`, without those of the queues in `full`: their jobs, however many, must not hold up the
-    /// others. The highest priority comes first, and of one priority the oldest; but each priority has a twentieth for itself,
+    /// Undispatched jobs, at most `limit`, without those of the queues in `full`, and without those of the queues in `later_full`
+    /// that are not due yet: such jobs, however many, must not hold up the others. The highest priority comes first, and of one priority the oldest; but each priority has a twentieth for itself,
     /// so that none waits for all of another.
-    pub async fn undispatched(&self, limit: i64, full: &[String]) -> Result<Batch, StoreError> {
+    pub async fn undispatched(
+        &self,
+        limit: i64,
+        full: &[String],
+        later_full: &[String],
+    ) -> Result<Batch, StoreError> {
         let mut tx = self.begin().await?;
         let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
             "WITH of_each AS MATERIALIZED (
                  SELECT j.id FROM generate_series(0, 9) AS p (priority), LATERAL (
                      SELECT id FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting' AND queue <> ALL ($2)
+                       AND (run_at <= now() OR queue <> ALL ($4))
                        AND priority = p.priority::smallint
                      ORDER BY created_at LIMIT $3 FOR UPDATE SKIP LOCKED) AS j
                  LIMIT $1
              ), highest AS MATERIALIZED (
                  SELECT id FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting' AND queue <> ALL ($2)
+                   AND (run_at <= now() OR queue <> ALL ($4))
                    AND id <> ALL (ARRAY(SELECT id FROM of_each))
                  ORDER BY priority DESC, created_at LIMIT $1 - (SELECT count(*) FROM of_each) FOR UPDATE SKIP LOCKED
              )
@@ -54,6 +62,7 @@ impl Postgres {
         .bind(limit)
         .bind(full)
         .bind((limit / 20).max(1))
+        .bind(later_full)
         .fetch_all(&mut *tx)
         .await?;
         let envelopes: Vec<Envelope> = rows.iter().map(envelope).collect::<Result<_, _>>()?;
