@@ -93,12 +93,14 @@ pub struct StoreError {
     pub message: String,
     /// When the dependency wants to be asked again.
     pub retry_after: Option<Duration>,
+    /// It was undone as a whole, because it and another transaction waited for each other, and may be asked again at once.
+    pub conflict: bool,
 }
 
 impl StoreError {
     /// An error without a wish for a later time.
     pub fn new(dependency: Dependency, class: Class, message: impl Into<String>) -> Self {
-        Self { dependency, class, message: message.into(), retry_after: None }
+        Self { dependency, class, message: message.into(), retry_after: None, conflict: false }
     }
 
     /// The same error as another dependency's: errors of sqlx and of redis convert as those of Flotilla's own Postgres and
@@ -134,18 +136,21 @@ pub(crate) fn storable(text: String) -> String {
     if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
 }
 
+/// SQLSTATEs, or their beginnings, that are no job's fault: the server is away or full, lets nobody in, lacks the database, or is in
+/// trouble itself; it may only be read from, as one that was the primary until just now (25006); it has ended a session that was
+/// idle within a transaction, as that of a process is that was paused (25P). What lasts although its probe is answered is charged.
+const OUTAGES: [&str; 10] = ["08", "57P0", "53", "28", "3D", "58", "XX", "25006", "25P03", "25P04"];
+
 impl From<sqlx::Error> for StoreError {
     /// SQLSTATE classes as PROTOCOL.md 16 and 20 sort them.
     fn from(error: sqlx::Error) -> Self {
+        let mut conflict = false;
         let class = match &error {
             sqlx::Error::Database(db) => {
                 let code = db.code().unwrap_or_default();
+                conflict = matches!(code.as_ref(), "40001" | "40P01");
                 match code.as_ref() {
-                    c if c.starts_with("08") || c.starts_with("57P0") || c.starts_with("53") => {
-                        Class::Unavailable
-                    }
-                    // The server has ended a session that was idle within a transaction, as that of a process is that was paused.
-                    "25P03" | "25P04" => Class::Unavailable,
+                    c if OUTAGES.iter().any(|outage| c.starts_with(outage)) => Class::Unavailable,
                     "57014" => Class::Timeout,
                     "40001" | "40P01" | "55P03" => Class::Transient,
                     c if c.starts_with("22") || c.starts_with("23") => Class::Data,
@@ -161,7 +166,7 @@ impl From<sqlx::Error> for StoreError {
             sqlx::Error::Encode(_) | sqlx::Error::InvalidArgument(_) => Class::Data,
             _ => Class::Permanent,
         };
-        Self::new(Dependency::Postgres, class, with_causes(&error))
+        Self { conflict, ..Self::new(Dependency::Postgres, class, with_causes(&error)) }
     }
 }
 
@@ -220,7 +225,7 @@ impl From<EmbedError> for StoreError {
             embedding::ErrorClass::Transient => (Class::Transient, None),
             embedding::ErrorClass::Permanent => (Class::Permanent, None),
         };
-        Self { dependency: Dependency::Embedder, class, message: with_causes(&error), retry_after }
+        Self { retry_after, ..Self::new(Dependency::Embedder, class, with_causes(&error)) }
     }
 }
 

@@ -15,8 +15,12 @@ use sagas::{
         breaker::{Probe, State},
     },
     error::Class,
-    stores::cache::{Cache, CacheConfig},
+    stores::{
+        cache::{Cache, CacheConfig},
+        postgres::{Postgres, PostgresConfig},
+    },
 };
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -263,4 +267,30 @@ async fn protocol_16_without_the_queues_redis_each_process_has_its_own_breaker()
         }
         stage.listening(2).await;
     }
+}
+
+#[tokio::test]
+async fn protocol_16_a_postgres_that_may_only_be_read_from_is_an_outage() {
+    let services = TestServices::builder().postgres().start().await.unwrap();
+    let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
+    postgres.migrate_up().await.unwrap();
+    postgres.probe().await.unwrap();
+    // As the old primary after a switch.
+    let switch = async |to: &str| {
+        let mut own = PgConnection::connect(services.postgres().url()).await.unwrap();
+        let setting = format!("ALTER SYSTEM SET default_transaction_read_only = {to}");
+        own.execute(AssertSqlSafe(setting)).await.unwrap();
+        own.execute("SELECT pg_reload_conf()").await.unwrap();
+    };
+    switch("on").await;
+    let (refused, _) = until("writes are refused", async || {
+        postgres.create_tenant("acme").await.err().ok_or_else(|| "it was written".to_owned())
+    })
+    .await;
+    assert_eq!(refused.class, Class::Unavailable, "{refused}");
+    assert_eq!(postgres.probe().await.unwrap_err().class, Class::Unavailable);
+    switch("off").await;
+    until("writes pass", async || postgres.create_tenant("globex").await.map_err(|error| error.to_string()))
+        .await;
+    postgres.probe().await.unwrap();
 }

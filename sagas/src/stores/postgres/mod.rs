@@ -117,15 +117,13 @@ impl Postgres {
             .idle_timeout(Duration::from_secs(300))
             .test_before_acquire(false)
             .before_acquire(|connection, used| {
-                Box::pin(
-                    async move { Ok(used.idle_for < ASK_AFTER || outside_transaction(connection).await?) },
-                )
+                Box::pin(async move { Ok(used.idle_for < ASK_AFTER || is_usable(connection).await?) })
             })
             .connect_lazy_with(options);
         Ok(Self { pool, call_timeout: config.call_timeout, cipher: PayloadCipher::default() })
     }
 
-    /// Connects once to see that the server answers, within the call's time-out.
+    /// Connects once to see that the server answers and may be written to, within the call's time-out.
     pub async fn connect(config: &PostgresConfig) -> Result<Self, StoreError> {
         let this = Self::lazy(config)?;
         this.answers_within(config.call_timeout).await?;
@@ -153,7 +151,7 @@ impl Postgres {
     pub async fn reach(&self) -> Result<PoolConnection<Db>, sqlx::Error> {
         loop {
             let mut connection = self.pool.acquire().await?;
-            match outside_transaction(&mut connection).await {
+            match is_usable(&mut connection).await {
                 Ok(true) => return Ok(connection),
                 // Once the pool has none that was made before, it makes one, or says why it can't.
                 Ok(false) => {}
@@ -184,25 +182,25 @@ impl Postgres {
         })
     }
 
-    /// Whether the server answers within a second, on a connection of its own: a hung pool can't speak for the server.
+    /// Whether the server answers within a second and may be written to, on a connection of its own: a hung pool can't speak for the server.
     pub async fn probe(&self) -> Result<(), StoreError> {
         self.answers_within(Duration::from_secs(1)).await
     }
 
     async fn answers_within(&self, limit: Duration) -> Result<(), StoreError> {
         use sqlx::Connection;
+        let away = |why| StoreError::new(Dependency::Postgres, Class::Unavailable, why);
         let work = async {
             let mut connection = PgConnection::connect_with(&self.pool.connect_options()).await?;
-            sqlx::query("SELECT 1").execute(&mut connection).await?;
-            connection.close().await
+            let writes: bool = sqlx::query_scalar(WRITES).fetch_one(&mut connection).await?;
+            connection.close().await?;
+            Ok::<_, sqlx::Error>(writes)
         };
         match tokio::time::timeout(limit, work).await {
-            Ok(result) => Ok(result?),
-            Err(_) => Err(StoreError::new(
-                Dependency::Postgres,
-                Class::Unavailable,
-                format!("no answer within {limit:?}"),
-            )),
+            Ok(Ok(true)) => Ok(()),
+            Ok(Ok(false)) => Err(away("the server may only be read from".to_owned())),
+            Ok(Err(error)) => Err(StoreError::from(error)),
+            Err(_) => Err(away(format!("no answer within {limit:?}"))),
         }
     }
 
@@ -261,9 +259,16 @@ impl Postgres {
 /// A connection that has answered within this time lives.
 const ASK_AFTER: Duration = Duration::from_secs(1);
 
-/// Whether a pooled connection lives and is in no transaction: within one `now()` stands still, and a simple query has one time.
-async fn outside_transaction(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    let row = sqlx::raw_sql("SELECT now() = statement_timestamp()").fetch_one(connection).await?;
+/// Whether the server may be written to; a standby, and a primary that was told so, may not.
+const WRITES: &str =
+    "SELECT NOT current_setting('default_transaction_read_only')::boolean AND NOT pg_is_in_recovery()";
+
+/// Whether a pooled connection lives, is in no transaction (within one `now()` stands still, and a simple query has one time) and
+/// is with a server that is not a standby: after a failover it may be the old primary's.
+async fn is_usable(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    let row = sqlx::raw_sql("SELECT now() = statement_timestamp() AND NOT pg_is_in_recovery()")
+        .fetch_one(connection)
+        .await?;
     row.try_get(0)
 }
 
