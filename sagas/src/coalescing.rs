@@ -3,7 +3,7 @@
 //! A flush starts as soon as none is in flight and every task that was ready had its turn to join; calls that arrive meanwhile
 //! wait and form the next batch, at most as many as the [batch size](crate::batch_size) allows, or after `max_wait`. So an idle
 //! system pays no delay and a busy one shares its round trips and commits. A batch that is refused because of its data is split
-//! until the guilty item alone fails (PROTOCOL.md 20).
+//! until the guilty item alone fails, and one that lost to another transaction is flushed again (PROTOCOL.md 20).
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -65,6 +65,10 @@ impl Default for Limits {
 /// left that has passed. Those who called one after the other have deadlines as near to each other, and a store that hangs
 /// would get a flush for each of them.
 const WORTHWHILE: u32 = 4;
+
+/// How often a batch is flushed again that lost to another transaction (a deadlock): that one has ended, and nothing of the batch was
+/// done.
+const LOST_AGAIN: u32 = 3;
 
 struct Call<B: Batch> {
     item: B::Item,
@@ -171,6 +175,7 @@ async fn fill<B: Batch>(
 /// over; the items of the others are then flushed again, if that is allowed.
 async fn serve<B: Batch>(batch: &B, calls: Vec<Call<B>>, size: &Mutex<BatchSize>) {
     let since = Instant::now();
+    let mut again = LOST_AGAIN;
     let mut work = vec![calls];
     while let Some(mut calls) = work.pop() {
         let now = Instant::now();
@@ -208,6 +213,11 @@ async fn serve<B: Batch>(batch: &B, calls: Vec<Call<B>>, size: &Mutex<BatchSize>
             Err(error) if error.class == Class::Data && calls.len() > 1 => {
                 let half = calls.split_off(calls.len() / 2);
                 work.push(half);
+                work.push(calls);
+            }
+            Err(error) if error.conflict && again > 0 => {
+                again -= 1;
+                tracing::debug!(op = B::OP, %error, "flushed again");
                 work.push(calls);
             }
             Err(error) => {
@@ -352,6 +362,35 @@ mod tests {
         }
         let flushes: Vec<usize> = evens.0.lock().unwrap().iter().map(Vec::len).collect();
         assert_eq!(flushes, [12]);
+    }
+
+    /// Loses to another transaction so many times.
+    struct Unlucky(Mutex<u32>);
+
+    #[async_trait]
+    impl Batch for Unlucky {
+        type Item = u32;
+        type Reply = u32;
+        const OP: &'static str = "unlucky";
+        const DEPENDENCY: Dependency = Dependency::Postgres;
+        async fn flush(&self, items: &[u32]) -> Result<Vec<u32>, StoreError> {
+            let mut left = self.0.lock().unwrap();
+            if *left == 0 {
+                return Ok(items.to_vec());
+            }
+            *left -= 1;
+            let error = StoreError::new(Dependency::Postgres, Class::Transient, "deadlock");
+            Err(StoreError { conflict: true, ..error })
+        }
+    }
+
+    #[tokio::test]
+    async fn protocol_20_a_batch_that_lost_to_another_transaction_is_flushed_again() {
+        let deadline = || Instant::now() + Duration::from_secs(10);
+        let lucky_in_time = Coalescer::spawn(Unlucky(Mutex::new(LOST_AGAIN)), Limits::default());
+        assert_eq!(lucky_in_time.call(7, deadline()).await.unwrap(), 7);
+        let unlucky = Coalescer::spawn(Unlucky(Mutex::new(u32::MAX)), Limits::default());
+        assert_eq!(unlucky.call(7, deadline()).await.unwrap_err().class, Class::Transient);
     }
 
     /// Answers when let to, one flush at a time.

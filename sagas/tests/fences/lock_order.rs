@@ -96,6 +96,17 @@ async fn protocol_03_the_fence_locks_jobs_in_id_order() {
 }
 
 #[tokio::test]
+async fn protocol_03_acceptance_locks_known_documents_in_id_order() {
+    let ledger = scanning().await;
+    // By their keys they would be locked the other way round.
+    let [b, a] = [ledger.ingest("b").await, ledger.ingest("a").await];
+    let [b, a] = [ledger.take("w", b).await, ledger.take("w", a).await];
+    let ids = [b.document_id.unwrap(), a.document_id.unwrap()];
+    assert!(ids[0] < ids[1]);
+    check(&ledger, "documents", ids, ledger.accept(&[ingest("a"), ingest("b")])).await;
+}
+
+#[tokio::test]
 async fn protocol_03_publish_locks_documents_and_versions_in_id_order() {
     for table in ["documents", "document_versions"] {
         let ledger = scanning().await;

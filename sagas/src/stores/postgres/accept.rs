@@ -266,6 +266,19 @@ impl Postgres {
             .await?;
         Ok(())
     }
+
+    /// Hands those of these jobs to the relay that have been due for longer than `grace` and still wait; how many they are.
+    pub async fn wake_overdue(&self, jobs: &[JobId], grace: Duration) -> Result<u64, StoreError> {
+        let done = sqlx::query(
+            "UPDATE jobs SET dispatched_at = NULL
+             WHERE id = ANY($1) AND state = 'waiting' AND run_at < now() - make_interval(secs => $2)",
+        )
+        .bind(jobs.iter().map(|id| id.0).collect::<Vec<_>>())
+        .bind(grace.as_secs_f64())
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected())
+    }
 }
 
 /// Whether a job has no place in a document's order, no idempotency key and no batch.
@@ -483,7 +496,8 @@ async fn reserve_keys(
     Ok(())
 }
 
-/// The document id and order number of each job, given under the document row's lock.
+/// The document id and order number of each job, given under the document row's lock. Those that are known are locked in id
+/// order first, as whoever publishes locks them (PROTOCOL.md 3).
 async fn order(
     connection: &mut PgConnection,
     jobs: &[&NewJob],
@@ -499,8 +513,16 @@ async fn order(
         return Ok(vec![None; jobs.len()]);
     }
     let rows = sqlx::query(
-        "INSERT INTO documents AS d (id, tenant, key, last_order)
+        "WITH known AS MATERIALIZED (
+             SELECT d.id FROM unnest((SELECT $2::text[]), $3::text[]) AS n (tenant, key)
+             CROSS JOIN LATERAL (SELECT id FROM documents d WHERE d.tenant = n.tenant AND d.key = n.key OFFSET 0) AS d
+         ), held AS MATERIALIZED (
+             SELECT d.id FROM (SELECT id FROM known ORDER BY id) AS k
+             CROSS JOIN LATERAL (SELECT d.id FROM documents d WHERE d.id = k.id FOR NO KEY UPDATE) AS d
+         )
+         INSERT INTO documents AS d (id, tenant, key, last_order)
          SELECT id, tenant, key, num FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bigint[]) AS n (id, tenant, key, num)
+         WHERE (SELECT count(*) FROM held) >= 0
          ON CONFLICT (tenant, key) DO UPDATE SET last_order = d.last_order + EXCLUDED.last_order
          RETURNING d.id, d.tenant, d.key, d.last_order",
     )
