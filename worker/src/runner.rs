@@ -20,6 +20,8 @@ use crate::gatekeeper::Gatekeeper;
 
 /// After so many deliveries that ended in a lost lease a job runs alone in its process (PROTOCOL.md 13).
 const ALONE_AFTER: i32 = 2;
+/// How long a job waits that has to run alone, while others wait out an outage.
+const ALONE_LATER: Duration = Duration::from_secs(10);
 /// How long a job waits that the ledger refuses to hand out.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// How long a job waits whose record this release can't read.
@@ -147,28 +149,34 @@ impl Runner {
         }
     }
 
-    /// Waits until nothing else runs in this process, then runs the job, so that only its own doing is counted.
+    /// Waits until nothing else runs in this process, then runs the job, so that only its own doing is counted. Not through an
+    /// outage: whoever waits that out keeps its company, and nobody else would come in for as long.
     async fn run_alone(&self, taken: TakenJob, lease: &Lease) -> Option<Done> {
         tracing::info!(lost = taken.lost_deliveries, "this job's workers were lost before: it runs alone");
         let alone = tokio::select! {
-            alone = self.company.write() => Some(alone),
-            () = self.stop.cancelled() => None,
+            biased;
             () = lease.lost().cancelled_owned() => return None,
+            () = self.stop.cancelled() => Err(Duration::ZERO),
+            () = self.engine.breakers().any_open() => Err(ALONE_LATER),
+            alone = self.company.write() => Ok(alone),
         };
         let (id, fence, postgres) = (taken.id, taken.fence, self.engine.postgres());
-        if alone.is_none() {
-            let run = Run {
-                job_id: id,
-                fence,
-                saga_id: None,
-                worker: self.engine.worker().clone(),
-                started_at: chrono::Utc::now(),
-            };
-            return match postgres.in_time(postgres.release(&run, Duration::ZERO, false)).await {
-                Ok(true) => Some(Done::Release(Duration::ZERO)),
-                _ => None,
-            };
-        }
+        let _alone = match alone {
+            Ok(alone) => alone,
+            Err(wait) => {
+                let run = Run {
+                    job_id: id,
+                    fence,
+                    saga_id: None,
+                    worker: self.engine.worker().clone(),
+                    started_at: chrono::Utc::now(),
+                };
+                return match postgres.in_time(postgres.release(&run, wait, false)).await {
+                    Ok(true) => Some(Done::Release(wait)),
+                    _ => None,
+                };
+            }
+        };
         match postgres.in_time(postgres.mark_alone(id, fence)).await {
             Ok(true) => self.run(taken, lease).await,
             Ok(false) => None,

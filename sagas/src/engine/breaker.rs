@@ -7,11 +7,15 @@
 
 use std::{
     collections::HashMap,
+    panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use futures::future::BoxFuture;
+use futures::{
+    FutureExt,
+    future::{BoxFuture, select_all},
+};
 use metrics::{counter, gauge};
 use queue::{BreakerBoard, BreakerNews, BreakerReport, Queue, QueueError, WorkerId};
 use tokio::{
@@ -20,7 +24,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{Dependency, StoreError};
+use crate::error::{Class, Dependency, StoreError};
 
 /// The state of one breaker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +61,8 @@ pub struct Breakers {
 
 /// Between probes of an open breaker, give or take a fifth.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
+/// What a probe that has not ended by then is taken to say: down.
+const PROBE_WITHIN: Duration = Duration::from_secs(3);
 /// Who hears news probes within this time, not all at the same moment.
 const SPREAD: Duration = Duration::from_millis(100);
 /// News of one dependency is looked into at most so often, however often others open and close.
@@ -193,6 +199,20 @@ impl Breakers {
         }
     }
 
+    /// Waits until one of the breakers is not closed. Cancel-safe.
+    pub async fn any_open(&self) {
+        let opens = self.by_dependency.values().map(|breaker| {
+            let mut state = breaker.state.subscribe();
+            // The sender lives in `self`.
+            async move { state.wait_for(|state| *state != State::Closed).await.is_ok() }.boxed()
+        });
+        let opens: Vec<_> = opens.collect();
+        if opens.is_empty() {
+            return std::future::pending().await;
+        }
+        select_all(opens).await;
+    }
+
     /// The breaker's state now.
     pub fn state(&self, dependency: Dependency) -> State {
         self.by_dependency.get(&dependency).map_or(State::Closed, |b| *b.state.borrow())
@@ -291,7 +311,14 @@ impl Breakers {
 
 impl Breaker {
     async fn asked(&self, dependency: Dependency) -> Result<(), StoreError> {
-        let answer = (self.probe)().await;
+        let down = |why: &str| Err(StoreError::new(dependency, Class::Unavailable, why));
+        // A user's own may hang, or panic: whoever waited for it would wait for ever.
+        let asked = AssertUnwindSafe(async { (self.probe)().await }).catch_unwind();
+        let answer = match timeout(PROBE_WITHIN, asked).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => down("its probe panicked"),
+            Err(_) => down("its probe has no answer"),
+        };
         let outcome = if answer.is_ok() { "up" } else { "down" };
         counter!("circuit_breaker_probes_total", "dependency" => dependency.name(), "outcome" => outcome)
             .increment(1);
@@ -319,7 +346,32 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
-    use crate::error::Class;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_that_panics_or_hangs_says_down_and_is_asked_again() {
+        for hangs in [false, true] {
+            let asked = Arc::new(std::sync::atomic::AtomicU32::new(0));
+            let probe: Probe = {
+                let asked = Arc::clone(&asked);
+                Arc::new(move || {
+                    let times = asked.fetch_add(1, Ordering::SeqCst);
+                    Box::pin(async move {
+                        match (times, hangs) {
+                            (0 | 1, true) => std::future::pending().await,
+                            (0 | 1, false) => panic!("a bug in a user's probe"),
+                            _ => Ok(()),
+                        }
+                    })
+                })
+            };
+            let breakers = Breakers::new([(Dependency::Cache, probe)], CancellationToken::new());
+            let error = StoreError::new(Dependency::Cache, Class::Unavailable, "reset");
+            assert!(breakers.confirm_outage(Dependency::Cache, &error).await);
+            breakers.any_open().await;
+            breakers.closed(Dependency::Cache).await;
+            assert_eq!(asked.load(Ordering::SeqCst), 3);
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn opens_only_when_the_probe_fails_too_and_closes_by_a_probe() {
