@@ -4,7 +4,10 @@
 mod support;
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -16,7 +19,8 @@ use axum::{
 use producer::{Auth, ClientSettings, Durability, ProducerSettings, new_job, router};
 use queue::JobId;
 use sagas::{
-    Child, Dependency, Registry, Saga, Step, StepContext, StepError, TakenJob, async_trait,
+    Child, Class, Dependency, Registry, Saga, Step, StepContext, StepError, StoreError, TakenJob,
+    async_trait,
     kinds::{DocumentSettings, Stores},
     stores::{
         cache::{Cache, CacheConfig},
@@ -119,17 +123,49 @@ impl Step<Value> for Part {
     }
 }
 
+const SHOP: Dependency = Dependency::Other("shop");
+
+/// Asks the shop, which may be closed.
+struct Buy(Arc<AtomicBool>);
+
+#[async_trait]
+impl Step<Value> for Buy {
+    fn name(&self) -> &'static str {
+        "buy"
+    }
+    async fn execute(&self, ctx: &StepContext, _: &mut Value) -> Result<(), StepError> {
+        ctx.call(SHOP, |_| async { shop_answers(&self.0) }).await
+    }
+    async fn compensate(&self, _: &StepContext, _: &Value) -> Result<(), StepError> {
+        Ok(())
+    }
+}
+
+fn shop_answers(open: &AtomicBool) -> Result<(), StoreError> {
+    if open.load(Ordering::SeqCst) {
+        Ok(())
+    } else {
+        Err(StoreError::new(SHOP, Class::Unavailable, "closed"))
+    }
+}
+
 struct Deployment {
     stage: Stage,
     router: Router,
     done: Arc<Mutex<Vec<i64>>>,
+    shop: Arc<AtomicBool>,
     stop: CancellationToken,
     worker: tokio::task::JoinHandle<Result<(), worker::WorkerError>>,
     maintenance: Maintenance,
 }
 
 impl Deployment {
+    /// With one slot.
     async fn start() -> Self {
+        Self::with(1).await
+    }
+
+    async fn with(slots: usize) -> Self {
         let stage =
             Stage::with(ClientSettings::default(), |config| config.lease = Duration::from_secs(4)).await;
         let call_timeout = Duration::from_secs(1);
@@ -146,21 +182,25 @@ impl Deployment {
             DocumentSettings::default(),
         );
         let (stop, done) = (CancellationToken::new(), Arc::default());
+        let shop = Arc::new(AtomicBool::new(false));
+        let asked = Arc::clone(&shop);
         let http = ProducerSettings { auth: Auth::Open, ..ProducerSettings::default() };
         let router = router(&http, stage.client.clone(), stores.clone(), String::new, stop.clone());
         let registry = Registry::default()
             .with(Kind { name: "approval", steps: vec![Arc::new(Ask)] })
             .with(Kind { name: "sum", steps: vec![Arc::new(Sum)] })
-            .with(Kind { name: "part", steps: vec![Arc::new(Part(Arc::clone(&done)))] });
-        let queues = ["approval", "sum", "part"].map(name).to_vec();
+            .with(Kind { name: "part", steps: vec![Arc::new(Part(Arc::clone(&done)))] })
+            .with(Kind { name: "purchase", steps: vec![Arc::new(Buy(Arc::clone(&shop)))] })
+            .probe(SHOP, move || std::future::ready(shop_answers(&asked)));
+        let queues = ["approval", "sum", "part", "purchase"].map(name).to_vec();
         let mut settings = WorkerSettings::new(queues, Duration::from_secs(4));
-        settings.concurrency = 1;
+        settings.concurrency = slots;
         settings.addr = Some("127.0.0.1:0".parse().unwrap());
         let worker =
             worker::run(settings, stores, registry, stage.queue.clone(), Arc::new(String::new), stop.clone());
         let worker = tokio::spawn(worker);
         let maintenance = stage.maintain(quick());
-        Self { stage, router, done, stop, worker, maintenance }
+        Self { stage, router, done, shop, stop, worker, maintenance }
     }
 
     async fn enqueue(&self, kind: &str, payload: Value) -> JobId {
@@ -266,5 +306,37 @@ async fn a_parent_waits_for_its_children_in_the_one_slot_that_they_need() {
         Some(json!({ "parts": 0, "sum": 0, "dead": 0 })),
         "no children have ended at once"
     );
+    fleet.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn protocol_16_a_job_that_runs_alone_does_not_wait_for_those_who_wait_out_an_outage() {
+    let fleet = Deployment::with(4).await;
+    let purchase = fleet.enqueue("purchase", json!({})).await;
+    eventually(|| async {
+        let job = fleet.job(purchase).await;
+        if job.state == "running" { Ok(()) } else { Err(format!("{job:?}")) }
+    })
+    .await;
+    let lone = new_job("part", tenant("acme"), json!({ "n": 1 })).unwrap();
+    fleet.stage.postgres.accept(std::slice::from_ref(&lone), true).await.unwrap();
+    sqlx::query("UPDATE jobs SET lost_deliveries = 2 WHERE id = $1")
+        .bind(lone.id.0)
+        .execute(fleet.stage.postgres.pool())
+        .await
+        .unwrap();
+    fleet.stage.postgres.leave_to_relay(&[lone.id]).await.unwrap();
+    eventually(|| async {
+        let job = fleet.job(lone.id).await;
+        if job.deliveries > 0 { Ok(()) } else { Err(format!("{job:?}")) }
+    })
+    .await;
+    let other = fleet.enqueue("part", json!({ "n": 2 })).await;
+    assert_eq!(fleet.ended(other).await.state, "succeeded");
+    assert_eq!(fleet.job(purchase).await.state, "running", "it waits out the outage");
+    fleet.shop.store(true, Ordering::SeqCst);
+    assert_eq!(fleet.ended(purchase).await.state, "succeeded");
+    let lone = fleet.ended(lone.id).await;
+    assert_eq!((lone.state.as_str(), lone.attempts), ("succeeded", 0), "{lone:?}");
     fleet.stop().await;
 }

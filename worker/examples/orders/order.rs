@@ -10,7 +10,7 @@ use reqwest::StatusCode;
 use sagas::{Class, Dependency, Saga, Step, StepContext, StepError, StoreError, TakenJob, async_trait};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::PgPool;
+use sqlx::{PgPool, Postgres, Transaction};
 
 /// The shop's database.
 pub const SHOP: Dependency = Dependency::Other("shop");
@@ -110,6 +110,13 @@ fn at_shop(error: sqlx::Error) -> StoreError {
     StoreError::from(error).of(SHOP)
 }
 
+/// Begins in a task of its own, which ends whatever becomes of the call: a `BEGIN` that was given up before its answer came would
+/// stay open on its connection without sqlx knowing of it, and what the next user of the connection writes would be lost with it.
+async fn begin(shop: &PgPool) -> Result<Transaction<'static, Postgres>, sqlx::Error> {
+    let shop = shop.clone();
+    tokio::spawn(async move { shop.begin().await }).await.map_err(|_| sqlx::Error::WorkerCrashed)?
+}
+
 /// Takes the goods from the stock.
 struct Reserve(PgPool);
 
@@ -118,7 +125,7 @@ impl Reserve {
 
     /// `false`: there are not enough.
     async fn hold(&self, key: &str, basket: &Basket) -> Result<bool, sqlx::Error> {
-        let mut tx = self.0.begin().await?;
+        let mut tx = begin(&self.0).await?;
         let new = sqlx::query(
             "INSERT INTO reservations (key, sku, quantity, state) VALUES ($1, $2, $3, 'held') ON CONFLICT (key) DO NOTHING",
         )
@@ -142,7 +149,7 @@ impl Reserve {
     }
 
     async fn release(&self, key: &str, basket: &Basket) -> Result<(), sqlx::Error> {
-        let mut tx = self.0.begin().await?;
+        let mut tx = begin(&self.0).await?;
         // Where nothing is held, the key is used up: a late `hold` finds it.
         sqlx::query(
             "INSERT INTO reservations (key, sku, quantity, state) VALUES ($1, $2, $3, 'released') ON CONFLICT (key) DO NOTHING",
