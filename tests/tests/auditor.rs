@@ -75,6 +75,7 @@ async fn drift_is_found_in_the_background_reported_by_all_and_mended_where_that_
         chunk: 0,
         document_id: Uuid::now_v7(),
         tenant: TENANT.to_owned(),
+        ledger: stores.ledger().await.unwrap(),
         vector: stores.embedder.embed(vec!["adrift".to_owned()]).await.unwrap().remove(0),
     };
     let id = sagas::stores::point_id(point.version, 0);

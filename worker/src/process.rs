@@ -114,7 +114,7 @@ pub async fn run(
 ) -> Result<(), WorkerError> {
     // Refuses another ledger's prefix. A missing stamp means that Redis lost its data, which the reconciler must see: it
     // dispatches again and stamps afterwards.
-    queue.is_stamped_by(stores.postgres.ledger_id().await?).await?;
+    queue.is_stamped_by(stores.ledger().await?).await?;
     let heartbeat =
         Heartbeat::spawn(queue.config().clone(), HeartbeatConfig { interval: settings.heartbeat })?;
     let (listener, addr) = listen(settings.addr, USUAL_ADDR).await?;

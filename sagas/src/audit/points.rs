@@ -1,4 +1,5 @@
-//! Every point of every collection: does it belong to a version?
+//! Every point of this ledger in every collection: does it belong to a version? What others keep there is none of the
+//! auditor's business: a job may name any collection, and fleets may share one.
 
 use std::collections::BTreeSet;
 
@@ -16,20 +17,21 @@ const PREFIX: &str = "flotilla-";
 
 impl Run<'_> {
     pub(super) async fn points(&mut self) -> Result<(), AuditError> {
+        let ledger = self.stores.ledger().await?;
         for collection in self.collections().await? {
             let mut offset = None;
             loop {
-                let ScrollPage { points, numbered, next } =
+                let ScrollPage { points, next } =
                     self.stores.vectors.scroll(&collection, offset, self.settings.page).await?;
-                self.counts.points += (points.len() + numbered.len()) as u64;
+                self.counts.points += points.len() as u64;
                 self.paced(points.len()).await;
-                let mut suspects = numbered_points(&collection, &numbered);
-                let (first, unseen) = self.check_points(&collection, &points).await?;
+                let mut suspects = vec![];
+                let (first, unseen) = self.check_points(ledger, &collection, &points).await?;
                 self.pending.unseen_points += unseen;
                 if !first.is_empty() {
                     self.pause().await;
                     let again = self.stores.vectors.points_by_id(&collection, &keys(&first), false).await?;
-                    let (second, _) = self.check_points(&collection, &again).await?;
+                    let (second, _) = self.check_points(ledger, &collection, &again).await?;
                     suspects.extend(confirmed(&first, second));
                 }
                 self.settle(suspects).await?;
@@ -56,6 +58,7 @@ impl Run<'_> {
     /// What belongs to no version, and how many points belong to versions that readers can't see.
     async fn check_points(
         &self,
+        ledger: Uuid,
         collection: &str,
         points: &[StoredPoint],
     ) -> Result<(Vec<Suspect>, u64), AuditError> {
@@ -70,6 +73,9 @@ impl Run<'_> {
                 unseen += u64::from(version.is_some_and(|version| version.state != "published"));
                 continue;
             };
+            if point.ledger != Some(ledger) {
+                continue;
+            }
             let finding = Finding {
                 tenant: point.tenant.clone(),
                 document: version.map(|version| version.document.clone()),
@@ -101,15 +107,4 @@ fn why_extra(collection: &str, point: &StoredPoint, version: Option<&VersionStat
         Some(_) => None,
         None => Some("the payload names no chunk".to_owned()),
     }
-}
-
-fn numbered_points(collection: &str, numbers: &[u64]) -> Vec<Suspect> {
-    numbers
-        .iter()
-        .map(|number| {
-            let detail = format!("the id is a number, which no chunk's is, collection {collection}");
-            let finding = Finding::new(Kind::PointExtra, format!("{collection}/{number}"), detail);
-            Suspect::new(Uuid::nil(), finding, Mend::RemoveNumbered(collection.to_owned(), *number))
-        })
-        .collect()
 }

@@ -38,8 +38,6 @@ pub(super) enum Mend {
     Points(VersionRow),
     /// Remove a point of a collection.
     RemovePoint(String, Uuid),
-    /// Remove a point with a number as its id.
-    RemoveNumbered(String, u64),
     /// Remove a cache entry; the next reader fills it.
     RemoveEntry(Uuid),
     /// Put the job into Redis.
@@ -133,9 +131,6 @@ async fn mend(stores: &Stores, queue: Option<&Queue>, mend: &Mend) -> Mended {
         Mend::Orphan(version) => changed(postgres.mend_orphan(*version, stores.settings.sweep_bound).await?),
         Mend::Points(version) => points(stores, version).await,
         Mend::RemovePoint(collection, point) => Ok(Ok(vectors.remove_ids(collection, &[*point]).await?)),
-        Mend::RemoveNumbered(collection, number) => {
-            Ok(Ok(vectors.remove_numbered(collection, &[*number]).await?))
-        }
         Mend::RemoveEntry(version) => Ok(Ok(cache.remove(&[*version], "repaired").await?)),
         Mend::Push(job) => push(stores, queue, *job).await,
         Mend::Reap(name) => {
@@ -244,6 +239,7 @@ async fn points(stores: &Stores, version: &VersionRow) -> Mended {
     // sweeps remove what this writes.
     let remove: Vec<Uuid> = wrong.iter().map(|no| ids[*no]).collect();
     stores.vectors.remove_ids(&version.collection, &remove).await?;
+    let ledger = stores.ledger().await?;
     let points: Vec<Point> = right
         .into_iter()
         .enumerate()
@@ -253,6 +249,7 @@ async fn points(stores: &Stores, version: &VersionRow) -> Mended {
             chunk: no as i32,
             document_id: version.document_id,
             tenant: version.tenant.clone(),
+            ledger,
             vector,
         })
         .collect();

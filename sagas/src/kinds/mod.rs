@@ -13,7 +13,9 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use embedding::Embedder;
 use futures::FutureExt;
 use serde_json::Value;
+use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::{
     chunking::Chunking,
@@ -71,6 +73,8 @@ pub struct Stores {
     pub embedders: Arc<HashMap<String, Arc<dyn Embedder>>>,
     /// Settings.
     pub settings: Arc<DocumentSettings>,
+    /// The ledger's id, once it was asked for.
+    ledger: Arc<OnceCell<Uuid>>,
 }
 
 impl Stores {
@@ -95,7 +99,13 @@ impl Stores {
             embedder,
             embedders: Arc::new(embedders),
             settings: Arc::new(settings),
+            ledger: Arc::default(),
         }
+    }
+
+    /// The id of the ledger, which each point carries. Postgres is asked once.
+    pub async fn ledger(&self) -> Result<Uuid, StoreError> {
+        self.ledger.get_or_try_init(|| self.postgres.ledger_id()).await.copied()
     }
 
     /// The provider of a model, or the default one.

@@ -289,6 +289,7 @@ pub(super) async fn store_points(
     place: &PointPlace,
     vectors: &[Vec<f32>],
 ) -> Result<(), StepError> {
+    let ledger = stores.ledger().await?;
     let points: Vec<Point> = vectors
         .iter()
         .enumerate()
@@ -297,6 +298,7 @@ pub(super) async fn store_points(
             chunk: no as i32,
             document_id: place.document_id,
             tenant: ctx.job.tenant.clone(),
+            ledger,
             vector: vector.clone(),
         })
         .collect();

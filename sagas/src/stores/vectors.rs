@@ -50,6 +50,8 @@ pub struct Point {
     pub document_id: Uuid,
     /// Owner.
     pub tenant: String,
+    /// The ledger that knows the version: others may keep points in the same collection.
+    pub ledger: Uuid,
     /// Unit-length vector.
     pub vector: Vec<f32>,
 }
@@ -67,6 +69,8 @@ pub struct StoredPoint {
     pub document: Option<Uuid>,
     /// The tenant in its payload.
     pub tenant: Option<String>,
+    /// The ledger in its payload: points of others, and those of before there was such a stamp, have none.
+    pub ledger: Option<Uuid>,
     /// Its vector, where asked for.
     pub vector: Option<Vec<f32>>,
 }
@@ -80,8 +84,6 @@ pub struct ScrollOffset(PointId);
 pub struct ScrollPage {
     /// Points whose ids are UUIDs, as all of Flotilla's are.
     pub points: Vec<StoredPoint>,
-    /// Ids of points that are numbers.
-    pub numbered: Vec<u64>,
     /// `None`: this was the last page.
     pub next: Option<ScrollOffset>,
 }
@@ -153,6 +155,7 @@ fn point_struct(point: &Point) -> PointStruct {
             ("document", point.document_id.to_string().into()),
             ("version", point.version.to_string().into()),
             ("chunk", i64::from(point.chunk).into()),
+            ("ledger", point.ledger.to_string().into()),
         ],
     )
 }
@@ -411,24 +414,10 @@ impl Vectors {
             Err(error) if is_missing(&error) => return Ok(ScrollPage::default()),
             Err(error) => return Err(error.into()),
         };
-        let mut page =
-            ScrollPage { next: answer.next_page_offset.map(ScrollOffset), ..ScrollPage::default() };
-        for point in answer.result {
-            match point.id.as_ref().and_then(|id| id.point_id_options.as_ref()) {
-                Some(PointIdOptions::Num(number)) => page.numbered.push(*number),
-                _ => page.points.extend(stored(point.id, &point.payload, None)),
-            }
-        }
-        Ok(page)
-    }
-
-    /// Removes points with numbers as ids, which Flotilla itself never makes.
-    pub async fn remove_numbered(&self, collection: &str, numbers: &[u64]) -> Result<(), StoreError> {
-        let list = PointsIdsList { ids: numbers.iter().map(|number| PointId::from(*number)).collect() };
-        match self.client.delete_points(DeletePointsBuilder::new(collection).points(list).wait(true)).await {
-            Err(error) if !is_missing(&error) => Err(error.into()),
-            _ => Ok(()),
-        }
+        Ok(ScrollPage {
+            points: answer.result.into_iter().filter_map(|p| stored(p.id, &p.payload, None)).collect(),
+            next: answer.next_page_offset.map(ScrollOffset),
+        })
     }
 
     /// The names of all collections.
@@ -464,6 +453,7 @@ fn stored(
             .and_then(qdrant_client::qdrant::Value::as_integer)
             .and_then(|n| i32::try_from(n).ok()),
         tenant: text("tenant"),
+        ledger: text("ledger").and_then(|v| v.parse().ok()),
         vector: vectors.and_then(|v| match v {
             VectorsOptions::Vector(vector) => match vector.into_vector() {
                 qdrant_client::qdrant::vector_output::Vector::Dense(dense) => Some(dense.data),

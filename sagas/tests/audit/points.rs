@@ -1,8 +1,13 @@
 //! Drift in the vector store and in the cache.
 
+use std::time::Duration;
+
 use qdrant_client::{
     Payload,
-    qdrant::{PointId, PointStruct, PointsIdsList, SetPayloadPointsBuilder, UpsertPointsBuilder},
+    qdrant::{
+        CountPointsBuilder, CreateCollectionBuilder, Distance, PointId, PointStruct, PointsIdsList,
+        SetPayloadPointsBuilder, UpsertPointsBuilder, VectorParamsBuilder,
+    },
 };
 use sagas::{
     audit::{AuditSettings, FindingKind as Kind},
@@ -15,7 +20,7 @@ use crate::stage::{COLLECTION, Doc, Stage, TENANT, TEXT, settings};
 
 /// Writes over a point, which Flotilla itself never does.
 async fn overwrite(stage: &Stage, id: impl Into<PointId>, doc: &Doc, vector: Vec<f32>) {
-    let payload = json!({ "tenant": TENANT, "document": doc.document, "version": doc.version, "chunk": 2 });
+    let payload = json!({ "tenant": TENANT, "document": doc.document, "version": doc.version, "chunk": 2, "ledger": doc.ledger });
     let point = PointStruct::new(id, vector, Payload::try_from(payload).unwrap());
     stage.qdrant().upsert_points(UpsertPointsBuilder::new(COLLECTION, vec![point]).wait(true)).await.unwrap();
 }
@@ -85,15 +90,13 @@ async fn every_drift_of_points_is_named_and_mended() {
     set_payload(&stage, second, json!({ "version": other.version })).await;
     stage.names_and_mends(Kind::PointWrongChunk).await;
 
-    // Of no version, beyond a version's chunks, under an id of no chunk, and under a number.
+    // Of no version, beyond a version's chunks, and under an id of no chunk.
     let stray = Point { version: Uuid::now_v7(), ..doc.point(0) };
     stage.insert(stray).await;
     stage.names_and_mends(Kind::PointExtra).await;
     stage.insert(Point { chunk: 99, ..doc.point(0) }).await;
     stage.names_and_mends(Kind::PointExtra).await;
     overwrite(&stage, Uuid::now_v7().to_string(), &doc, doc.vectors[0].clone()).await;
-    stage.names_and_mends(Kind::PointExtra).await;
-    overwrite(&stage, 42, &doc, doc.vectors[0].clone()).await;
     stage.names_and_mends(Kind::PointExtra).await;
 
     let lines: i64 = sqlx::query_scalar(
@@ -102,7 +105,50 @@ async fn every_drift_of_points_is_named_and_mended() {
     .fetch_one(stage.stores.postgres.pool())
     .await
     .unwrap();
-    assert_eq!(lines, 10, "each repair writes a line");
+    assert_eq!(lines, 9, "each repair writes a line");
+}
+
+#[tokio::test]
+async fn points_of_others_are_left_alone_in_a_collection_that_a_job_names_and_in_our_own() {
+    let stage = Stage::new().await;
+    let doc = stage.ingest("story", TEXT).await;
+    let qdrant = stage.qdrant();
+    // Another application's, with vectors of the same length; a tenant's job names it.
+    let shop = CreateCollectionBuilder::new("products")
+        .vectors_config(VectorParamsBuilder::new(384, Distance::Cosine));
+    qdrant.create_collection(shop).await.unwrap();
+    sqlx::query("UPDATE document_versions SET collection = 'products'")
+        .execute(stage.stores.postgres.pool())
+        .await
+        .unwrap();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    let ours = (0..doc.vectors.len()).map(|no| doc.point(no)).collect();
+    stage.stores.vectors.insert("products", 384, ours, deadline).await.unwrap();
+    // What was in the collection of our own name is extra there now.
+    stage.names_and_mends(Kind::PointExtra).await;
+
+    let vector = || doc.vectors[0].clone();
+    let theirs = |id: PointId, payload| PointStruct::new(id, vector(), Payload::try_from(payload).unwrap());
+    let products = vec![
+        theirs(7.into(), json!({ "price": 12 })),
+        theirs(Uuid::now_v7().to_string().into(), json!({ "price": 13, "version": "2.0", "chunk": 1 })),
+    ];
+    qdrant.upsert_points(UpsertPointsBuilder::new("products", products).wait(true)).await.unwrap();
+    // Another fleet has the same names, the same Qdrant, and a ledger of its own.
+    let fleet = Point { version: Uuid::now_v7(), ledger: Uuid::now_v7(), ..doc.point(0) };
+    let of_fleet = point_id(fleet.version, 0);
+    stage.insert(fleet).await;
+
+    stage.clean().await;
+    let report = stage.repair().await;
+    assert_eq!((report.repaired, report.is_clean()), (0, true), "{:#?}", report.findings);
+    let count = async |name: &str| {
+        qdrant.count(CountPointsBuilder::new(name).exact(true)).await.unwrap().result.unwrap().count
+    };
+    assert_eq!(count("products").await, doc.vectors.len() as u64 + 2);
+    assert_eq!(count(COLLECTION).await, 1);
+    let points = stage.stores.vectors.points_by_id(COLLECTION, &[of_fleet], false).await.unwrap();
+    assert_eq!(points.len(), 1);
 }
 
 #[tokio::test]

@@ -45,6 +45,7 @@ pub struct Doc {
     pub saga: Uuid,
     pub document: Uuid,
     pub version: Uuid,
+    pub ledger: Uuid,
     pub vectors: Vec<Vec<f32>>,
 }
 
@@ -55,6 +56,7 @@ impl Doc {
             chunk: no as i32,
             document_id: self.document,
             tenant: TENANT.to_owned(),
+            ledger: self.ledger,
             vector: self.vectors[no].clone(),
         }
     }
@@ -146,6 +148,7 @@ impl Stage {
             saga: Uuid::now_v7(),
             document: job.document_id.unwrap(),
             version: Uuid::now_v7(),
+            ledger: self.stores.ledger().await.unwrap(),
             vectors,
         };
         let stage = Staging {

@@ -32,6 +32,7 @@ fn points(version: Uuid, vector: [f32; 3]) -> Vec<Point> {
             chunk,
             document_id: Uuid::nil(),
             tenant: TENANT.to_owned(),
+            ledger: Uuid::nil(),
             vector: vector.to_vec(),
         })
         .collect()

@@ -128,7 +128,8 @@ async fn publish(stores: &Stores, numbers: std::ops::Range<u32>, dimensions: usi
     if StageBatch(postgres.clone()).flush(&stages).await?.contains(&false) {
         bail!("a version was not staged");
     }
-    let points: Vec<Point> = made.iter().flat_map(Made::points).collect();
+    let ledger = stores.ledger().await?;
+    let points: Vec<Point> = made.iter().flat_map(|made| made.points(ledger)).collect();
     let deadline = tokio::time::Instant::now() + Duration::from_secs(120);
     stores.vectors.insert(COLLECTION, dimensions, points, deadline).await?;
     for one in &made {
@@ -186,13 +187,14 @@ impl Made {
         Ok(Self { job, stage: Arc::new(stage), vectors })
     }
 
-    fn points(&self) -> impl Iterator<Item = Point> {
+    fn points(&self, ledger: Uuid) -> impl Iterator<Item = Point> {
         let version = &self.stage.version;
-        self.vectors.iter().enumerate().map(|(no, vector)| Point {
+        self.vectors.iter().enumerate().map(move |(no, vector)| Point {
             version: version.id,
             chunk: no as i32,
             document_id: version.document_id,
             tenant: self.job.tenant.clone(),
+            ledger,
             vector: vector.clone(),
         })
     }
