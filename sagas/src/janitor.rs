@@ -120,8 +120,10 @@ pub async fn sweep(stores: &Stores) -> Result<usize, StoreError> {
     for (collection, versions) in by_collection {
         match stores.vectors.remove(collection, &versions).await {
             Ok(()) => {}
-            Err(error) if error.is_unavailable() => return Err(error),
-            // One collection that fails keeps no other from being swept.
+            Err(error) if error.is_unavailable() && stores.vectors.probe().await.is_err() => {
+                return Err(error);
+            }
+            // One collection that fails keeps no other from being swept, and its server may call that what it likes.
             Err(error) => {
                 tracing::warn!(%error, collection, versions = versions.len(), "versions are swept later");
                 left.push(collection.to_owned());

@@ -22,6 +22,7 @@ mod retention;
 mod runs;
 mod stale_writes;
 mod steps;
+mod sweeps;
 mod taking;
 mod transitions;
 #[cfg(feature = "faults")]

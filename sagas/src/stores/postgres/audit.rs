@@ -40,7 +40,7 @@ pub(crate) struct VersionRow {
     pub vectors_hash: Option<Vec<u8>>,
     pub content_hash: Vec<u8>,
     pub sweeps: i16,
-    /// How long its sweep has been due, in seconds; negative: it is not due yet.
+    /// How long its sweep has been due, in seconds, also if it was put off; negative: it is not due yet.
     pub sweep_due_s: Option<f64>,
     /// Whether the text is there.
     pub has_body: bool,
@@ -284,7 +284,8 @@ impl Postgres {
         let versions = sqlx::query_as(
             "SELECT v.id, v.document_id, v.tenant, v.doc_order, v.state, v.model, v.dimensions, v.collection, v.chunk_count,
                     v.vectors_hash, v.content_hash, v.sweeps,
-                    extract(epoch FROM now() - v.sweep_after)::float8 AS sweep_due_s, v.body IS NOT NULL AS has_body,
+                    extract(epoch FROM now() - coalesce(v.sweep_missed, v.sweep_after))::float8 AS sweep_due_s,
+                    v.body IS NOT NULL AS has_body,
                     v.body IS NULL OR sha256(convert_to(v.body, 'UTF8')) = v.content_hash AS body_ok,
                     c.chunk_rows, c.chunks_beyond, c.chunks_strange, s.state AS saga_state
              FROM document_versions v LEFT JOIN sagas s ON s.id = v.saga_id
@@ -412,7 +413,7 @@ impl Postgres {
         let mut tx = self.audit_snapshot().await?;
         Ok(sqlx::query_as(
             "SELECT count(*) AS sweeps, (SELECT count(*) FROM sagas WHERE state = 'finishing') AS finishing,
-                    count(*) FILTER (WHERE sweep_after <= now() - make_interval(secs => $1)) AS overdue,
+                    count(*) FILTER (WHERE coalesce(sweep_missed, sweep_after) <= now() - make_interval(secs => $1)) AS overdue,
                     extract(epoch FROM min(sweep_after) - now())::float8 AS next_in_s
              FROM document_versions WHERE sweep_after IS NOT NULL",
         )

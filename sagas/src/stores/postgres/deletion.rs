@@ -70,7 +70,7 @@ impl Postgres {
         .await?;
         // Staged versions stay with their own runs, which this tombstone supersedes; everything readers could see goes.
         let rows = sqlx::query(
-            "UPDATE document_versions SET state = 'erased', sweep_after = now() + make_interval(secs => $2), sweeps = 0
+            "UPDATE document_versions SET state = 'erased', sweep_after = now() + make_interval(secs => $2), sweeps = 0, sweep_missed = NULL
              WHERE document_id = $1 AND state IN ('published', 'retired')
              RETURNING id, collection, chunk_count",
         )

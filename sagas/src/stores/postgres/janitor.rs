@@ -30,7 +30,8 @@ pub struct Sweeps {
 }
 
 impl Sweeps {
-    /// Leaves the versions of these collections for later: they are due again after `wait`.
+    /// Leaves the versions of these collections for later: they are looked at again after `wait`, and overdue since they were
+    /// due first.
     pub async fn put_off(&mut self, collections: &[String], wait: Duration) -> Result<(), StoreError> {
         if collections.is_empty() {
             return Ok(());
@@ -41,7 +42,9 @@ impl Sweeps {
         self.due = due;
         let left: Vec<Sweep> = left;
         sqlx::query(
-            "UPDATE document_versions SET sweep_after = now() + make_interval(secs => $2) WHERE id = ANY($1)",
+            "UPDATE document_versions
+             SET sweep_missed = coalesce(sweep_missed, sweep_after), sweep_after = now() + make_interval(secs => $2)
+             WHERE id = ANY($1)",
         )
         .bind(left.iter().map(|sweep| sweep.version).collect::<Vec<_>>())
         .bind(wait.as_secs_f64())
@@ -61,7 +64,8 @@ impl Sweeps {
             .execute(&mut *self.tx)
             .await?;
         sqlx::query(
-            "UPDATE document_versions SET sweeps = sweeps + 1, body = NULL, sweep_after = now() + make_interval(secs => $2)
+            "UPDATE document_versions SET sweeps = sweeps + 1, body = NULL, sweep_missed = NULL,
+                    sweep_after = now() + make_interval(secs => $2)
              WHERE id = ANY($1)",
         )
         .bind(&first)
