@@ -6,7 +6,6 @@ use std::collections::{BTreeMap, HashSet};
 use queue::{JobId, Queue, QueueName};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{AuditError, Finding, Suspect, documents::point_ids, embed};
@@ -235,10 +234,6 @@ async fn points(stores: &Stores, version: &VersionRow) -> Mended {
             })
         })
         .collect();
-    // Points are inserted only where none is, so the wrong ones go first. Should the version be retired meanwhile, its
-    // sweeps remove what this writes.
-    let remove: Vec<Uuid> = wrong.iter().map(|no| ids[*no]).collect();
-    stores.vectors.remove_ids(&version.collection, &remove).await?;
     let ledger = stores.ledger().await?;
     let points: Vec<Point> = right
         .into_iter()
@@ -254,13 +249,9 @@ async fn points(stores: &Stores, version: &VersionRow) -> Mended {
         })
         .collect();
     debug_assert!(points.iter().all(|point| ids.contains(&point_id(point.version, point.chunk))));
-    let deadline = Instant::now() + INSERT_WITHIN;
-    stores.vectors.insert(&version.collection, version.dimensions as usize, points, deadline).await?;
+    stores.vectors.overwrite(&version.collection, version.dimensions as usize, &points).await?;
     Ok(Ok(()))
 }
-
-/// Storing the points of one version may take so long.
-const INSERT_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Whether these are the vectors whose hash was recorded at publish.
 fn is_published(vectors: &[Vec<f32>], version: &VersionRow) -> bool {

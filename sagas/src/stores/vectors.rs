@@ -281,17 +281,41 @@ impl Vectors {
             StoreError::new(Dependency::Vectors, Class::Timeout, "the collection was not ready in time")
         })??;
         for page in points.chunks(PAGE) {
-            let done = coalescer.call(Arc::new(page.to_vec()), deadline).await;
-            if let Err(error) = &done
-                && error.message.contains("doesn't exist")
-            {
-                // Somebody dropped the collection; the next call makes it again.
-                self.collections.lock().await.remove(collection);
-                return Err(StoreError { class: Class::Transient, ..error.clone() });
+            if let Err(error) = coalescer.call(Arc::new(page.to_vec()), deadline).await {
+                return Err(self.unless_dropped(collection, error).await);
             }
-            done?;
         }
         Ok(())
+    }
+
+    /// Writes points over what stands under their ids, for repairs of a published version: the vectors must be those that were
+    /// published. Nothing is missing meanwhile, and whoever writes the version late inserts only. A version that is retired
+    /// meanwhile still has its last sweep before it.
+    pub async fn overwrite(
+        &self,
+        collection: &str,
+        dimensions: usize,
+        points: &[Point],
+    ) -> Result<(), StoreError> {
+        self.collection(collection, dimensions).await?;
+        for page in points.chunks(PAGE) {
+            let points: Vec<PointStruct> = page.iter().map(point_struct).collect();
+            if let Err(error) =
+                self.client.upsert_points(UpsertPointsBuilder::new(collection, points).wait(true)).await
+            {
+                return Err(self.unless_dropped(collection, error.into()).await);
+            }
+        }
+        Ok(())
+    }
+
+    /// The error of a write; when somebody has dropped the collection, the next call makes it again.
+    async fn unless_dropped(&self, collection: &str, error: StoreError) -> StoreError {
+        if !error.message.contains("doesn't exist") {
+            return error;
+        }
+        self.collections.lock().await.remove(collection);
+        StoreError { class: Class::Transient, ..error }
     }
 
     /// The stored points of a version, by their ids; absent ones are left out.

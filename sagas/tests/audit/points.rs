@@ -11,7 +11,11 @@ use qdrant_client::{
 };
 use sagas::{
     audit::{AuditSettings, FindingKind as Kind},
-    stores::{cache::Entry, point_id, vectors::Point},
+    stores::{
+        cache::Entry,
+        point_id,
+        vectors::{Point, Vectors, VectorsConfig},
+    },
 };
 use serde_json::json;
 use uuid::Uuid;
@@ -198,6 +202,32 @@ async fn a_vector_that_no_provider_gives_again_is_reported_and_left_alone() {
     // A wrong payload beside right vectors can still be mended, without the provider.
     stage.stores.vectors.remove_ids(COLLECTION, &[id]).await.unwrap();
     stage.insert(Point { tenant: "intruder".to_owned(), ..doc.point(0) }).await;
+    stage.names_and_mends(Kind::PointWrongTenant).await;
+}
+
+#[tokio::test]
+async fn a_repair_that_ends_half_way_has_lost_no_vector() {
+    let mut stage = Stage::new().await;
+    stage.accept("given").await;
+    let (claim, job) = stage.take().await;
+    let mut given = vec![0.0; 384];
+    given[7] = 1.0;
+    // No provider gives it again.
+    let doc = stage.publish(&job, "A short text.", Some(vec![given.clone()])).await;
+    stage.queue.ack(&[claim.lease_ref()]).await.unwrap();
+    let id = point_id(doc.version, 0);
+    set_payload(&stage, id, json!({ "tenant": "intruder" })).await;
+
+    // The collection takes no points of this length, as whoever looks at it for the first time sees.
+    let url = stage.services.vectors().url().to_owned();
+    let config = VectorsConfig { url, api_key: None, call_timeout: Duration::from_secs(5) };
+    stage.stores.vectors = Vectors::lazy(&config).unwrap();
+    stage.sql("UPDATE document_versions SET dimensions = 8 WHERE id = $1", doc.version).await;
+    stage.auditor().run(&AuditSettings { repair: true, ..settings() }).await.unwrap_err();
+    let points = stage.stores.vectors.points_by_id(COLLECTION, &[id], true).await.unwrap();
+    assert_eq!(points.iter().map(|point| point.vector.clone()).collect::<Vec<_>>(), [Some(given)]);
+
+    stage.sql("UPDATE document_versions SET dimensions = 384 WHERE id = $1", doc.version).await;
     stage.names_and_mends(Kind::PointWrongTenant).await;
 }
 
