@@ -35,6 +35,15 @@ if [ "$tables" -ne 0 ]; then
 fi
 
 pg_restore --dbname="$DATABASE_URL" --no-owner --no-privileges --exit-on-error --single-transaction "$file"
+# Cursors of events count the transactions of the cluster that was lost. They end, so that their readers begin again.
+can_end=$(psql "$DATABASE_URL" --no-psqlrc --tuples-only --no-align \
+    --command="SELECT to_regprocedure('flotilla.after_restore()') IS NOT NULL")
+if [ "$can_end" = t ]; then
+    psql "$DATABASE_URL" --no-psqlrc --quiet --tuples-only --output=/dev/null --set=ON_ERROR_STOP=1 \
+        --command="SELECT flotilla.after_restore()"
+else
+    echo "restore: the backup is from before flotilla.after_restore(): call it after 'flotilla migrate up'" >&2
+fi
 # The planner knows nothing about restored tables.
 psql "$DATABASE_URL" --no-psqlrc --quiet --command=ANALYZE
 echo "restored $file"

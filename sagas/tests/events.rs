@@ -1,7 +1,7 @@
 //! The outbox of events: none is missed, none comes twice, and those of a document come in the order readers saw the changes.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::time::Duration;
+use std::{path::Path, process::Command, time::Duration};
 
 use devstack::testing::TestServices;
 use sagas::stores::postgres::{
@@ -15,7 +15,7 @@ const TENANT: &str = "acme";
 
 struct Stage {
     postgres: Postgres,
-    _services: TestServices,
+    services: TestServices,
 }
 
 impl Stage {
@@ -24,7 +24,7 @@ impl Stage {
         let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
         postgres.migrate_up().await.unwrap();
         postgres.create_tenant(TENANT).await.unwrap();
-        Self { postgres, _services: services }
+        Self { postgres, services }
     }
 
     /// A document with so many versions, none of which is published.
@@ -177,4 +177,50 @@ async fn retention_leaves_no_gap_unnoticed() {
     for junk in ["", "7", "a-b", "1-2-3", "-1-1", "99999999999999999999999-1"] {
         assert_eq!(after(junk).await, Events::NoCursor, "{junk}");
     }
+}
+
+/// Runs a script of `deploy/backup`; returns what it printed last.
+fn script(name: &str, database: &str, argument: &Path) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/backup").join(name);
+    let done = Command::new(path).env("DATABASE_URL", database).arg(argument).output().unwrap();
+    assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stderr));
+    String::from_utf8(done.stdout).unwrap().lines().last().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn after_a_restore_cursors_from_before_have_ended_and_events_are_told_again() {
+    let stage = Stage::new().await;
+    let (document, versions) = stage.document("a", 3).await;
+    let mut connection = stage.postgres.pool().acquire().await.unwrap();
+    show(&mut connection, document, Some(versions[0])).await;
+    // As if the cluster had counted far; the one that it is restored into begins from below.
+    for sql in ["UPDATE events SET tx = '3000000000'", "UPDATE documents SET event_tx = '3000000000'"] {
+        sqlx::query(sql).execute(&mut *connection).await.unwrap();
+    }
+    let url = stage.services.postgres().url();
+    let dump = script("backup.sh", url, stage.services.dir());
+    sqlx::query("CREATE DATABASE restored").execute(&mut *connection).await.unwrap();
+    let (server, _) = url.rsplit_once('/').unwrap();
+    let restored = format!("{server}/restored");
+    script("restore.sh", &restored, Path::new(&dump));
+    drop(connection);
+    let postgres = Postgres::connect(&PostgresConfig::new(&restored)).await.unwrap();
+    let stage = Stage { postgres, services: stage.services };
+
+    let (_, begun) = stage.postgres.events_page(FIRST, Some(TENANT), 10).await.unwrap();
+    let mut connection = stage.postgres.pool().acquire().await.unwrap();
+    show(&mut connection, document, Some(versions[1])).await;
+    stage.quiet().await;
+    // Of what was told last, what the lost cluster went on to tell, and what this one's count would be.
+    for cursor in ["3000000000-1", "4000000000-7", "900-1"] {
+        let answer = stage.postgres.events_after(cursor, None, 10).await.unwrap();
+        assert_eq!(answer, Events::Expired, "{cursor}");
+    }
+    assert_eq!(stage.heard().await, [versions[1]]);
+    let page = stage.page(&begun, 10).await;
+    assert_eq!(page.iter().map(|event| event.version).collect::<Vec<_>>(), [versions[1]]);
+    show(&mut connection, document, Some(versions[2])).await;
+    stage.quiet().await;
+    let next = stage.page(&page[0].cursor, 10).await;
+    assert_eq!(next.iter().map(|event| event.version).collect::<Vec<_>>(), [versions[2]]);
 }
