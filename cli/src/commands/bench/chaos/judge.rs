@@ -128,6 +128,7 @@ pub fn judge(history: &History) -> Verdict {
     ends(history, &jobs, &mut verdict);
     effects(history, &jobs, &mut verdict);
     publications(history, &jobs, &mut verdict);
+    superseded(history, &mut verdict);
     order(history, &mut verdict);
     verdict
 }
@@ -287,6 +288,28 @@ fn publications(history: &History, jobs: &HashMap<Uuid, &JobRow>, verdict: &mut 
     }
     for job in deletions.iter().filter(|(key, _)| !buried.contains_key(*key)).map(|(_, job)| job) {
         verdict.other.push(format!("delete job {}: succeeded, and nothing was deleted", job.id));
+    }
+}
+
+/// A job that says it was superseded gave way to one with a higher order number, and that one has taken place.
+fn superseded(history: &History, verdict: &mut Verdict) {
+    let mut stands: HashMap<Uuid, i64> = HashMap::new();
+    for row in &history.shown {
+        let order = stands.entry(row.document_id).or_default();
+        *order = row.doc_order.max(*order);
+    }
+    // A re-embedding gives way to whatever replaced the version that it copied.
+    let gave_way = |job: &&JobRow| {
+        job.outcome.as_deref() == Some("superseded") && matches!(job.kind.as_str(), "ingest" | "delete")
+    };
+    for job in history.jobs.iter().filter(gave_way) {
+        let newest = job.document_id.and_then(|document| stands.get(&document)).copied();
+        if newest <= job.doc_order {
+            verdict.other.push(format!(
+                "{} job {}: superseded with order {:?}, and its document stands at {newest:?}",
+                job.kind, job.id, job.doc_order
+            ));
+        }
     }
 }
 
@@ -450,8 +473,34 @@ mod tests {
             "and order 3 hides the missing one"
         );
         assert_eq!(spoiled(|h| h.jobs[1].outcome = Some("superseded".to_owned())), (0, 1, 0));
-        assert_eq!(spoiled(|h| h.jobs[2].outcome = Some("superseded".to_owned())), (0, 1, 0));
+        assert_eq!(
+            spoiled(|h| h.jobs[2].outcome = Some("superseded".to_owned())),
+            (0, 1, 1),
+            "by nothing newer"
+        );
         assert_eq!(spoiled(|h| h.shown.truncate(1)), (0, 0, 2), "a version and a deletion that nobody saw");
+    }
+
+    #[test]
+    fn a_job_that_gave_way_to_nothing_is_found() {
+        let gave_way = |no: usize, order| {
+            move |h: &mut History| {
+                let job = &mut h.jobs[no];
+                (job.outcome, job.version) = (Some("superseded".to_owned()), None);
+                job.doc_order = Some(order);
+                // What it would have shown, or deleted, nobody has seen.
+                h.shown.retain(|row| row.doc_order != if no == 2 { 3 } else { 2 });
+            }
+        };
+        assert_eq!(spoiled(gave_way(1, 2)), (0, 0, 0), "the deletion came after it");
+        assert_eq!(spoiled(gave_way(1, 3)), (0, 0, 1));
+        assert_eq!(spoiled(gave_way(2, 3)), (0, 0, 1), "the last of all");
+        assert_eq!(spoiled(gave_way(2, 1)), (0, 0, 0));
+        let unknown = |h: &mut History| {
+            gave_way(1, 2)(h);
+            h.jobs[1].document_id = Some(id(101));
+        };
+        assert_eq!(spoiled(unknown), (0, 0, 1), "of its document nothing was ever shown");
     }
 
     #[test]

@@ -357,8 +357,10 @@ async fn settle(stores: &Stores, queue: &Queue) -> anyhow::Result<Vec<String>> {
     }
 }
 
-/// Waits until the reader has seen every document as it is now: the round that it is in, and a whole one.
+/// Waits until the reader has seen every document as it is now: the round that it is in, and a whole one. No look may fail any
+/// more.
 async fn look_on(seeing: &Seeing) -> anyhow::Result<()> {
+    seeing.calm.store(true, Ordering::Relaxed);
     let (begun, last) = (Instant::now(), seeing.rounds.load(Ordering::Relaxed) + 2);
     while begun.elapsed() < LOOK_ON || seeing.rounds.load(Ordering::Relaxed) < last {
         if begun.elapsed() > LOOK_ON_WITHIN {

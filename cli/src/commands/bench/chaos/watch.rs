@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -111,8 +111,10 @@ pub struct Seeing {
     /// Looks that were completed, and those that met a store that was away.
     pub looks: AtomicU64,
     pub failed: AtomicU64,
-    /// How often it has come round all documents.
+    /// How often it has come round all documents with no look that failed.
     pub rounds: AtomicU64,
+    /// Set when the faults are over and everything has ended: from then on no look may fail.
+    pub calm: AtomicBool,
     complaints: Mutex<Vec<String>>,
 }
 
@@ -129,18 +131,32 @@ impl Seeing {
             complaints.push(complaint);
         }
     }
+
+    /// Counts a look; whether it was one.
+    fn looked(&self, document: &str, look: Result<(), Away>) -> bool {
+        let whole = look.is_ok();
+        match look {
+            Ok(()) => self.looks.fetch_add(1, Ordering::Relaxed),
+            Err(Away(why)) => {
+                if self.calm.load(Ordering::Relaxed) {
+                    self.complain(document, &format!("it can't be read, and the faults are over: {why}"));
+                }
+                self.failed.fetch_add(1, Ordering::Relaxed)
+            }
+        };
+        whole
+    }
 }
 
 /// Why a look is none: a store was away.
-struct Away;
+struct Away(String);
 
 impl<E: std::fmt::Debug> From<E> for Away
 where
     E: std::error::Error,
 {
     fn from(error: E) -> Self {
-        tracing::debug!(?error, "a look met a store that is away");
-        Self
+        Self(format!("{error:?}"))
     }
 }
 
@@ -148,30 +164,31 @@ where
 pub async fn watch(stores: Stores, log: Arc<Log>, seeing: Arc<Seeing>, stop: CancellationToken) {
     let mut memory = Memory::default();
     'all: loop {
+        let mut whole = true;
         for no in 0..DOCUMENTS {
             if stop.is_cancelled() {
                 break 'all;
             }
             let name = document(no);
-            let look = look(&stores, &log, &mut memory, &name);
-            match tokio::time::timeout(LOOK_WITHIN, look).await {
-                Ok(Ok(complaints)) => {
-                    seeing.looks.fetch_add(1, Ordering::Relaxed);
-                    for complaint in complaints {
-                        seeing.complain(&name, &complaint);
-                    }
-                }
-                Ok(Err(Away)) | Err(_) => {
-                    seeing.failed.fetch_add(1, Ordering::Relaxed);
-                }
-            }
+            let look = look(&stores, &log, &mut memory, &seeing, &name);
+            let look = tokio::time::timeout(LOOK_WITHIN, look).await;
+            whole &= seeing
+                .looked(&name, look.unwrap_or_else(|_| Err(Away(format!("not within {LOOK_WITHIN:?}")))));
             tokio::time::sleep(EVERY).await;
         }
-        seeing.rounds.fetch_add(1, Ordering::Relaxed);
+        seeing.rounds.fetch_add(u64::from(whole), Ordering::Relaxed);
     }
 }
 
-async fn look(stores: &Stores, log: &Log, memory: &mut Memory, name: &str) -> Result<Vec<String>, Away> {
+/// Complains at once: a call that fails after that takes nothing back.
+async fn look(
+    stores: &Stores,
+    log: &Log,
+    memory: &mut Memory,
+    seeing: &Seeing,
+    name: &str,
+) -> Result<(), Away> {
+    let complain = |complaint: String| seeing.complain(name, &complaint);
     let shown = stores.document(TENANT, name).await?;
     let sight = shown.as_ref().map(|shown| Sight {
         version: shown.version.version,
@@ -179,36 +196,35 @@ async fn look(stores: &Stores, log: &Log, memory: &mut Memory, name: &str) -> Re
         hash: &shown.version.content_hash,
         text: &shown.text,
     });
-    let mut complaints: Vec<String> =
-        memory.see(name, sight, |revision| log.was_sent(name, revision)).err().into_iter().collect();
-    let Some(shown) = shown else { return Ok(complaints) };
+    memory.see(name, sight, |revision| log.was_sent(name, revision)).unwrap_or_else(complain);
+    let Some(shown) = shown else { return Ok(()) };
 
     let version = &shown.version;
     // An absent entry is never a disagreement; a wrong one is, whenever it is read.
     if let Some(entry) = stores.cache.peek(version.version).await?
         && entry.body != shown.text
     {
-        complaints.push(format!("version {}: the cache has another text", version.version));
+        complain(format!("version {}: the cache has another text", version.version));
     }
     let stored =
         stores.vectors.points(&version.collection, version.version, version.chunk_count).await?.len();
     let query = Query { tenant: TENANT, text: &shown.text, k: 10, model: None, collection: None };
     let hits = stores.search(&query).await?;
     for hit in &hits {
-        let piece = memory.found(&hit.document, &hit.text, |revision| log.was_sent(&hit.document, revision));
-        complaints.extend(piece.err());
+        memory
+            .found(&hit.document, &hit.text, |revision| log.was_sent(&hit.document, revision))
+            .unwrap_or_else(complain);
     }
     let found = hits.iter().any(|hit| hit.document == name);
-    if stored != version.chunk_count.unsigned_abs() as usize || !found {
-        // A version that was replaced meanwhile keeps its points for the grace period only, and is not found.
-        complaints.extend(still_current(stores, version).await?.then(|| {
-            format!(
-                "version {}: {stored} of its {} points are there, found by a search: {found}",
-                version.version, version.chunk_count
-            )
-        }));
+    let whole = stored == version.chunk_count.unsigned_abs() as usize && found;
+    // A version that was replaced meanwhile keeps its points for the grace period only, and is not found.
+    if !whole && still_current(stores, version).await? {
+        complain(format!(
+            "version {}: {stored} of its {} points are there, found by a search: {found}",
+            version.version, version.chunk_count
+        ));
     }
-    Ok(complaints)
+    Ok(())
 }
 
 async fn still_current(stores: &Stores, version: &PublishedVersion) -> Result<bool, Away> {
@@ -254,6 +270,21 @@ mod tests {
         assert_eq!(looks(&[Some((A, 1, 1)), None, Some((A, 1, 1))]), [true, true, false]);
         assert_eq!(looks(&[Some((A, 2, 2)), Some((B, 3, 1))]), [true, false], "older content, newer order");
         assert_eq!(looks(&[Some((A, 1, texts::DOOMED))]), [false]);
+    }
+
+    #[test]
+    fn a_look_that_fails_is_a_fault_until_the_faults_are_over() {
+        let seeing = Seeing::default();
+        let away = || Err(Away("refused".to_owned()));
+        assert!(seeing.looked("d", Ok(())));
+        assert!(!seeing.looked("d", away()));
+        assert!(seeing.complaints().is_empty());
+        seeing.calm.store(true, Ordering::Relaxed);
+        assert!(seeing.looked("d", Ok(())));
+        assert!(!seeing.looked("d", away()));
+        let complaints = seeing.complaints();
+        assert!(complaints.len() == 1 && complaints[0].contains("refused"), "{complaints:?}");
+        assert_eq!((seeing.looks.into_inner(), seeing.failed.into_inner()), (2, 2));
     }
 
     #[test]
