@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::PathBuf};
 use futures::future::join_all;
 use sagas::stores::postgres::ledger::Cancel;
 
-use crate::{Fleet, Outcome, Subject};
+use crate::{Fleet, Outcome, Subject, text};
 
 /// Armed fault points whose firings are counted on their own, over all workers that carry them.
 #[derive(Debug, Clone)]
@@ -164,14 +164,32 @@ impl Fleet {
         }
         assert!(worker.terminate().await.success(), "{}", worker.tail());
         let trace = std::fs::read_to_string(path).expect("the trace");
-        let mut points: Vec<String> = vec![];
-        for point in trace.lines().filter(|point| passes(&subject.kind, point)) {
-            if !points.iter().any(|known| known == point) {
-                points.push(point.to_owned());
-            }
-        }
-        points
+        each_once(trace.lines().filter(|point| passes(&subject.kind, point)))
     }
+
+    /// The points that an `ingest` job and the job that embeds for it pass on the way to their ends, in order, each once.
+    pub async fn points_of_a_hand_over(&self) -> Vec<String> {
+        let path = self.faults("trace-hand-over", "").dir.join("trace");
+        let worker = self.worker().queues(&["ingest", "embed"]).handing_over().patient();
+        let worker = worker.env("FLOTILLA_FAULTS_TRACE", path.display().to_string()).start();
+        let job = self.ingest("trace-hand-over", &text("trace-hand-over", 1)).await;
+        self.assert_all_succeeded(&[job]).await;
+        worker.ready().await;
+        assert!(worker.terminate().await.success(), "{}", worker.tail());
+        let trace = std::fs::read_to_string(path).expect("the trace");
+        let of = ["ingest", "embed_version", "engine"].map(Some);
+        each_once(trace.lines().filter(|point| of.contains(&point.split('.').next())))
+    }
+}
+
+fn each_once<'a>(passed: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut points: Vec<String> = vec![];
+    for point in passed {
+        if !points.iter().any(|known| known == point) {
+            points.push(point.to_owned());
+        }
+    }
+    points
 }
 
 /// The pivots of `probe` and `nap` do not commit to the log themselves, so they are announced there, right after the step before.

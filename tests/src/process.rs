@@ -81,6 +81,11 @@ impl WorkerBuilder {
         self.env("FLOTILLA_LEASE_MS", "20000").env("FLOTILLA_CALL_TIMEOUT_MS", "10000")
     }
 
+    /// Makes it leave the embedding of its `ingest` jobs to who serves the queue `embed`.
+    pub fn handing_over(self) -> Self {
+        self.env("FLOTILLA_HAND_EMBEDDING_OVER", "true")
+    }
+
     /// Jobs that run at once.
     pub fn concurrency(self, jobs: usize) -> Self {
         self.env("FLOTILLA_CONCURRENCY", jobs.to_string())

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Fleet, LONG, Outcome, PROBES, Place, Subject, Way, WorkerBuilder, wait_until};
+use e2e::{Fleet, LONG, Outcome, PROBES, Place, Subject, TENANT, Way, WorkerBuilder, text, wait_until};
 use futures::{FutureExt, future::join_all};
 use queue::JobId;
 
@@ -23,6 +23,8 @@ const LANES: usize = 6;
 const FOR_GOOD: &str = "permanent*9";
 /// Of the cases, so many run in `make test`.
 const SOME: usize = 48;
+/// Of those of a hand-over, which come one after the other.
+const SOME_HANDED_OVER: usize = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trouble {
@@ -236,8 +238,50 @@ impl Case {
     }
 }
 
+/// An `ingest` job that hands its embedding over, and trouble at a point of either job.
+struct HandedOver {
+    point: String,
+    trouble: Trouble,
+}
+
+impl fmt::Display for HandedOver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "hand-over {:?} at {}", self.trouble, self.point)
+    }
+}
+
+impl HandedOver {
+    async fn run(&self, fleet: &Fleet, no: usize) {
+        let document = format!("handed-{no}");
+        let action = if self.trouble == Trouble::Kill { "kill" } else { "error" };
+        let faults = fleet.faults(&document, format!("{}={action}", self.point));
+        let start = || fleet.worker().queues(&["ingest", "embed"]).handing_over().armed(&faults).start();
+        let mut worker = start();
+        let job = fleet.ingest(&document, &text(&document, 1)).await;
+        if self.trouble == Trouble::Kill {
+            worker.killed().await;
+            worker = start();
+        }
+        assert_eq!(fleet.ended(job).await, "succeeded", "{self}: {}", fleet.describe(job).await);
+        assert_eq!(faults.fired(&self.point), 1, "{self}: {}", worker.tail());
+        let shown = fleet.stores.document(TENANT, &document).await.unwrap().unwrap();
+        assert_eq!(shown.text, text(&document, 1), "{self}");
+        let published: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM document_versions v JOIN documents d ON d.id = v.document_id
+             WHERE d.key = $1 AND v.published_at IS NOT NULL",
+        )
+        .bind(&document)
+        .fetch_one(fleet.postgres.pool())
+        .await
+        .unwrap();
+        assert_eq!(published, 1, "{self}: {}", fleet.describe(job).await);
+        fleet.let_go("ingest", job).await;
+        worker.kill9().await;
+    }
+}
+
 /// Which of the cases run.
-fn chosen(cases: Vec<Case>) -> Vec<Case> {
+fn chosen<C: fmt::Display>(cases: Vec<C>, some: usize) -> Vec<C> {
     match std::env::var("FLOTILLA_MATRIX") {
         Ok(all) if all == "all" => cases,
         Ok(part) if !part.is_empty() => {
@@ -245,7 +289,7 @@ fn chosen(cases: Vec<Case>) -> Vec<Case> {
         }
         // An odd step, so that no trouble, kind or side of a call is always left out.
         _ => {
-            let step = (cases.len() / SOME) | 1;
+            let step = (cases.len() / some) | 1;
             cases
                 .into_iter()
                 .enumerate()
@@ -273,7 +317,7 @@ async fn whatever_happens_at_any_point_leaves_one_effect_or_none_and_no_half_sta
         cases.len()
     );
     let total = cases.len();
-    let mut cases = chosen(cases);
+    let mut cases = chosen(cases, SOME);
     assert!(!cases.is_empty(), "FLOTILLA_MATRIX chooses no case");
     let mut subjects: Vec<Subject> = cases.iter().map(|case| case.subject.clone()).collect();
     fleet.seed(&mut subjects).await;
@@ -316,6 +360,34 @@ async fn whatever_happens_at_any_point_leaves_one_effect_or_none_and_no_half_sta
     janitor.ready().await;
     let report = fleet.audit_clean().await;
     println!("audited {:?}", report.counts);
+    assert!(janitor.terminate().await.success());
+    drop(janitor);
+    fleet.end();
+}
+
+/// One case after the other: all embeddings wait in one queue.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn trouble_at_any_point_of_an_embedding_that_is_handed_over_leaves_one_effect() {
+    let fleet = Fleet::start().await;
+    let points = fleet.points_of_a_hand_over().await;
+    for kind in ["embed_version.", "ingest.", "engine.suspend."] {
+        assert!(points.iter().any(|point| point.starts_with(kind)), "no point of {kind}: {points:?}");
+    }
+    let cases: Vec<HandedOver> = [Trouble::Kill, Trouble::Error]
+        .into_iter()
+        .flat_map(|trouble| points.iter().map(move |point| HandedOver { point: point.clone(), trouble }))
+        .collect();
+    let total = cases.len();
+    let cases = chosen(cases, SOME_HANDED_OVER);
+    for (no, case) in cases.iter().enumerate() {
+        let began = Instant::now();
+        case.run(&fleet, no).await;
+        println!("case {no}: {case}: passed, {:.1} s", began.elapsed().as_secs_f64());
+    }
+    println!("{} cases passed, of {total} at {} points", cases.len(), points.len());
+    let janitor = fleet.worker().start();
+    janitor.ready().await;
+    fleet.audit_clean().await;
     assert!(janitor.terminate().await.success());
     drop(janitor);
     fleet.end();
