@@ -185,7 +185,7 @@ async fn a_whole_day_with_the_command_line() {
             format!("How to mend pipe number {number}.").as_bytes(),
         );
     }
-    write(&docs, "latin1.txt", b"M\xfcller");
+    write(&docs, "latin1.txt", &[&b"M\xfcller"[..], &[b'x'; 6000]].concat());
     write(&docs, "blank.txt", b" \n");
     write(&docs, "picture.png", b"\x89PNG");
     let docs = docs.to_str().unwrap();
@@ -211,6 +211,8 @@ async fn a_whole_day_with_the_command_line() {
     assert!(shown.contains("hidden; --payload shows it") && shown.contains("attempts"), "{shown}");
     let shown = cli.json(0, &["dlq", "show", id, "--payload"]);
     assert_eq!(shown["payload"]["document"], "docs/latin1.txt", "{shown}");
+    let (whole, _) = cli.text(0, &["dlq", "show", id, "--payload"]);
+    assert!(whole.contains(shown["payload"]["text_base64"].as_str().unwrap()), "{whole}");
     assert!(
         shown["attempts"][0]["worker"].is_string() && shown["attempts"][0]["ended_at"].is_string(),
         "{shown}"
@@ -244,6 +246,8 @@ async fn a_whole_day_with_the_command_line() {
     let other = r#"{"document":"docs/other.txt","text":"Müller mends pipes"}"#;
     assert!(cli.text(1, &["dlq", "replay", id, "--payload", other]).1.contains("docs/latin1.txt"));
     assert!(cli.text(1, &["dlq", "replay", id, "--payload", r#"{"text":"x"}"#]).1.contains("document"));
+    let hidden = r#"{"document":"docs/latin1.txt","text":"x","metadata":{"token":"[redacted]"}}"#;
+    assert!(cli.text(1, &["dlq", "replay", id, "--payload", hidden]).1.contains("FLOTILLA_REDACT=none"));
     cli.text(2, &["dlq", "discard", id, "--tenant", "other", "--reason", "x"]);
     let dead = cli.json(0, &["jobs", "show", not_utf8["job_id"].as_str().unwrap()]);
     assert_eq!(
@@ -276,12 +280,31 @@ async fn a_whole_day_with_the_command_line() {
     let succeeded = cli.json(0, &["jobs", "list", "--state", "succeeded", "--limit", "100"]);
     assert_eq!(succeeded.as_array().unwrap().len(), 21);
 
-    // A job that dies, waited for: exit code 1.
+    // A job that dies, waited for: exit code 1. The key of the first one is known to nobody else.
+    let key = cli.json(0, &["encryption", "new-key"])["key"].as_str().unwrap().to_owned();
+    let sealed = cli
+        .command(&["enqueue", "ingest", "--tenant", "acme", "--wait=60", "--json"])
+        .args(["--payload", r#"{"document":"sealed","text":"x"}"#])
+        .env("FLOTILLA_ENCRYPTION_KEYS", format!("lost:{key}"))
+        .output()
+        .unwrap();
+    let sealed: Value = serde_json::from_slice(&sealed.stdout).unwrap();
+    assert_eq!(sealed["job"]["state"], "dead", "{sealed}");
     let unknown = cli.json(
         1,
         &["enqueue", "translate", "--queue", "ingest", "--tenant", "acme", "--payload", "{}", "--wait=60"],
     );
     assert_eq!(unknown["job"]["state"], "dead", "{unknown}");
+    // An export leaves out what it can't open, says so, and goes on.
+    let (lines, err) = cli.text(1, &["dlq", "export", "--state", "open", "--payload"]);
+    let exported: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let payloads: Vec<_> = exported.iter().map(|letter| (&letter["class"], &letter["payload"])).collect();
+    assert_eq!(
+        payloads,
+        [(&json!("unreadable_payload"), &Value::Null), (&json!("unknown_kind"), &json!({}))],
+        "{lines}"
+    );
+    assert!(err.contains(exported[0]["id"].as_str().unwrap()) && err.contains("lost"), "{err}");
     let done = cli.json(
         0,
         &[

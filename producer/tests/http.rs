@@ -10,7 +10,8 @@ use axum::{
     body::{Body, to_bytes},
     http::{HeaderMap, Method, Request, StatusCode, header},
 };
-use producer::{Auth, ClientSettings, ProducerSettings, router};
+use producer::{Auth, ClientSettings, Durability, ProducerSettings, new_job, router};
+use queue::{JobId, TenantId};
 use sagas::{
     kinds::{DocumentSettings, Stores},
     stores::{
@@ -588,6 +589,11 @@ async fn dead_letters_are_replayed_or_discarded_once() {
     assert_eq!(api.post(&path(0, "replay"), &bad).await.status, StatusCode::UNPROCESSABLE_ENTITY);
     let moved = json!({ "payload": { "document": "other", "text": "x" } });
     assert_eq!(api.post(&path(0, "replay"), &moved).await.status, StatusCode::UNPROCESSABLE_ENTITY);
+    let mut hidden = json!({ "payload": job()["payload"] });
+    hidden["payload"]["metadata"] = json!({ "token": "[redacted]" });
+    let answer = api.post(&path(0, "replay"), &hidden).await;
+    assert_eq!(answer.status, StatusCode::UNPROCESSABLE_ENTITY, "{}", answer.body);
+    assert!(answer.body["error"]["message"].as_str().unwrap().contains("[redacted]"), "{}", answer.body);
     let answer = api.post(&path(0, "replay"), &json!({})).await;
     assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.body);
     let replay = answer.body["replay_job"].as_str().unwrap();
@@ -604,6 +610,56 @@ async fn dead_letters_are_replayed_or_discarded_once() {
     assert_eq!(api.get("/v1/dead-letters").await.body["dead_letters"], json!([]));
     assert_eq!(api.get("/v1/dead-letters?state=all").await.body["dead_letters"].as_array().unwrap().len(), 2);
     assert_eq!(api.post(&path(1, "explode"), &json!({})).await.status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn a_tenant_replays_no_request_for_every_tenant() {
+    let api = Api::new().await;
+    let everywhere = json!({ "every_tenant": true });
+    let mut letters = vec![];
+    for payload in [json!({ "all": true }), everywhere.clone()] {
+        // The second is an operator's.
+        let job = new_job("embed", TenantId::new("acme").unwrap(), payload.clone()).unwrap();
+        let id = api.stage.client.enqueue(job, Durability::Durable).await.unwrap().id;
+        letters.push(dies(&api, id, "embed", &payload).await);
+    }
+    let replay = |letter: usize| format!("/v1/dead-letters/{}:replay", letters[letter]);
+    for (letter, body) in [(0, json!({ "payload": everywhere })), (1, json!({}))] {
+        let answer = api.post(&replay(letter), &body).await;
+        assert_eq!(answer.status, StatusCode::UNPROCESSABLE_ENTITY, "{}", answer.body);
+        assert!(
+            answer.body["error"]["message"].as_str().unwrap().contains("every_tenant"),
+            "{}",
+            answer.body
+        );
+    }
+    let all = api.post("/v1/dead-letters:replay", &json!({})).await;
+    assert_eq!(all.status, StatusCode::ACCEPTED, "{}", all.body);
+    assert_eq!(
+        (&all.body["replayed"][0]["id"], &all.body["failed"][0]["id"]),
+        (&json!(letters[0]), &json!(letters[1]))
+    );
+}
+
+/// Has a job die; its letter.
+async fn dies(api: &Api, job: JobId, kind: &str, payload: &Value) -> uuid::Uuid {
+    let pool = api.stage.postgres.pool();
+    for sql in [
+        "UPDATE jobs SET state = 'running', worker = 'w' WHERE id = $1",
+        "UPDATE jobs SET state = 'dead', finished_at = now() WHERE id = $1",
+    ] {
+        sqlx::query(sql).bind(job.0).execute(pool).await.unwrap();
+    }
+    let letter = uuid::Uuid::now_v7();
+    sqlx::query("INSERT INTO dead_letters (id, job_id, tenant, kind, queue, class, reason, payload) VALUES ($1, $2, 'acme', $3, $3, 'odd', 'x', $4)")
+        .bind(letter)
+        .bind(job.0)
+        .bind(kind)
+        .bind(payload)
+        .execute(pool)
+        .await
+        .unwrap();
+    letter
 }
 
 #[tokio::test]

@@ -44,6 +44,15 @@ impl Redaction {
     }
 }
 
+/// Whether [`REDACTED`] stands in place of a field's value: this payload was copied from where it was shown.
+pub fn is_redacted(value: &Value) -> bool {
+    match value {
+        Value::Object(fields) => fields.values().any(|value| value == REDACTED || is_redacted(value)),
+        Value::Array(values) => values.iter().any(is_redacted),
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -55,7 +64,10 @@ mod tests {
         let mut payload = json!({
             "document": "a", "Password": "x", "metadata": { "deep": [{ "token": { "a": 1 } }, { "tokens": 3 }] }
         });
+        assert!(!is_redacted(&payload));
         Redaction::default().apply(&mut payload);
+        assert!(is_redacted(&payload) && is_redacted(&payload["metadata"]));
+        assert!(!is_redacted(&json!({ "text": format!("{REDACTED} in a text") })));
         assert_eq!(
             payload,
             json!({

@@ -6,7 +6,8 @@ use anyhow::{Context as _, bail};
 use chrono::{DateTime, Utc};
 use producer::{Client, ClientSettings};
 use sagas::{
-    redaction::Redaction,
+    StoreError,
+    redaction::{Redaction, is_redacted},
     stores::postgres::{
         Postgres,
         dead_letters::{DeadLetter, DeadLetterFilter, LetterStory, Replay, Resolved},
@@ -161,7 +162,7 @@ async fn show_payload(
     shown: bool,
     postgres: &Postgres,
     redaction: &Redaction,
-) -> anyhow::Result<()> {
+) -> Result<(), StoreError> {
     letter.payload = Value::Null;
     if shown {
         letter.payload = postgres.letter_payload(letter).await?;
@@ -290,7 +291,7 @@ fn described(story: &LetterStory, shown: bool) -> String {
         ("note", letter.note.clone()),
         ("replayed as", letter.replay_job.map(|id| id.to_string())),
         ("traceparent", letter.traceparent.clone()),
-        ("payload", Some(if payload.len() > 4000 { short(&payload, 4000) } else { payload })),
+        ("payload", Some(payload)),
     ]);
     if letter.state == "open" {
         return format!(
@@ -342,6 +343,9 @@ fn run_lines(run: &Value) -> String {
 
 async fn replay(id: Uuid, how: &Replay, postgres: &Postgres, context: &Context) -> Outcome {
     if let Some(payload) = &how.payload {
+        if is_redacted(payload) {
+            return Err(redacted(id).into());
+        }
         let Some(letter) = postgres.dead_letter(id).await? else { return Err(unknown(id).into()) };
         let kind = how.kind.as_ref().unwrap_or(&letter.kind);
         let settings = ClientSettings::from_lookup(|name| context.settings.get(name))?;
@@ -368,6 +372,13 @@ fn unknown(id: Uuid) -> Refused {
 
 fn already(id: Uuid, state: &str) -> Refused {
     Refused(format!("dead letter {id} is {state} already: nothing was done"))
+}
+
+fn redacted(id: Uuid) -> Refused {
+    Refused(format!(
+        "the payload has \"[redacted]\" where a value was hidden: mend the real one, `.payload` of \
+         `FLOTILLA_REDACT=none flotilla dlq show {id} --payload --json`"
+    ))
 }
 
 fn other_document(dead: &str) -> Refused {

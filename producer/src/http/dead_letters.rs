@@ -8,7 +8,15 @@ use axum::{
 };
 use chrono::{DateTime, Utc};
 use queue::TenantId;
-use sagas::stores::postgres::dead_letters::{DeadLetter, DeadLetterFilter, Replay, Resolved};
+use sagas::{
+    StoreError,
+    kinds::embed,
+    redaction::is_redacted,
+    stores::postgres::{
+        Postgres,
+        dead_letters::{DeadLetter, DeadLetterFilter, Replay, Resolved},
+    },
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::{IntoParams, ToSchema};
@@ -19,7 +27,7 @@ use super::{
     auth::Caller,
     error::{ApiError, ErrorEnvelope},
     input::{Asked, Body, BodyIfAny, Named},
-    jobs::page,
+    jobs::{for_operators, is_for_every_tenant, not_for_every_tenant, page},
 };
 
 /// Which dead letters.
@@ -103,6 +111,18 @@ async fn find(api: &Api, tenant: &TenantId, id: &str) -> Result<DeadLetter, ApiE
     letter.filter(|letter| letter.tenant == tenant.as_str()).ok_or_else(unknown)
 }
 
+/// Replays a letter; `None`: an operator asked for every tenant, which is not a tenant's to repeat.
+async fn replay(postgres: &Postgres, id: Uuid, how: &Replay) -> Result<Option<Resolved>, StoreError> {
+    if how.payload.is_none()
+        && let Some(letter) = postgres.dead_letter(id).await?
+        && letter.kind == embed::KIND
+        && is_for_every_tenant(&letter.kind, &postgres.letter_payload(&letter).await?)
+    {
+        return Ok(None);
+    }
+    postgres.replay(id, how).await.map(Some)
+}
+
 /// How to replay or discard.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -145,10 +165,17 @@ pub(super) async fn resolve(
     let resolved = match verb {
         "replay" => {
             if let Some(payload) = &how.payload {
+                if is_redacted(payload) {
+                    return Err(ApiError::unprocessable(
+                        "invalid_job",
+                        "payload: \"[redacted]\" stands where the command line hid a value: send the real one",
+                    ));
+                }
+                not_for_every_tenant(&letter.kind, payload)?;
                 api.client.check_payload(&letter.kind, payload)?;
             }
             let replay = Replay { actor, payload: how.payload, kind: None, as_latest: how.as_latest };
-            postgres.replay(letter.id, &replay).await?
+            self::replay(postgres, letter.id, &replay).await?.ok_or_else(for_operators)?
         }
         "discard" => postgres.discard(letter.id, &actor, how.reason.as_deref().unwrap_or_default()).await?,
         _ => return Err(no_verb()),
@@ -253,9 +280,10 @@ pub(super) async fn replay_many(
     let how = Replay { actor: format!("api:{tenant}"), as_latest: selection.as_latest, ..Replay::default() };
     let (mut replayed, mut failed) = (vec![], vec![]);
     for (_, id) in postgres.letter_places(&filter).await? {
-        match postgres.replay(id, &how).await {
-            Ok(Resolved::Done(Some(job))) => replayed.push(json!({ "id": id, "replay_job": job })),
-            Ok(_) => {}
+        match replay(postgres, id, &how).await {
+            Ok(Some(Resolved::Done(Some(job)))) => replayed.push(json!({ "id": id, "replay_job": job })),
+            Ok(Some(_)) => {}
+            Ok(None) => failed.push(json!({ "id": id, "reason": "it is an operator's, for every tenant" })),
             Err(error) if error.class.is_retryable() && replayed.is_empty() => return Err(error.into()),
             Err(error) => {
                 tracing::warn!(letter = %id, %error, "a dead letter was not replayed");

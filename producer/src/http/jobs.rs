@@ -179,15 +179,19 @@ pub(super) fn read(
 
 /// A tenant's request speaks of that tenant's documents.
 pub(super) fn not_for_every_tenant(kind: &str, payload: &serde_json::Value) -> Result<(), ApiError> {
-    if kind == sagas::kinds::embed::KIND
+    if is_for_every_tenant(kind, payload) { Err(for_operators()) } else { Ok(()) }
+}
+
+pub(super) fn is_for_every_tenant(kind: &str, payload: &serde_json::Value) -> bool {
+    kind == sagas::kinds::embed::KIND
         && payload.get("every_tenant").is_some_and(|value| *value != serde_json::Value::Bool(false))
-    {
-        return Err(ApiError::unprocessable(
-            "invalid_job",
-            "payload.every_tenant: is for operators, who use the command line; give all or documents",
-        ));
-    }
-    Ok(())
+}
+
+pub(super) fn for_operators() -> ApiError {
+    ApiError::unprocessable(
+        "invalid_job",
+        "payload.every_tenant: is for operators, who use the command line; give all or documents",
+    )
 }
 
 fn idempotency_key(headers: &HeaderMap, field: Option<String>) -> Result<Option<String>, ApiError> {

@@ -137,19 +137,26 @@ fn preview(totals: &[(String, String, i64)], verb: &str, limit: Option<u64>, con
     Ok(Ending::Fine)
 }
 
-/// Writes one line a letter, page by page.
+/// Writes one line a letter, page by page. One whose payload can't be opened is written without it.
 pub async fn export(
     mut filter: DeadLetterFilter,
     payloads: bool,
     postgres: &Postgres,
     redaction: &Redaction,
 ) -> Outcome {
+    let mut complete = true;
     loop {
         let page = postgres.letter_stories(&filter).await?;
-        let Some(last) = page.last() else { return Ok(Ending::Fine) };
+        let Some(last) = page.last() else { return Ok(Ending::fine_if(complete)) };
         filter.from = Some((last.letter.created_at, last.letter.id));
         for mut story in page {
-            show_payload(&mut story.letter, payloads, postgres, redaction).await?;
+            match show_payload(&mut story.letter, payloads, postgres, redaction).await {
+                Err(error) if error.class == Class::Permanent => {
+                    output::say(format!("{} is written without its payload: {error}", story.letter.id));
+                    complete = false;
+                }
+                shown => shown?,
+            }
             let line = serde_json::to_string(&story)?;
             let mut out = std::io::stdout().lock();
             writeln!(out, "{line}")?;
