@@ -506,6 +506,11 @@ async fn jobs_that_only_redis_has_are_chosen_too_and_without_redis_their_absence
     let (out, err) = cli.text(1, &["jobs", "cancel", "--queue", "report"]);
     assert_eq!(out, "no such jobs\n");
     assert!(err.contains("that no worker has claimed may be left out"), "{err}");
+    let (out, err) = cli.text(1, &["stats", "--json"]);
+    let stats: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&stats["queues"], &stats["jobs"]["cancelled"]), (&Value::Null, &json!(4)), "{stats}");
+    assert!(err.contains("how deep the queues are can't be told"), "{err}");
+    assert!(cli.text(1, &["stats"]).0.contains("UNDISPATCHED"));
     cli.text(1, &["encryption", "status"]);
     assert_eq!(with_keys(&both, &["encryption", "rotate", "--json"]).0, Some(1));
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io::IsTerminal, time::Duration};
 
-use queue::{Queue, QueueName, QueueStats, Rates};
+use queue::{Queue, QueueError, QueueName, QueueStats, Rates};
 use sagas::stores::postgres::{Postgres, classes::ClassCount, inspect::JobCounts};
 use serde::Serialize;
 
@@ -25,7 +25,8 @@ pub struct Args {
 
 #[derive(Debug, Serialize)]
 struct Stats {
-    queues: BTreeMap<String, One>,
+    /// `None`: Redis can't be asked.
+    queues: Option<BTreeMap<String, One>>,
     jobs: JobCounts,
     undispatched: i64,
     dead_letters: Vec<DeadLetters>,
@@ -52,7 +53,7 @@ struct DeadLetters {
 
 pub async fn run(args: Args, context: &Context) -> Outcome {
     let postgres = context.postgres().await?;
-    let queue = context.queue().await?;
+    let queue = context.lazy_queue()?;
     loop {
         let stats = match (collect(&args.queues, &postgres, &queue).await, args.watch) {
             (Err(error), Some(seconds)) => {
@@ -69,29 +70,42 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
         }
         context.out.data(&stats, || described(&stats))?;
         match args.watch {
-            None => return Ok(Ending::Fine),
+            None => return Ok(Ending::fine_if(stats.queues.is_some())),
             Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds)).await,
         }
     }
 }
 
 async fn collect(only: &[QueueName], postgres: &Postgres, queue: &Queue) -> anyhow::Result<Stats> {
-    let living = queue.workers().await?;
-    let mut by_queue = BTreeMap::new();
-    for name in or_all(only, queue).await? {
-        let workers = living.iter().filter(|worker| worker.queues.contains(&name)).count();
-        let one = One { now: queue.stats(&name).await?, rates: queue.rates(&name).await?, workers };
-        by_queue.insert(name.to_string(), one);
-    }
+    let queues = match by_queue(only, queue).await {
+        Ok(queues) => Some(queues),
+        // The ledger knows the rest, which is asked for most while Redis is away.
+        Err(error) if error.is_unavailable() => {
+            output::say(format!("how deep the queues are can't be told: {error}"));
+            None
+        }
+        Err(error) => return Err(error.into()),
+    };
     let dead = postgres.dead_letter_counts().await?;
     Ok(Stats {
-        queues: by_queue,
+        queues,
         jobs: postgres.job_counts(None).await?,
         undispatched: postgres.undispatched_count().await?,
         dead_letters: dead.into_iter().map(|(kind, class, open)| DeadLetters { kind, class, open }).collect(),
         parked_sagas: postgres.parked_count().await?,
         tenant_classes: postgres.class_counts().await?,
     })
+}
+
+async fn by_queue(only: &[QueueName], queue: &Queue) -> Result<BTreeMap<String, One>, QueueError> {
+    let living = queue.workers().await?;
+    let mut all = BTreeMap::new();
+    for name in or_all(only, queue).await? {
+        let workers = living.iter().filter(|worker| worker.queues.contains(&name)).count();
+        let one = One { now: queue.stats(&name).await?, rates: queue.rates(&name).await?, workers };
+        all.insert(name.to_string(), one);
+    }
+    Ok(all)
 }
 
 fn described(stats: &Stats) -> String {
@@ -115,7 +129,7 @@ fn described(stats: &Stats) -> String {
         "DEAD/S",
         "WORKERS",
     ]);
-    for (name, One { now: one, rates, workers }) in &stats.queues {
+    for (name, One { now: one, rates, workers }) in stats.queues.iter().flatten() {
         let mut row = vec![name.into()];
         row.extend(one.by_priority.iter().rev().map(|level| output::number(level.depth)));
         row.push(output::number(one.depth()));
@@ -153,8 +167,10 @@ fn described(stats: &Stats) -> String {
         ]
         .map(output::number),
     );
-    let queues = output::rows(&queues, NONE_KNOWN);
-    let mut text = format!("{}\n\n{}", queues.trim_end(), output::tidy(&ledger));
+    let mut text = output::tidy(&ledger);
+    if stats.queues.is_some() {
+        text = format!("{}\n\n{text}", output::rows(&queues, NONE_KNOWN).trim_end());
+    }
     if !stats.dead_letters.is_empty() {
         let mut dead = output::table(&["DEAD LETTERS OF", "CLASS", "OPEN"]);
         for one in &stats.dead_letters {
