@@ -573,6 +573,9 @@ async fn schedules_and_waiting_jobs_are_changed_from_the_command_line() {
     let stats = cli.json(0, &["stats"]);
     assert_eq!(stats["queues"]["ingest"]["scheduled"], 1, "{stats}");
     cli.json(1, &["jobs", "reprioritise", "00000000-0000-7000-8000-000000000000", "--priority", "1"]);
+    let listed = cli.json(0, &["jobs", "list", "--queue", "ingest"]);
+    assert_eq!(listed.as_array().unwrap().len(), 2, "{listed}");
+    assert_eq!(cli.json(0, &["jobs", "list", "--queue", "embed"]), json!([]));
     let all = cli.json(0, &["jobs", "reprioritise", "--queue", "ingest", "--priority", "2", "--limit", "1"]);
     assert_eq!((all.as_array().unwrap().len(), &all[0]["job"]), (1, &first.as_str().into()));
     let filter = ["jobs", "reprioritise", "--queue", "ingest", "--priority", "2", "--limit", "1", "--after"];

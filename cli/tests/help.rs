@@ -48,7 +48,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
         "import",
         &["--tenant", "--priority", "--glob", "--ext", "--limit", "--batch", "--wait", "--prefix", "--once"],
     ),
-    ("jobs list", &["--state", "--kind", "--tenant", "--limit", "--before"]),
+    ("jobs list", &["--state", "--queue", "--kind", "--tenant", "--limit", "--before"]),
     ("jobs show", &[]),
     ("jobs cancel", &["--queue", "--tenant", "--kind", "--limit", "--after"]),
     ("jobs reprioritise", &["--priority", "--queue", "--tenant", "--kind", "--limit", "--after"]),

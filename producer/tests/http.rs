@@ -168,6 +168,8 @@ async fn an_accepted_job_is_202_and_can_be_looked_at() {
     let list = api.get("/v1/jobs?state=waiting&limit=5").await;
     assert_eq!(list.body["jobs"][0]["id"], json!(id));
     assert_eq!(api.get("/v1/jobs?state=dead").await.body["jobs"], json!([]));
+    assert_eq!(api.get("/v1/jobs?queue=ingest").await.body["jobs"][0]["id"], json!(id));
+    assert_eq!(api.get("/v1/jobs?queue=embed").await.body["jobs"], json!([]));
 }
 
 #[tokio::test]

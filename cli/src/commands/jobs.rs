@@ -33,6 +33,9 @@ pub enum Command {
         /// Only jobs in this state
         #[arg(long, value_parser = output::one_of(JobState::ALL, JobState::as_str))]
         state: Option<JobState>,
+        /// Only jobs of this queue
+        #[arg(long)]
+        queue: Option<String>,
         /// Only jobs of this kind
         #[arg(long)]
         kind: Option<String>,
@@ -121,8 +124,8 @@ pub struct Bound {
 pub async fn run(command: Command, context: &Context) -> Outcome {
     let postgres = context.postgres().await?;
     match command {
-        Command::List { state, kind, tenant, before, limit } => {
-            let jobs = postgres.jobs(&JobFilter { tenant, state, kind, before, limit }).await?;
+        Command::List { state, queue, kind, tenant, before, limit } => {
+            let jobs = postgres.jobs(&JobFilter { tenant, state, queue, kind, before, limit }).await?;
             context.out.data(&jobs, || output::rows(&job_table(&jobs), "no such jobs"))?;
             Ok(Ending::Fine)
         }

@@ -243,6 +243,8 @@ pub(super) struct ListQuery {
     /// `waiting`, `running`, `succeeded`, `cancelled`, `dead` or `parked`.
     #[param(value_type = Option<String>)]
     state: Option<JobState>,
+    /// Only of this queue.
+    queue: Option<String>,
     /// Only of this kind.
     kind: Option<String>,
     /// Only jobs before this one: the last id of the page before.
@@ -271,6 +273,7 @@ pub(super) async fn list(
     let filter = JobFilter {
         tenant: Some(tenant.to_string()),
         state: asked.state,
+        queue: asked.queue,
         kind: asked.kind,
         before: asked.before.map(|id| id.0),
         limit: page(asked.limit)?,

@@ -88,6 +88,8 @@ pub struct JobFilter {
     pub tenant: Option<String>,
     /// Only in this state.
     pub state: Option<JobState>,
+    /// Only of this queue.
+    pub queue: Option<String>,
     /// Only of this kind.
     pub kind: Option<String>,
     /// Only older ids: the last id of the page before.
@@ -233,11 +235,13 @@ impl Postgres {
     pub async fn jobs(&self, filter: &JobFilter) -> Result<Vec<JobView>, StoreError> {
         let sql = format!(
             "{JOB} WHERE ($1::text IS NULL OR j.tenant = $1) AND ($2::text IS NULL OR j.state = $2)
-               AND ($3::text IS NULL OR j.kind = $3) AND ($4::uuid IS NULL OR j.id < $4) ORDER BY j.id DESC LIMIT $5"
+               AND ($3::text IS NULL OR j.queue = $3) AND ($4::text IS NULL OR j.kind = $4)
+               AND ($5::uuid IS NULL OR j.id < $5) ORDER BY j.id DESC LIMIT $6"
         );
         let mut jobs: Vec<JobView> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(&filter.tenant)
             .bind(filter.state.map(JobState::as_str))
+            .bind(&filter.queue)
             .bind(&filter.kind)
             .bind(filter.before)
             .bind(filter.limit)
