@@ -21,6 +21,7 @@ vectors: ## build the development vector server once; it is kept outside the che
 	@scripts/build-vectors.sh >/dev/null
 
 build: ## the release binary: target/release/flotilla
+	@scripts/setup.sh --for demo
 	@echo "==> building flotilla (release)"
 	cargo build --release --locked -p cli
 
@@ -61,9 +62,11 @@ lint: ## format, clippy with warnings as errors, deployment files, licences and 
 advisories: ## known vulnerabilities of our dependencies; needs the advisory database from the network
 	cargo deny --all-features check advisories
 
-bench: ## the benchmarks, as JSON lines, with the program as the image has it
+bench: ## the benchmarks but for `bench audit`, as JSON lines, with the program as the image has it
+	@scripts/setup.sh --for demo
+	@$(MAKE) --no-print-directory model vectors
 	cargo build --profile dist --locked -p cli -p bench
-	@scripts/bench.sh
+	@FLOTILLA_MODEL_DIR=$(abspath $(MODEL_DIR)) scripts/bench.sh
 
 fmt: ## format the code
 	cargo fmt --all

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs every benchmark on private servers and prints one JSON object for each. Progress goes to stderr. Machines differ and are
-# shared: compare only within one run.
+# Runs the benchmarks on private servers and prints one JSON object for each; `flotilla bench audit`, whose size is asked for,
+# is run by hand. Progress goes to stderr. Machines differ and are shared: compare only within one run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 flotilla=${FLOTILLA_BIN:-${CARGO_TARGET_DIR:-target}/dist/flotilla}

@@ -2,7 +2,8 @@
 # Installs what Flotilla needs on this machine and says what it does. Safe to run again: what is there stays as it is.
 #
 #   scripts/setup.sh                 everything for development: demo, test and lint
-#   scripts/setup.sh --for demo      what it takes to build and run: Postgres, Redis, a C compiler, Python, curl, cargo
+#   scripts/setup.sh --for demo      what it takes to build and run: Postgres 15, Redis 7.0 or newer, a C compiler,
+#                                    Python, curl, cargo
 #   scripts/setup.sh --for test      the same, and cargo-nextest
 #   scripts/setup.sh --for lint      a C compiler, cargo with clippy and rustfmt
 #   scripts/setup.sh --check         changes nothing; exits 1 if something is missing
@@ -218,6 +219,29 @@ if [ ${#missing[@]} -gt 0 ]; then
         present "$part" || fail "$(why "$part") is still missing after the installation"
     done
 fi
+
+# --- what is there may be too old ------------------------------------------------------------------------------------
+
+# The server that devstack takes: the newest of those that lie in a folder each, or else the one in PATH.
+postgres_program() {
+    local found
+    found=$({ compgen -G '/usr/lib/postgresql/*/bin/postgres'; compgen -G '/usr/pgsql-*/bin/postgres'
+              compgen -G '/opt/homebrew/opt/postgresql@*/bin/postgres'; } | sort -V | tail -n1)
+    echo "${found:-postgres}"
+}
+
+# at_least PART OLDEST VERSION
+at_least() {
+    [ "$(printf '%s\n%s\n' "$2" "$3" | sort -V | head -n1)" = "$2" ] && return
+    fail "$(why "$1") is ${3:-of an unknown version}, but $2 or newer is needed: Debian 12, Ubuntu 24.04 and what came after have it; elsewhere take it from apt.postgresql.org or packages.redis.io"
+}
+
+for part in "${system_parts[@]}"; do
+    case $part in
+        postgres) at_least postgres 15 "$("$(postgres_program)" --version | grep -oE '[0-9]+(\.[0-9]+)?' | head -n1)" ;;
+        redis) at_least redis 7.0 "$(redis-server --version | sed -n 's/.* v=\([0-9.]*\).*/\1/p')" ;;
+    esac
+done
 
 # --- Rust ------------------------------------------------------------------------------------------------------------
 
