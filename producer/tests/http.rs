@@ -610,7 +610,15 @@ async fn dead_letters_are_replayed_or_discarded_once() {
     let answer = api.post(&path(1, "discard"), &json!({ "reason": "a test" })).await;
     assert_eq!(answer.status, StatusCode::OK);
     assert_eq!(api.get("/v1/dead-letters").await.body["dead_letters"], json!([]));
-    assert_eq!(api.get("/v1/dead-letters?state=all").await.body["dead_letters"].as_array().unwrap().len(), 2);
+    let all = api.get("/v1/dead-letters?state=all").await.body["dead_letters"].clone();
+    assert_eq!(all.as_array().unwrap().len(), 2);
+    // Page by page, newest first.
+    let first = api.get("/v1/dead-letters?state=all&limit=1").await.body["dead_letters"].clone();
+    let before = format!("/v1/dead-letters?state=all&limit=1&before={}", first[0]["id"].as_str().unwrap());
+    let second = api.get(&before).await.body["dead_letters"].clone();
+    assert_eq!(json!([first[0], second[0]]), all);
+    let theirs = api.call(OTHER_KEY, Method::GET, &before, Body::empty()).await;
+    assert_eq!((theirs.status, theirs.code()), (StatusCode::NOT_FOUND, "not_found"));
     assert_eq!(api.post(&path(1, "explode"), &json!({})).await.status, StatusCode::NOT_FOUND);
 }
 

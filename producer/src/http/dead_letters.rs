@@ -49,6 +49,9 @@ pub(super) struct LetterQuery {
     until: Option<DateTime<Utc>>,
     /// Only with this text in the reason or the chain of errors, in any case.
     text: Option<String>,
+    /// Only letters before this one: the last id of the page before.
+    #[param(value_type = Option<String>)]
+    before: Option<Uuid>,
     /// Page length, 1 to 1,000. Default 100.
     limit: Option<i64>,
 }
@@ -63,13 +66,21 @@ pub(super) struct LetterList {
 
 /// List dead letters, newest first.
 #[utoipa::path(get, path = "/v1/dead-letters", tag = "dead letters", params(LetterQuery), responses(
-    (status = 200, body = LetterList), (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope)))]
+    (status = 200, body = LetterList), (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope),
+    (status = 404, description = "No such letter as `before`", body = ErrorEnvelope)))]
 pub(super) async fn list(
     State(api): State<Api>,
     Caller(tenant): Caller,
     Asked(asked): Asked<LetterQuery>,
 ) -> Result<Json<LetterList>, ApiError> {
     let state = asked.state.unwrap_or_else(|| "open".to_owned());
+    let from = match asked.before {
+        Some(id) => {
+            let last = find(&api, &tenant, &id.to_string()).await?;
+            Some((last.created_at, last.id))
+        }
+        None => None,
+    };
     let filter = DeadLetterFilter {
         tenant: Some(tenant.to_string()),
         kind: asked.kind,
@@ -78,7 +89,7 @@ pub(super) async fn list(
         since: asked.since,
         until: asked.until,
         text: asked.text,
-        from: None,
+        from,
         limit: page(asked.limit)?,
     };
     Ok(Json(LetterList { dead_letters: api.client.postgres().dead_letters(&filter).await? }))
