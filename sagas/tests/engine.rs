@@ -196,13 +196,17 @@ impl Stage {
         job.id
     }
 
-    /// One delivery, whenever the job would be due.
-    async fn deliver(&self, id: JobId) -> Ended {
+    async fn make_due(&self, id: JobId) {
         sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1 AND state = 'waiting'")
             .bind(id.0)
             .execute(self.postgres.pool())
             .await
             .unwrap();
+    }
+
+    /// One delivery, whenever the job would be due.
+    async fn deliver(&self, id: JobId) -> Ended {
+        self.make_due(id).await;
         let envelope = self.postgres.envelope(id).await.unwrap().expect("an unfinished job");
         self.queue.forget(&[(name(), id)]).await.unwrap();
         self.queue.push(&[envelope]).await.unwrap();
@@ -220,6 +224,14 @@ impl Stage {
             Take::Taken(job) => *job,
             other => panic!("not taken: {other:?}"),
         }
+    }
+
+    /// As though so many seconds had passed since a worker said first that it can't run the job, which one has.
+    async fn nobody_could_run_it_for(&self, id: JobId, seconds: f64) {
+        let sql = "UPDATE jobs SET unroutable_since = now() - make_interval(secs => $2)
+                   WHERE id = $1 AND unroutable_since IS NOT NULL";
+        let set = sqlx::query(sql).bind(id.0).bind(seconds).execute(self.postgres.pool()).await.unwrap();
+        assert_eq!(set.rows_affected(), 1, "no worker has said so");
     }
 
     async fn cancel(&self, id: JobId) {
@@ -531,7 +543,7 @@ async fn a_run_gets_its_row_with_whatever_is_first_said_of_it() {
     let idle = stage.enqueue(|_| ()).await;
     let taken = stage.take(idle).await;
     let run = Run { saga_id: None, ..Stage::run_of(&taken) };
-    assert!(stage.postgres.release(&run, Duration::ZERO, false).await.unwrap());
+    assert!(stage.postgres.release(&run, Duration::ZERO, None).await.unwrap());
     assert_eq!(stage.postgres.cancel(idle, None).await.unwrap(), Cancel::Cancelled);
     assert_eq!(stage.logged(idle).await, []);
 }
@@ -602,6 +614,32 @@ async fn protocol_15_a_repeatable_job_that_nobody_can_read_is_no_run_and_dies_in
         }
         assert_eq!(stage.logged(secret.id).await, []);
     }
+}
+
+#[tokio::test]
+async fn protocol_15_the_clock_of_a_job_that_nobody_can_read_runs_on_until_it_is_dead() {
+    let stage = Stage::repeatable(vec![]).await;
+    let keys = Keyring::parse(&format!("a:{}", new_key())).unwrap();
+    let sealing = stage.postgres.clone().with_cipher(keys.into());
+    let secret = NewJob::new(KIND, name(), TenantId::new("acme").unwrap(), json!({ "card": 1 }));
+    sealing.accept(std::slice::from_ref(&secret), true).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(stage.deliver(secret.id).await, Ended::Release(Duration::from_secs(10)));
+    }
+    stage.nobody_could_run_it_for(secret.id, 1800.0).await;
+    assert_eq!(stage.deliver(secret.id).await, Ended::Release(Duration::from_secs(10)));
+    stage.make_due(secret.id).await;
+    let waited = stage.take(secret.id).await.unroutable_for.expect("the clock was stopped");
+    assert!(waited >= Duration::from_secs(1799) && waited < Duration::from_secs(1900), "{waited:?}");
+    // That one ended with its worker. A take where the kind is known ends the wait, unless the worker says that it can't read it.
+    assert_eq!(stage.take(secret.id).await.unroutable_for, None);
+    assert_eq!(stage.deliver(secret.id).await, Ended::Release(Duration::from_secs(10)));
+    stage.nobody_could_run_it_for(secret.id, 3595.0).await;
+    assert!(matches!(stage.deliver(secret.id).await, Ended::Release(wait) if wait <= Duration::from_secs(5)));
+    stage.nobody_could_run_it_for(secret.id, 3600.0).await;
+    assert_eq!(stage.deliver(secret.id).await, Ended::Ack);
+    let letter = stage.postgres.dead_letter(secret.id.0).await.unwrap().unwrap();
+    assert_eq!(letter.class, "unreadable_payload");
 }
 
 #[tokio::test]

@@ -171,7 +171,7 @@ impl Runner {
                     worker: self.engine.worker().clone(),
                     started_at: chrono::Utc::now(),
                 };
-                return match postgres.in_time(postgres.release(&run, wait, false)).await {
+                return match postgres.in_time(postgres.release(&run, wait, None)).await {
                     Ok(true) => Some(Done::Release(wait)),
                     _ => None,
                 };

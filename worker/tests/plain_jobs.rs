@@ -17,8 +17,11 @@ use queue::{
     QueueBackend, QueueConfig, QueueName, Reaper, Retries, Scheduler, Snooze, TenantId, WorkerId,
     ledger::{End, Grant, LedgerError, Take},
 };
-use sagas::stores::postgres::{
-    Postgres, PostgresConfig, accept::NewJob, inspect::JobView, ledger::Cancel, plain::PlainLedger,
+use sagas::{
+    encryption::{Keyring, new_key},
+    stores::postgres::{
+        Postgres, PostgresConfig, accept::NewJob, inspect::JobView, ledger::Cancel, plain::PlainLedger,
+    },
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -285,4 +288,27 @@ async fn a_plain_job_without_a_result_has_none() {
     let gone = queue::Envelope::new("fine", job.queue.clone(), job.tenant.clone());
     let answer: Result<Take, LedgerError> = ledger.take(&gone, Duration::from_secs(5)).await;
     assert_eq!(answer, Ok(Take::Gone));
+}
+
+#[tokio::test]
+async fn protocol_15_a_plain_job_that_nobody_can_read_waits_for_a_key_and_dies_in_time() {
+    let stage = Stage::new().await;
+    let keys = Keyring::parse(&format!("a:{}", new_key())).unwrap();
+    let sealing = Stage { postgres: stage.postgres.clone().with_cipher(keys.into()), ..stage };
+    let job = sealing.accept("fine", |_| ()).await;
+    let envelope = sealing.postgres.envelope(job.id).await.unwrap().unwrap();
+    let ledger = PlainLedger::new(stage.postgres.clone(), WorkerId::new("keyless:1"));
+    for (seconds, taken) in [
+        (0, Take::NotYet(Duration::from_secs(10))),
+        (1800, Take::NotYet(Duration::from_secs(10))),
+        (3600, Take::Gone),
+    ] {
+        let sql = "UPDATE jobs SET run_at = now(), unroutable_since = unroutable_since - make_interval(secs => $2) WHERE id = $1";
+        let aged = sqlx::query(sql).bind(job.id.0).bind(f64::from(seconds));
+        aged.execute(sealing.postgres.pool()).await.unwrap();
+        assert_eq!(ledger.take(&envelope, Duration::from_secs(5)).await.unwrap(), taken, "{seconds} s");
+    }
+    assert_eq!(sealing.job(job.id).await.state, "dead");
+    let letter = sealing.postgres.dead_letter(job.id.0).await.unwrap().unwrap();
+    assert_eq!(letter.class, "unreadable_payload");
 }

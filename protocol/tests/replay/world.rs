@@ -265,7 +265,7 @@ impl World {
                 let taken = held.job.as_ref().unwrap();
                 let run = run_of(taken, taken.saga.as_ref().map(|saga| saga.id), worker);
                 let delay = if later { HOUR } else { Duration::ZERO };
-                let written = self.postgres.release(&run, delay, false).await.unwrap();
+                let written = self.postgres.release(&run, delay, None).await.unwrap();
                 held.later = later;
                 (if written { Outcome::Written } else { Outcome::Refused }, written)
             }

@@ -34,7 +34,7 @@ use crate::{
         compensation::TurnBatch,
         ending::{CompleteBatch, Failure, FinishBatch, Parking, Run, Verdict},
         stage::BeginBatch,
-        take::{TakeBatch, TakenJob},
+        take::{TakeBatch, TakenJob, UNROUTABLE_AFTER},
     },
 };
 
@@ -62,7 +62,7 @@ impl Default for EngineSettings {
             retry_base: Duration::from_secs(1),
             retry_cap: Duration::from_secs(300),
             delivery_limit: 3,
-            unroutable_after: Duration::from_secs(3600),
+            unroutable_after: UNROUTABLE_AFTER,
             max_result: MAX_RESULT,
         }
     }
@@ -343,7 +343,7 @@ impl Engine {
             started_at: chrono::Utc::now(),
         };
         let delay = Duration::from_secs(10);
-        let kept = self.postgres.in_time(self.postgres.release(&run, delay, false)).await?;
+        let kept = self.postgres.in_time(self.postgres.release(&run, delay, None)).await?;
         Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
     }
 
@@ -402,12 +402,13 @@ impl Engine {
             return Ok(if kept { Ended::Ack } else { Ended::Abandoned });
         }
         // Long enough not to spin, short enough that a deploy is noticed; never longer than what is left of the limit.
-        let waited = job.unroutable_for.filter(|_| may_die).unwrap_or_default();
-        let left = self.settings.unroutable_after.saturating_sub(waited);
+        let waited = job.unroutable_for.unwrap_or_default();
+        let left =
+            self.settings.unroutable_after.saturating_sub(if may_die { waited } else { Duration::ZERO });
         let delay = Duration::from_secs(10).min(left).max(Duration::from_millis(100));
         let why = job.unreadable.as_deref().unwrap_or("unknown kind");
         tracing::info!(job = %job.id, kind = job.kind, ?delay, why, "released uncharged");
-        let kept = self.postgres.in_time(self.postgres.release(&run, delay, true)).await?;
+        let kept = self.postgres.in_time(self.postgres.release(&run, delay, Some(waited))).await?;
         Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
     }
 

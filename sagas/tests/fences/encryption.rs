@@ -145,7 +145,13 @@ async fn a_wrong_or_missing_key_is_named_and_nothing_is_lost() {
         let taken = other.take("w", id).await;
         let why = taken.unreadable.clone().expect("unreadable");
         assert!(why.contains(said) && taken.payload.is_null(), "{why}");
-        assert!(other.postgres.release(&run_of(&taken, None), Duration::ZERO, true).await.unwrap());
+        assert!(
+            other
+                .postgres
+                .release(&run_of(&taken, None), Duration::ZERO, Some(Duration::ZERO))
+                .await
+                .unwrap()
+        );
     }
     let taken = ledger.take("w", id).await;
     assert_eq!((taken.payload, taken.attempts), (json!({ "card": SECRET }), 0));

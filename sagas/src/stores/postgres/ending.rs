@@ -422,21 +422,27 @@ impl Postgres {
 
     /// Gives a job back, uncharged: nobody here can run it. No step of it has run under this fence, so that a run which this
     /// take began, and nothing has been said of, is none: the next take may begin another, of another version. A run that has
-    /// come further is given back by [`suspend`](Self::suspend). `false`: the fence refused.
-    pub async fn release(&self, run: &Run, delay: Duration, unroutable: bool) -> Result<bool, StoreError> {
+    /// come further is given back by [`suspend`](Self::suspend). `unroutable` says for how long by now no worker could run the job;
+    /// `None`: one can. `false`: the fence refused.
+    pub async fn release(
+        &self,
+        run: &Run,
+        delay: Duration,
+        unroutable: Option<Duration>,
+    ) -> Result<bool, StoreError> {
         let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
         }
         sqlx::query(
             "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = now() + make_interval(secs => $2),
-                    unroutable_since = CASE WHEN $3 THEN coalesce(unroutable_since, now()) END,
+                    unroutable_since = CASE WHEN $3::float8 IS NOT NULL THEN coalesce(unroutable_since, now() - make_interval(secs => $3)) END,
                     begun_version = CASE WHEN fence > 1 OR EXISTS (SELECT FROM sagas s WHERE s.id = jobs.id) THEN begun_version END
              WHERE id = $1",
         )
         .bind(run.job_id.0)
         .bind(delay.as_secs_f64())
-        .bind(unroutable)
+        .bind(unroutable.map(|time| time.as_secs_f64()))
         .execute(&mut *tx)
         .await?;
         crate::fault_point!("engine.release.inside");

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{
     Fence, Postgres,
     ending::{CompleteBatch, Completed, Completion, Failure, Run, Verdict},
-    take::{Take, TakeBatch, TakeItem, TakenJob},
+    take::{Take, TakeBatch, TakeItem, TakenJob, UNROUTABLE_AFTER},
 };
 use crate::{
     coalescing::{Coalescer, Limits},
@@ -29,6 +29,7 @@ pub struct PlainLedger {
     take: Coalescer<TakeBatch>,
     complete: Coalescer<CompleteBatch>,
     max_result: usize,
+    unroutable_after: Duration,
 }
 
 impl std::fmt::Debug for PlainLedger {
@@ -43,13 +44,14 @@ const UNREADABLE_FOR: Duration = Duration::from_secs(10);
 impl PlainLedger {
     /// The ledger as `worker` sees it.
     pub fn new(postgres: Postgres, worker: WorkerId) -> Self {
-        let take = TakeBatch::new(postgres.clone(), worker.clone());
+        let take = TakeBatch::new(postgres.clone(), worker.clone()).knowing_all();
         Self {
             take: Coalescer::spawn(take, Limits::default()),
             complete: Coalescer::spawn(CompleteBatch(postgres.clone()), Limits::default()),
             postgres,
             worker,
             max_result: MAX_RESULT,
+            unroutable_after: UNROUTABLE_AFTER,
         }
     }
 
@@ -59,10 +61,17 @@ impl PlainLedger {
         Self { max_result: bytes, ..self }
     }
 
-    /// A payload that this worker has no key for goes back uncharged: another worker may have it.
+    /// Waits so long, in place of [`UNROUTABLE_AFTER`], for a worker that can read a job's payload; then the job is dead.
+    #[must_use]
+    pub fn with_unroutable_after(self, time: Duration) -> Self {
+        Self { unroutable_after: time, ..self }
+    }
+
+    /// A payload that this worker has no key for goes back uncharged: another worker may have it. The job is dead only when none
+    /// had it for long.
     async fn unreadable(&self, job: TakenJob) -> Result<ledger::Take, LedgerError> {
-        let why = format!("payload: {}", job.unreadable.as_deref().unwrap_or_default());
-        tracing::warn!(job = %job.id, why, "a payload can't be read here: released uncharged");
+        let why = job.unreadable.unwrap_or_default();
+        tracing::warn!(job = %job.id, why, "a payload can't be read here");
         let run = Run {
             job_id: job.id,
             fence: job.fence,
@@ -70,9 +79,23 @@ impl PlainLedger {
             worker: self.worker.clone(),
             started_at: Utc::now(),
         };
+        let waited = job.unroutable_for.unwrap_or_default();
+        if waited >= self.unroutable_after {
+            let error = format!("no worker could read the payload for {:?}: {why}", self.unroutable_after);
+            let failure = Failure {
+                class: Class::Permanent,
+                code: "unreadable_payload".to_owned(),
+                chain: vec![error.clone()],
+                error,
+            };
+            self.postgres.finish(&run, &Verdict::Dead { failure }, &[]).await.map_err(ledger_error)?;
+            return Ok(ledger::Take::Gone);
+        }
+        let why = format!("payload: {why}");
         self.postgres.note_error(job.id, job.fence, &why).await.map_err(ledger_error)?;
-        let kept = self.postgres.release(&run, UNREADABLE_FOR, true).await.map_err(ledger_error)?;
-        Ok(if kept { ledger::Take::NotYet(UNREADABLE_FOR) } else { ledger::Take::Gone })
+        let wait = UNREADABLE_FOR.min(self.unroutable_after - waited).max(Duration::from_millis(100));
+        let kept = self.postgres.release(&run, wait, Some(waited)).await.map_err(ledger_error)?;
+        Ok(if kept { ledger::Take::NotYet(wait) } else { ledger::Take::Gone })
     }
 
     /// Whether the refused end was this delivery's own, whose answer was lost (PROTOCOL.md 20).
@@ -141,7 +164,7 @@ impl Ledger for PlainLedger {
             }
             End::Dead(failure) => finish(Verdict::Dead { failure: charged(failure) }).await,
             End::Cancelled => finish(Verdict::Cancelled).await,
-            End::Released(wait) => self.postgres.release(&run, *wait, false).await,
+            End::Released(wait) => self.postgres.release(&run, *wait, None).await,
         };
         Ok(written.map_err(ledger_error)? || self.ended_before(&run).await?)
     }

@@ -57,7 +57,8 @@ pub struct TakenJob {
     pub batch: Option<BatchId>,
     /// W3C trace context of the producer.
     pub traceparent: Option<String>,
-    /// Since when no worker has known the kind.
+    /// For how long, before this take, no worker could run it. Taken where its kind is known, it waits for nobody from now on; but
+    /// if it is [`unreadable`](Self::unreadable) there, its [release](Postgres::release) has the clock go on.
     pub unroutable_for: Option<Duration>,
     /// The unfinished run of an earlier delivery.
     pub saga: Option<OpenSaga>,
@@ -132,13 +133,14 @@ pub struct TakeBatch {
     postgres: Postgres,
     worker: WorkerId,
     begins: Vec<(&'static str, i32)>,
-    knows: Vec<&'static str>,
+    /// `None`: every kind.
+    knows: Option<Vec<&'static str>>,
 }
 
 impl TakeBatch {
     /// The take by `worker`, which begins no runs.
     pub fn new(postgres: Postgres, worker: WorkerId) -> Self {
-        Self { postgres, worker, begins: vec![], knows: vec![] }
+        Self { postgres, worker, begins: vec![], knows: Some(vec![]) }
     }
 
     /// The first run of jobs of these kinds begins with their first take, in the version given.
@@ -150,10 +152,18 @@ impl TakeBatch {
     /// The worker knows these kinds, so that nobody need wait for one that does (PROTOCOL.md 15).
     #[must_use]
     pub fn knowing(self, knows: Vec<&'static str>) -> Self {
-        Self { knows, ..self }
+        Self { knows: Some(knows), ..self }
+    }
+
+    /// The worker can run jobs of every kind.
+    #[must_use]
+    pub fn knowing_all(self) -> Self {
+        Self { knows: None, ..self }
     }
 }
 
+/// How long a job waits for a worker that can run it, unless that is set (PROTOCOL.md 15).
+pub const UNROUTABLE_AFTER: Duration = Duration::from_secs(3600);
 /// How long a job waits whose document is busy, before it is looked at again.
 const BLOCKED_FOR: Duration = Duration::from_millis(200);
 
@@ -200,11 +210,11 @@ impl Postgres {
     ) -> Result<HashMap<JobId, TakenJob>, StoreError> {
         let rows = sqlx::query(
             "WITH due AS (
-                SELECT j.id, j.runs_alone, j.was_lost, j.begun_at,
+                SELECT j.id, j.runs_alone, j.was_lost, j.begun_at, j.unroutable_since,
                        CASE WHEN j.fence = 0 THEN begins.version ELSE j.begun_version END AS begun_version
                 FROM (SELECT id FROM unnest((SELECT $1::uuid[])) AS claimed (id) ORDER BY id) AS claimed
                 CROSS JOIN LATERAL (
-                    SELECT j.id, j.kind, j.fence, j.begun_version, j.runs_alone, j.taken_at AS begun_at,
+                    SELECT j.id, j.kind, j.fence, j.begun_version, j.runs_alone, j.unroutable_since, j.taken_at AS begun_at,
                            j.state = 'running' AND j.worker IS DISTINCT FROM $2 AS was_lost
                     FROM jobs j
                     WHERE j.id = claimed.id AND j.state IN ('waiting', 'running') AND j.run_at <= now()
@@ -222,9 +232,9 @@ impl Postgres {
                     lost_alone = lost_alone + (due.was_lost AND due.runs_alone)::integer,
                     runs_alone = false, state = 'running', worker = $2, taken_at = now(), begun_version = due.begun_version,
                     dispatched_at = coalesce(dispatched_at, now()),
-                    unroutable_since = CASE WHEN j.kind = ANY ($5) THEN NULL ELSE unroutable_since END
+                    unroutable_since = CASE WHEN $5::text[] IS NULL OR j.kind = ANY ($5) THEN NULL ELSE j.unroutable_since END
                 FROM due WHERE j.id = due.id
-                RETURNING j.*, due.was_lost, due.runs_alone AS was_alone, due.begun_at
+                RETURNING j.*, due.was_lost, due.runs_alone AS was_alone, due.begun_at, due.unroutable_since AS was_unroutable_since
              ), lost AS (
                 -- As towards the poison limit: whoever was beside it may have killed the worker, or nobody. The array makes it a
                 -- look-up for each, of which there are few.
@@ -240,7 +250,7 @@ impl Postgres {
              SELECT t.id, t.kind, t.queue, t.priority, t.tenant, t.payload, t.payload_key_id, t.fence, t.deliveries, t.lost_deliveries,
                     t.lost_alone, t.attempts, t.max_attempts, t.timeout_ms, t.document_id, t.doc_order,
                     t.cancel_requested_at IS NOT NULL AS cancel_requested, t.batch_id, t.traceparent, t.begun_version,
-                    extract(epoch FROM now() - t.unroutable_since)::float8 AS unroutable_s
+                    extract(epoch FROM now() - t.was_unroutable_since)::float8 AS unroutable_s
              FROM taken t",
         )
         .bind(ids.iter().map(|id| id.0).collect::<Vec<_>>())
