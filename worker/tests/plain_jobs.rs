@@ -312,3 +312,16 @@ async fn protocol_15_a_plain_job_that_nobody_can_read_waits_for_a_key_and_dies_i
     let letter = sealing.postgres.dead_letter(job.id.0).await.unwrap().unwrap();
     assert_eq!(letter.class, "unreadable_payload");
 }
+
+#[tokio::test]
+async fn a_fast_job_that_a_newer_release_wrote_is_put_off_and_not_dropped() {
+    let stage = Stage::new().await;
+    let ledger = PlainLedger::new(stage.postgres.clone(), WorkerId::new("older:1"));
+    let (queue, tenant) = (QueueName::new("reports").unwrap(), TenantId::new("acme").unwrap());
+    let envelope = queue::Envelope {
+        fast: Some(json!("of a newer release")),
+        ..queue::Envelope::new("fine", queue, tenant)
+    };
+    let answer = ledger.take(&envelope, Duration::from_secs(5)).await;
+    assert_eq!(answer, Ok(Take::NotYet(Duration::from_secs(60))));
+}

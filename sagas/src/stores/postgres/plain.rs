@@ -40,6 +40,8 @@ impl std::fmt::Debug for PlainLedger {
 
 /// How long a job waits whose payload this worker can't read.
 const UNREADABLE_FOR: Duration = Duration::from_secs(10);
+/// How long a job waits whose record this release can't read.
+const UNREADABLE_RECORD_FOR: Duration = Duration::from_secs(60);
 
 impl PlainLedger {
     /// The ledger as `worker` sees it.
@@ -110,8 +112,9 @@ impl Ledger for PlainLedger {
         let fast = match envelope.fast.clone().map(serde_json::from_value).transpose() {
             Ok(fast) => fast,
             Err(error) => {
-                tracing::error!(job = %envelope.id, %error, "a fast job's record can't be read; dropped");
-                return Ok(ledger::Take::Gone);
+                // A newer release may have written it, and read it.
+                tracing::error!(job = %envelope.id, %error, wait = ?UNREADABLE_RECORD_FOR, "a fast job's record can't be read; it is put off");
+                return Ok(ledger::Take::NotYet(UNREADABLE_RECORD_FOR));
             }
         };
         let item = TakeItem { id: envelope.id, fast };
