@@ -24,6 +24,7 @@ use sagas::{
         accept::NewJob,
         batches::{BatchId, Callback, CallbackOn, Changed, NewBatch},
         dead_letters::{Replay, Resolved},
+        ending::Run,
         inspect::JobView,
         ledger::Cancel,
         take::{Take, TakeBatch, TakeItem},
@@ -332,6 +333,23 @@ impl Stage {
             for batch in batches {
                 self.postgres.fold_batch(batch).await.unwrap();
             }
+        }
+    }
+
+    /// Deliveries of this worker put the job off, uncharged, each for a while, and leave it due.
+    async fn is_put_off(&self, engine: &Engine, id: JobId, why: &str) {
+        for _ in 0..2 {
+            assert_eq!(self.deliver(engine, id).await, Ended::Release(Duration::from_secs(10)));
+            let job = self.job(id).await;
+            assert_eq!((job.state.as_str(), job.attempts), ("waiting", 0));
+            assert!(job.last_error.as_ref().is_some_and(|error| error.contains(why)), "{job:?}");
+            assert!(self.due(id).await.0 > 5000);
+            assert_eq!(self.postgres.sagas_of(id).await.unwrap()[0].state, "running");
+            sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1")
+                .bind(id.0)
+                .execute(self.postgres.pool())
+                .await
+                .unwrap();
         }
     }
 
@@ -832,6 +850,42 @@ async fn a_signal_is_sealed_like_a_payload() {
         sqlx::query_scalar("SELECT payload FROM job_signals").fetch_one(stage.postgres.pool()).await.unwrap();
     assert!(!stored.to_string().contains("DE02"), "{stored}");
     assert_eq!(sealing.signal(id, None, "approve", &secret).await.unwrap(), Signalled::Duplicate);
+}
+
+#[tokio::test]
+async fn what_a_run_waited_for_and_a_worker_has_no_key_for_waits_for_one_that_has() {
+    let (mut stage, log) = (Stage::new().await, Log::default());
+    let steps = || vec![asks(&log, Duration::from_secs(600)), parent(&log)];
+    let keyless = stage.saga(steps());
+    let keys = Keyring::parse(&format!("k1:{}", new_key())).unwrap();
+    stage.postgres = stage.postgres.clone().with_cipher(keys.into());
+    let keyed = stage.saga(steps());
+    let id = stage.enqueue().await;
+    assert!(matches!(stage.deliver(&keyless, id).await, Ended::Release(_)));
+    assert_eq!(stage.postgres.signal(id, None, "approve", &json!("yes")).await.unwrap(), Signalled::Sent);
+    stage.is_put_off(&keyless, id, "the signal \"approve\"").await;
+    // With the key it goes on, to where it waits for its children.
+    assert!(matches!(stage.deliver(&keyed, id).await, Ended::Release(_)));
+    for child in stage.children_of(id).await {
+        let batch = TakeBatch::new(stage.postgres.clone(), WorkerId::new("w"));
+        let taken = match batch.flush(&[TakeItem { id: child, fast: None }]).await.unwrap().remove(0) {
+            Take::Taken(taken) => taken,
+            other => panic!("not taken: {other:?}"),
+        };
+        let run = Run {
+            job_id: child,
+            fence: taken.fence,
+            saga_id: None,
+            worker: WorkerId::new("w"),
+            started_at: chrono::Utc::now(),
+        };
+        assert!(stage.postgres.complete(&run, &json!("done"), &[]).await.unwrap());
+    }
+    stage.collect().await;
+    stage.is_put_off(&keyless, id, "the result of child").await;
+    assert_eq!(stage.deliver(&keyed, id).await, Ended::Ack);
+    let result = stage.job(id).await.result.unwrap();
+    assert_eq!((&result["answer"], &result["results"]), (&json!("yes"), &json!(["done", "done", "done"])));
 }
 
 fn parent(log: &Log) -> Arc<dyn Step<Value>> {

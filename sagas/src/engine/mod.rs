@@ -71,6 +71,10 @@ impl Default for EngineSettings {
 /// Longest time for which an error or a step can put a job off.
 pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(366 * 24 * 3600);
 
+/// How long a job waits at most that this worker can't run or read, before it or another looks again: long enough not to spin,
+/// short enough that a deploy is noticed.
+pub(crate) const UNREADABLE_FOR: Duration = Duration::from_secs(10);
+
 /// What is to be done with the job's entry in Redis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
@@ -342,7 +346,7 @@ impl Engine {
             worker: self.worker.clone(),
             started_at: chrono::Utc::now(),
         };
-        let delay = Duration::from_secs(10);
+        let delay = UNREADABLE_FOR;
         let kept = self.postgres.in_time(self.postgres.release(&run, delay, None)).await?;
         Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
     }
@@ -401,11 +405,11 @@ impl Engine {
             delivery.lease.note_dead();
             return Ok(if kept { Ended::Ack } else { Ended::Abandoned });
         }
-        // Long enough not to spin, short enough that a deploy is noticed; never longer than what is left of the limit.
+        // Never longer than what is left of the limit.
         let waited = job.unroutable_for.unwrap_or_default();
         let left =
             self.settings.unroutable_after.saturating_sub(if may_die { waited } else { Duration::ZERO });
-        let delay = Duration::from_secs(10).min(left).max(Duration::from_millis(100));
+        let delay = UNREADABLE_FOR.min(left).max(Duration::from_millis(100));
         let why = job.unreadable.as_deref().unwrap_or("unknown kind");
         tracing::info!(job = %job.id, kind = job.kind, ?delay, why, "released uncharged");
         let kept = self.postgres.in_time(self.postgres.release(&run, delay, Some(waited))).await?;

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{LONGEST_WAIT, StepContext};
+use super::{LONGEST_WAIT, StepContext, UNREADABLE_FOR};
 use crate::{
     error::{Dependency, StepError},
     kinds,
@@ -72,7 +72,7 @@ impl StepContext {
         let run = self.run();
         match self.call(Dependency::Postgres, |_| self.postgres.await_timer(&run, name, due)).await? {
             Awaited::Here(()) => Ok(()),
-            other => Err(not_yet(other)),
+            other => Err(self.not_yet(other).await),
         }
     }
 
@@ -95,7 +95,7 @@ impl StepContext {
                 .map(Some)
                 .map_err(|error| StepError::permanent("bad_signal", format!("signal {name:?}: {error}"))),
             Awaited::TimedOut => Ok(None),
-            other => Err(not_yet(other)),
+            other => Err(self.not_yet(other).await),
         }
     }
 
@@ -142,7 +142,7 @@ impl StepContext {
             .await?;
         match answer {
             Awaited::Here(ends) => Ok(ends),
-            other => Err(not_yet(other)),
+            other => Err(self.not_yet(other).await),
         }
     }
 
@@ -155,19 +155,28 @@ impl StepContext {
             self.call(Dependency::Postgres, |_| self.postgres.await_cancelled_children(&run, batch)).await?;
         match answer {
             Awaited::Here(()) => Ok(()),
-            other => Err(not_yet(other)),
+            other => Err(self.not_yet(other).await),
         }
     }
-}
 
-fn not_yet<T>(answer: Awaited<T>) -> StepError {
-    match answer {
-        Awaited::NotYet(left) => StepError::Snooze(left.unwrap_or(LONGEST_WAIT)),
-        Awaited::NotBegun => StepError::permanent(
-            "not_begun",
-            "a step that begins its run's log itself can't wait: nothing could be kept of it",
-        ),
-        Awaited::Here(_) | Awaited::TimedOut | Awaited::LeaseLost => StepError::LeaseLost,
+    /// What a wait that gave no answer means for the delivery.
+    async fn not_yet<T>(&self, answer: Awaited<T>) -> StepError {
+        match answer {
+            Awaited::NotYet(left) => StepError::Snooze(left.unwrap_or(LONGEST_WAIT)),
+            // Like a payload that can't be read here, of a run that has begun: it waits for a worker with the key.
+            Awaited::Unreadable(why) => {
+                tracing::warn!(job = %self.job.id, why, "what a run waited for can't be read here: released uncharged");
+                match self.postgres.in_time(self.postgres.note_error(self.job.id, self.fence(), &why)).await {
+                    Ok(()) => StepError::Snooze(UNREADABLE_FOR),
+                    Err(error) => error.into(),
+                }
+            }
+            Awaited::NotBegun => StepError::permanent(
+                "not_begun",
+                "a step that begins its run's log itself can't wait: nothing could be kept of it",
+            ),
+            Awaited::Here(_) | Awaited::TimedOut | Awaited::LeaseLost => StepError::LeaseLost,
+        }
     }
 }
 

@@ -44,6 +44,8 @@ pub enum Awaited<T> {
     LeaseLost,
     /// The log has no row of the run yet, so nothing can be kept for it.
     NotBegun,
+    /// It is over, but this process can't open what came: another may, or this one once it has the key.
+    Unreadable(String),
 }
 
 /// When a timer is due.
@@ -165,9 +167,10 @@ impl Postgres {
             self.signal_payload(&mut tx, run.job_id, name).await?
         };
         let answer = match came {
+            // Over also if it can't be read here: a wait that is not would bring the job back at once, again and again.
             Some(payload) => {
                 end_wait(&mut tx, run, "signal", name, "answered").await?;
-                Awaited::Here(payload)
+                payload.map_or_else(Awaited::Unreadable, Awaited::Here)
             }
             None if wait.is_due() => {
                 end_wait(&mut tx, run, "signal", name, "timed_out").await?;
@@ -220,7 +223,7 @@ impl Postgres {
         end_wait(&mut tx, run, "children", name, "answered").await?;
         let ends = self.child_ends(&mut tx, batch.id).await?;
         tx.commit().await?;
-        Ok(Awaited::Here(ends))
+        Ok(ends.map_or_else(Awaited::Unreadable, Awaited::Here))
     }
 
     /// Cancels the unfinished children of a run and waits for their end. Children that were never enqueued have none.
@@ -275,12 +278,12 @@ impl Postgres {
     }
 
     /// How the members of a batch ended, in the order in which they were given; their ids ascend. One that died and was replayed
-    /// ended as its replay did.
+    /// ended as its replay did. Or why the result of one can't be read here.
     async fn child_ends(
         &self,
         connection: &mut PgConnection,
         batch: BatchId,
-    ) -> Result<Vec<ChildEnd>, StoreError> {
+    ) -> Result<Result<Vec<ChildEnd>, String>, StoreError> {
         let rows = sqlx::query(
             "SELECT id, replay_of, tenant, state, result, result_key_id, last_error FROM jobs WHERE batch_id = $1 ORDER BY id",
         )
@@ -303,29 +306,30 @@ impl Postgres {
                 None => given.push(place),
             }
         }
-        given
-            .into_iter()
-            .map(|mut place| {
-                // Each job replays one, so this comes to an end.
-                while let Some(later) = replays.get(&place) {
-                    place = *later;
-                }
-                self.child_end(&rows[place])
-            })
-            .collect()
+        let mut ends = Vec::with_capacity(given.len());
+        for mut place in given {
+            // Each job replays one, so this comes to an end.
+            while let Some(later) = replays.get(&place) {
+                place = *later;
+            }
+            match self.child_end(&rows[place])? {
+                Ok(end) => ends.push(end),
+                Err(why) => return Ok(Err(why)),
+            }
+        }
+        Ok(Ok(ends))
     }
 
-    fn child_end(&self, row: &PgRow) -> Result<ChildEnd, StoreError> {
+    fn child_end(&self, row: &PgRow) -> Result<Result<ChildEnd, String>, sqlx::Error> {
         let (id, tenant): (Uuid, String) = (row.try_get("id")?, row.try_get("tenant")?);
         let result: Option<Value> = row.try_get("result")?;
         let key: Option<String> = row.try_get("result_key_id")?;
         let owner = Owner { tenant: &tenant, job: id, purpose: Purpose::Result };
-        let result = result
-            .map(|stored| self.cipher.open(owner, stored, key.as_deref()))
-            .transpose()
-            .map_err(|why| unreadable(&format!("the result of child {id}"), &why))?;
+        let result = result.map(|stored| self.cipher.open(owner, stored, key.as_deref())).transpose();
         let (state, error) = (row.try_get("state")?, row.try_get("last_error")?);
-        Ok(ChildEnd { id: JobId(id), state, result, error })
+        Ok(result
+            .map(|result| ChildEnd { id: JobId(id), state, result, error })
+            .map_err(|why| format!("the result of child {id}: {why}")))
     }
 
     /// Sends a job a signal, of `tenant` if given. It is kept until a step waits for it. The same one is sent once.
@@ -346,6 +350,8 @@ impl Postgres {
         .await?;
         let Some((tenant, state)) = row else { return Ok(Signalled::Unknown) };
         if let Some(earlier) = self.signal_payload(&mut tx, job, name).await? {
+            let earlier =
+                earlier.map_err(|why| StoreError::new(Dependency::Postgres, Class::Permanent, why))?;
             return Ok(if earlier == *payload { Signalled::Duplicate } else { Signalled::Conflict });
         }
         if !matches!(state.as_str(), "waiting" | "running") {
@@ -376,12 +382,13 @@ impl Postgres {
         Ok(Signalled::Sent)
     }
 
+    /// What came, or why it can't be read here.
     async fn signal_payload(
         &self,
         connection: &mut PgConnection,
         job: JobId,
         name: &str,
-    ) -> Result<Option<Value>, StoreError> {
+    ) -> Result<Option<Result<Value, String>>, StoreError> {
         let row = sqlx::query(
             "SELECT j.tenant, s.payload, s.payload_key_id FROM job_signals s JOIN jobs j ON j.id = s.job_id
              WHERE s.job_id = $1 AND s.name = $2",
@@ -395,7 +402,7 @@ impl Postgres {
             (row.try_get("tenant")?, row.try_get("payload_key_id")?);
         let owner = Owner { tenant: &tenant, job: job.0, purpose: Purpose::Signal };
         let payload = self.cipher.open(owner, row.try_get("payload")?, key.as_deref());
-        Ok(Some(payload.map_err(|why| unreadable(&format!("the signal {name:?}"), &why))?))
+        Ok(Some(payload.map_err(|why| format!("the signal {name:?}: {why}"))))
     }
 
     /// Gives a job back, uncharged, with what its saga has done so far: the run goes on from `next_step` with `data` in its
@@ -638,8 +645,4 @@ async fn end_wait(
     .execute(connection)
     .await?;
     Ok(())
-}
-
-fn unreadable(what: &str, why: &crate::encryption::Unreadable) -> StoreError {
-    StoreError::new(Dependency::Postgres, Class::Permanent, format!("{what}: {why}"))
 }
