@@ -440,6 +440,8 @@ impl Protocol {
                 (outcome, !early)
             }
             Action::Return { later, .. } => {
+                // Whoever takes it next ends it.
+                let later = later && (!job.row.cancel || job.row.saga);
                 if job.row.state != RowState::Running || job.row.fence != hold.fence {
                     return Some((Outcome::Refused, false));
                 }

@@ -25,7 +25,7 @@ use crate::{
     claimer::Job,
     ids::JobId,
     lease::{Lease, LeaseLost},
-    ledger::{End, Failure, FailureClass, Grant, Ledger, LedgerError, NoLedger, Take},
+    ledger::{End, Failure, FailureClass, Grant, Ledger, LedgerError, NoLedger, Take, Written},
     retries::Retries,
 };
 
@@ -137,7 +137,7 @@ impl<L: Ledger> AckLayer<L> {
             },
             Ok(written) => (written, end),
         };
-        if !written {
+        if written == Written::Refused {
             return Err(LeaseLost(id).into());
         }
         if matches!(end, End::Dead(_)) {
@@ -145,6 +145,7 @@ impl<L: Ledger> AckLayer<L> {
         }
         Ok(match end {
             End::Succeeded(_) | End::Dead(_) | End::Cancelled => Done::Ack,
+            End::Released(_) | End::Retry(..) if written == Written::AtOnce => Done::Release(Duration::ZERO),
             End::Released(wait) => Done::Release(wait),
             End::Retry(_, wait) if L::COUNTS => Done::Release(wait),
             End::Retry(_, wait) => Done::Retry(wait),

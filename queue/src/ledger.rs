@@ -30,14 +30,13 @@ pub trait Ledger: Clone + Send + Sync + 'static {
     /// Which of these jobs, which run here, a person wants to end. Asked about once a second while any run.
     fn wanted_to_end(&self, jobs: &[JobId]) -> impl Future<Output = Result<Vec<JobId>, LedgerError>> + Send;
 
-    /// Records how the delivery ended. `false`: the fence refused, and nothing was written. May be repeated: a second
-    /// call with the same end answers as the first did.
+    /// Records how the delivery ended. May be repeated: a second call with the same end finds that the first has written.
     fn end(
         &self,
         job: JobId,
         grant: &Grant,
         end: &End,
-    ) -> impl Future<Output = Result<bool, LedgerError>> + Send;
+    ) -> impl Future<Output = Result<Written, LedgerError>> + Send;
 }
 
 /// Why a ledger gave no answer.
@@ -98,6 +97,18 @@ pub enum End {
     Released(Duration),
 }
 
+/// What became of an end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// It is recorded.
+    Kept,
+    /// It is recorded, but the job does not wait as long as the end says: a person wants its end, or what it waits for is not
+    /// known here. The next take finds out.
+    AtOnce,
+    /// The fence refused, and nothing was written.
+    Refused,
+}
+
 /// Why a job failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
@@ -154,11 +165,11 @@ impl Ledger for NoLedger {
         Ok(true)
     }
 
-    async fn end(&self, job: JobId, _: &Grant, end: &End) -> Result<bool, LedgerError> {
+    async fn end(&self, job: JobId, _: &Grant, end: &End) -> Result<Written, LedgerError> {
         if let End::Dead(failure) = end {
             tracing::error!(%job, error = failure.error, code = failure.code, "the job is dropped and not tried again");
             metrics::counter!("queue_jobs_dropped_total", "reason" => failure.code).increment(1);
         }
-        Ok(true)
+        Ok(Written::Kept)
     }
 }

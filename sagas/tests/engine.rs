@@ -204,15 +204,34 @@ impl Stage {
             .unwrap();
     }
 
+    /// One delivery, during which a person cancels the job. It is to come back at once.
+    async fn deliver_cancelled(&self, id: JobId) {
+        let job = self.claimed(id).await;
+        assert_eq!(self.postgres.cancel(id, None).await.unwrap(), Cancel::Requested);
+        assert_eq!(self.run(job).await, Ended::Release(Duration::ZERO));
+    }
+
     /// One delivery, whenever the job would be due.
     async fn deliver(&self, id: JobId) -> Ended {
         self.make_due(id).await;
+        self.deliver_when_due(id).await
+    }
+
+    async fn deliver_when_due(&self, id: JobId) -> Ended {
+        let job = self.claimed(id).await;
+        self.run(job).await
+    }
+
+    async fn claimed(&self, id: JobId) -> (Arc<TakenJob>, queue::Lease) {
         let envelope = self.postgres.envelope(id).await.unwrap().expect("an unfinished job");
         self.queue.forget(&[(name(), id)]).await.unwrap();
         self.queue.push(&[envelope]).await.unwrap();
         let claim = self.queue.claim(&name(), &WorkerId::new("w"), 1).await.unwrap().remove(0);
         let lease = self.heartbeat.register(&claim);
-        let job = Arc::new(self.take(id).await);
+        (Arc::new(self.take(id).await), lease)
+    }
+
+    async fn run(&self, (job, lease): (Arc<TakenJob>, queue::Lease)) -> Ended {
         let (cancel, stop) = (CancellationToken::new(), CancellationToken::new());
         let ended = self.engine.run(Delivery { job, lease: lease.clone(), cancel, stop }).await;
         self.queue.ack(&[lease.lease_ref()]).await.unwrap();
@@ -543,7 +562,7 @@ async fn a_run_gets_its_row_with_whatever_is_first_said_of_it() {
     let idle = stage.enqueue(|_| ()).await;
     let taken = stage.take(idle).await;
     let run = Run { saga_id: None, ..Stage::run_of(&taken) };
-    assert!(stage.postgres.release(&run, Duration::ZERO, None).await.unwrap());
+    assert!(stage.postgres.release(&run, Duration::ZERO, None).await.unwrap().is_some());
     assert_eq!(stage.postgres.cancel(idle, None).await.unwrap(), Cancel::Cancelled);
     assert_eq!(stage.logged(idle).await, []);
 }
@@ -640,6 +659,26 @@ async fn protocol_15_the_clock_of_a_job_that_nobody_can_read_runs_on_until_it_is
     assert_eq!(stage.deliver(secret.id).await, Ended::Ack);
     let letter = stage.postgres.dead_letter(secret.id.0).await.unwrap().unwrap();
     assert_eq!(letter.class, "unreadable_payload");
+}
+
+#[tokio::test]
+async fn protocol_14_a_cancel_that_meets_a_delivery_which_ends_in_a_wait_is_not_slept_through() {
+    let hour = Duration::from_secs(3600);
+    let later = || Err(StepError::rate_limited("quota", "come back later", hour));
+    let stage = Stage::new(vec![later(), later()], JobRetry::default(), EngineSettings::default()).await;
+    let id = stage.enqueue(|_| ()).await;
+    stage.deliver_cancelled(id).await;
+    assert_eq!(stage.deliver_when_due(id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("cancelled", 1));
+    // One that nobody here can read has no run: it is given back, and whoever takes it next ends it.
+    let keys = Keyring::parse(&format!("a:{}", new_key())).unwrap();
+    let sealing = stage.postgres.clone().with_cipher(keys.into());
+    let secret = NewJob::new(KIND, name(), TenantId::new("acme").unwrap(), json!({ "card": 1 }));
+    sealing.accept(std::slice::from_ref(&secret), true).await.unwrap();
+    stage.deliver_cancelled(secret.id).await;
+    assert_eq!(stage.deliver_when_due(secret.id).await, Ended::Ack);
+    assert_eq!(stage.job(secret.id).await.state, "cancelled");
 }
 
 #[tokio::test]

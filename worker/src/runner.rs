@@ -172,7 +172,7 @@ impl Runner {
                     started_at: chrono::Utc::now(),
                 };
                 return match postgres.in_time(postgres.release(&run, wait, None)).await {
-                    Ok(true) => Some(Done::Release(wait)),
+                    Ok(Some(wait)) => Some(Done::Release(wait)),
                     _ => None,
                 };
             }

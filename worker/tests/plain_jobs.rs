@@ -15,7 +15,7 @@ use devstack::testing::TestServices;
 use queue::{
     AckLayer, Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Job, JobId, Ledger, Queue,
     QueueBackend, QueueConfig, QueueName, Reaper, Retries, Scheduler, Snooze, TenantId, WorkerId,
-    ledger::{End, Grant, LedgerError, Take},
+    ledger::{End, Grant, LedgerError, Take, Written},
 };
 use sagas::{
     encryption::{Keyring, new_key},
@@ -24,6 +24,7 @@ use sagas::{
     },
 };
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -95,8 +96,9 @@ impl Stage {
     }
 }
 
-#[derive(Clone, Default)]
-struct Runs(Arc<Mutex<HashMap<JobId, u32>>>);
+/// How often each job ran, and the gate of those that wait for the test.
+#[derive(Clone)]
+struct Runs(Arc<Mutex<HashMap<JobId, u32>>>, Arc<Semaphore>);
 
 async fn handle(job: Job, runs: Data<Runs>) -> Result<Value, BoxDynError> {
     let run = {
@@ -117,6 +119,14 @@ async fn handle(job: Job, runs: Data<Runs>) -> Result<Value, BoxDynError> {
             assert!(job.is_cancelled());
             Err("stopped".into())
         }
+        // They don't hear of the cancel, which comes while they run.
+        "dozes" | "stumbles" if run == 1 => {
+            runs.1.acquire().await?.forget();
+            match job.envelope.kind.as_str() {
+                "dozes" => Err(Snooze(Duration::from_hours(720)).into()),
+                _ => Err(RetryAfterError::new("come back", Duration::from_hours(720)).into()),
+            }
+        }
         "goes on" => {
             job.cancelled().await;
             Ok(json!("to its end"))
@@ -131,7 +141,7 @@ async fn handle(job: Job, runs: Data<Runs>) -> Result<Value, BoxDynError> {
 
 /// Runs an apalis worker over the stage's queue until the guard is dropped.
 fn worker(stage: &Stage) -> (Runs, tokio_util::sync::DropGuard) {
-    let (runs, shutdown) = (Runs::default(), CancellationToken::new());
+    let (runs, shutdown) = (Runs(Arc::default(), Arc::new(Semaphore::new(0))), CancellationToken::new());
     let id = WorkerId::for_this_process();
     let heartbeat =
         Heartbeat::spawn(stage.queue.config().clone(), HeartbeatConfig { interval: Duration::from_secs(1) })
@@ -234,6 +244,26 @@ async fn a_handler_hears_of_a_cancel_and_decides_what_comes_of_it() {
 }
 
 #[tokio::test]
+async fn protocol_14_a_cancel_that_meets_a_plain_job_which_is_put_off_is_not_slept_through() {
+    let stage = Stage::new().await;
+    let ids = [stage.enqueue("dozes", |_| ()).await, stage.enqueue("stumbles", |_| ()).await];
+    let (runs, _worker) = worker(&stage);
+    let begun = Instant::now();
+    while runs.0.lock().unwrap().len() < ids.len() {
+        assert!(begun.elapsed() < DEADLINE, "they don't run");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for id in ids {
+        assert_eq!(stage.postgres.cancel(id, None).await.unwrap(), Cancel::Requested);
+    }
+    runs.1.add_permits(ids.len());
+    for id in ids {
+        assert_eq!(stage.ended(id).await.state, "cancelled");
+        assert_eq!(runs.0.lock().unwrap()[&id], 1, "it ran again");
+    }
+}
+
+#[tokio::test]
 async fn an_outage_of_the_ledger_charges_no_plain_job() {
     let stage = Stage::new().await;
     let (_, _worker) = worker(&stage);
@@ -265,14 +295,16 @@ async fn protocol_02_the_end_of_a_plain_job_is_refused_to_an_old_fence() {
     let (successor, new) = stage.take(&job, "successor:1").await;
     assert!(new.fence > old.fence);
     for end in [End::Succeeded(json!("zombie")), End::Cancelled, End::Released(Duration::ZERO)] {
-        assert!(!zombie.end(job.id, &old, &end).await.unwrap(), "{end:?}");
+        assert_eq!(zombie.end(job.id, &old, &end).await.unwrap(), Written::Refused, "{end:?}");
         assert_eq!(stage.job(job.id).await.state, "running");
     }
-    assert!(successor.end(job.id, &new, &End::Succeeded(json!("successor"))).await.unwrap());
-    assert!(!zombie.end(job.id, &old, &End::Succeeded(json!("zombie"))).await.unwrap());
+    let end = End::Succeeded(json!("successor"));
+    assert_eq!(successor.end(job.id, &new, &end).await.unwrap(), Written::Kept);
+    let late = zombie.end(job.id, &old, &End::Succeeded(json!("zombie"))).await.unwrap();
+    assert_eq!(late, Written::Refused);
     assert_eq!(stage.job(job.id).await.result, Some(json!("successor")));
     // The answer was lost, so the call is made again: it says what stands.
-    assert!(successor.end(job.id, &new, &End::Succeeded(json!("successor"))).await.unwrap());
+    assert_ne!(successor.end(job.id, &new, &end).await.unwrap(), Written::Refused);
 }
 
 #[tokio::test]
@@ -281,7 +313,7 @@ async fn a_plain_job_without_a_result_has_none() {
     let job = stage.accept("fine", |_| ()).await;
     let (ledger, grant) = stage.take(&job, "worker:1").await;
     assert_eq!(grant.payload, json!({ "n": 20 }));
-    assert!(ledger.end(job.id, &grant, &End::Succeeded(Value::Null)).await.unwrap());
+    assert_eq!(ledger.end(job.id, &grant, &End::Succeeded(Value::Null)).await.unwrap(), Written::Kept);
     assert_eq!(stage.job(job.id).await.result, None);
     let envelope = stage.postgres.envelope(job.id).await.unwrap();
     assert!(envelope.is_none(), "an ended job is not dispatched again");

@@ -263,11 +263,11 @@ impl World {
             }
             Action::Return { later, .. } => {
                 let taken = held.job.as_ref().unwrap();
-                let run = run_of(taken, taken.saga.as_ref().map(|saga| saga.id), worker);
+                let run = run_of(taken, self.stages[job].as_ref().map(|stage| stage.saga.id), worker);
                 let delay = if later { HOUR } else { Duration::ZERO };
                 let written = self.postgres.release(&run, delay, None).await.unwrap();
-                held.later = later;
-                (if written { Outcome::Written } else { Outcome::Refused }, written)
+                held.later = written.is_some_and(|wait| !wait.is_zero());
+                (if written.is_some() { Outcome::Written } else { Outcome::Refused }, written)
             }
             Action::Release { .. } => {
                 let delay = if held.later { HOUR } else { Duration::ZERO };

@@ -342,13 +342,13 @@ impl Engine {
         let run = Run {
             job_id: job.id,
             fence: job.fence,
-            saga_id: None,
+            saga_id: job.saga.as_ref().map(|open| open.id),
             worker: self.worker.clone(),
             started_at: chrono::Utc::now(),
         };
         let delay = UNREADABLE_FOR;
         let kept = self.postgres.in_time(self.postgres.release(&run, delay, None)).await?;
-        Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
+        Ok(kept.map_or(Ended::Abandoned, Ended::Release))
     }
 
     /// A kind that this worker does not know goes back uncharged, for a newer worker; it is dead only when none has
@@ -364,6 +364,10 @@ impl Engine {
             worker: self.worker.clone(),
             started_at: chrono::Utc::now(),
         };
+        if job.cancel_requested && begun.is_none() {
+            let kept = self.postgres.in_time(self.postgres.finish(&run, &Verdict::Cancelled, &[])).await?;
+            return Ok(if kept { Ended::Ack } else { Ended::Abandoned });
+        }
         // A run that has begun is never left half done: it waits for its key.
         let may_die = job.unreadable.is_none() || begun.is_none();
         if may_die
@@ -413,7 +417,7 @@ impl Engine {
         let why = job.unreadable.as_deref().unwrap_or("unknown kind");
         tracing::info!(job = %job.id, kind = job.kind, ?delay, why, "released uncharged");
         let kept = self.postgres.in_time(self.postgres.release(&run, delay, Some(waited))).await?;
-        Ok(if kept { Ended::Release(delay) } else { Ended::Abandoned })
+        Ok(kept.map_or(Ended::Abandoned, Ended::Release))
     }
 
     /// The wait before a job's next attempt: exponential with full jitter, or what the error asks for.

@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use chrono::Utc;
 use futures::{FutureExt, future::join_all};
 use metrics::{counter, gauge, histogram};
+use queue::ledger::Written;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -523,17 +524,18 @@ impl<'a, S: Saga> Drive<'a, S> {
             .await;
         let verdict = &ending.verdict;
         match done {
-            Ok(true) => {
+            Ok(written @ (Written::Kept | Written::AtOnce)) => {
                 self.count(verdict.status());
                 if matches!(verdict, Verdict::Dead { .. }) {
                     self.ctx.lease.note_dead();
                 }
                 Ok(match verdict {
+                    Verdict::Retry { .. } if written == Written::AtOnce => Ended::Release(Duration::ZERO),
                     Verdict::Retry { retry_in_ms, .. } => Ended::Release(Duration::from_millis(*retry_in_ms)),
                     _ => Ended::Ack,
                 })
             }
-            Ok(false) | Err(StepError::LeaseLost) => self.refused().await,
+            Ok(Written::Refused) | Err(StepError::LeaseLost) => self.refused().await,
             Err(StepError::Store(error)) => Err(error),
             Err(_) => self.give_back(Duration::ZERO, None::<(i16, &S::Data)>).await,
         }

@@ -151,6 +151,7 @@ async fn a_wrong_or_missing_key_is_named_and_nothing_is_lost() {
                 .release(&run_of(&taken, None), Duration::ZERO, Some(Duration::ZERO))
                 .await
                 .unwrap()
+                .is_some()
         );
     }
     let taken = ledger.take("w", id).await;

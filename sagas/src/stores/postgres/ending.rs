@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use queue::{JobId, WorkerId};
+use queue::{JobId, WorkerId, ledger::Written};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgExecutor, types::Json};
@@ -125,18 +125,18 @@ pub struct Ending {
     pub steps: Vec<StepRecord>,
 }
 
-/// The coalesced end by a verdict. The reply is `false` where the fence refused.
+/// The coalesced end by a verdict.
 #[derive(Debug, Clone)]
 pub struct FinishBatch(pub Postgres);
 
 #[async_trait]
 impl Batch for FinishBatch {
     type Item = Arc<Ending>;
-    type Reply = bool;
+    type Reply = Written;
     const OP: &'static str = "finish";
     const DEPENDENCY: Dependency = Dependency::Postgres;
 
-    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<bool>, StoreError> {
+    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<Written>, StoreError> {
         self.0.finish_all(&items.iter().map(AsRef::as_ref).collect::<Vec<_>>()).await
     }
 }
@@ -359,11 +359,12 @@ impl Postgres {
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
         let one = Ending { run: run.clone(), verdict: verdict.clone(), steps: steps.to_vec() };
-        Ok(self.finish_all(&[&one]).await? == [true])
+        Ok(self.finish_all(&[&one]).await? != [Written::Refused])
     }
 
-    /// [`finish`](Self::finish) for many, in one transaction; answers in their order.
-    async fn finish_all(&self, items: &[&Ending]) -> Result<Vec<bool>, StoreError> {
+    /// [`finish`](Self::finish) for many, in one transaction; answers in their order. A retry of a job whose end a person wants
+    /// does not wait: its next take ends it.
+    pub(super) async fn finish_all(&self, items: &[&Ending]) -> Result<Vec<Written>, StoreError> {
         let mut tx = self.begin().await?;
         let held: Vec<_> = items.iter().map(|item| (item.run.job_id, item.run.fence)).collect();
         let alive = lock_alive(&mut tx, &held).await?;
@@ -375,7 +376,14 @@ impl Postgres {
         }
         crate::fault_point!("engine.finish.inside");
         tx.commit().await?;
-        Ok(items.iter().map(|item| alive.contains_key(&item.run.job_id)).collect())
+        Ok(items
+            .iter()
+            .map(|item| match alive.get(&item.run.job_id) {
+                Some(alive) if alive.cancel_requested => Written::AtOnce,
+                Some(_) => Written::Kept,
+                None => Written::Refused,
+            })
+            .collect())
     }
 
     /// Parks a run whose effects can't be undone, or finished past the pivot, without a person, or whose kind nobody knows. `false`: the fence refused.
@@ -423,17 +431,19 @@ impl Postgres {
     /// Gives a job back, uncharged: nobody here can run it. No step of it has run under this fence, so that a run which this
     /// take began, and nothing has been said of, is none: the next take may begin another, of another version. A run that has
     /// come further is given back by [`suspend`](Self::suspend). `unroutable` says for how long by now no worker could run the job;
-    /// `None`: one can. `false`: the fence refused.
+    /// `None`: one can. Returns the wait, which is none if a person wants the job's end and no run has begun, so that whoever takes
+    /// the job next can end it. `None`: the fence refused.
     pub async fn release(
         &self,
         run: &Run,
         delay: Duration,
         unroutable: Option<Duration>,
-    ) -> Result<bool, StoreError> {
+    ) -> Result<Option<Duration>, StoreError> {
         let mut tx = self.begin().await?;
-        if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
-            return Ok(false);
-        }
+        let alive = lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?;
+        let Some(alive) = alive.get(&run.job_id) else { return Ok(None) };
+        let at_once = alive.cancel_requested && run.saga_id.is_none();
+        let wait = if at_once { Duration::ZERO } else { delay };
         sqlx::query(
             "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = now() + make_interval(secs => $2),
                     unroutable_since = CASE WHEN $3::float8 IS NOT NULL THEN coalesce(unroutable_since, now() - make_interval(secs => $3)) END,
@@ -441,13 +451,13 @@ impl Postgres {
              WHERE id = $1",
         )
         .bind(run.job_id.0)
-        .bind(delay.as_secs_f64())
+        .bind(wait.as_secs_f64())
         .bind(unroutable.map(|time| time.as_secs_f64()))
         .execute(&mut *tx)
         .await?;
         crate::fault_point!("engine.release.inside");
         tx.commit().await?;
-        Ok(true)
+        Ok(Some(wait))
     }
 
     /// Whether a job has ended, and under which fence it runs: read back after an answer that was lost
@@ -522,7 +532,9 @@ pub(super) async fn settle(
             UPDATE jobs j SET
                 state = e.state, outcome = coalesce(e.outcome, j.outcome), last_error = coalesce(e.error, j.last_error),
                 attempts = j.attempts + (e.class IS NOT NULL)::integer,
-                run_at = coalesce(now() + make_interval(secs => e.retry_in_s), j.run_at), unroutable_since = NULL,
+                -- Whoever takes it next ends it, if a person wants that.
+                run_at = coalesce(now() + make_interval(secs => e.retry_in_s * (j.cancel_requested_at IS NULL)::integer), j.run_at),
+                unroutable_since = NULL,
                 worker = CASE WHEN e.state = 'waiting' THEN NULL ELSE j.worker END,
                 finished_at = CASE WHEN e.state = 'waiting' THEN NULL ELSE now() END
             FROM e WHERE j.id = e.id RETURNING j.*

@@ -5,13 +5,13 @@ use std::{sync::Arc, time::Duration};
 use chrono::Utc;
 use queue::{
     Envelope, JobId, WorkerId,
-    ledger::{self, End, FailureClass, Grant, Ledger, LedgerError},
+    ledger::{self, End, FailureClass, Grant, Ledger, LedgerError, Written},
 };
 use tokio::time::Instant;
 
 use super::{
     Fence, Postgres,
-    ending::{CompleteBatch, Completed, Completion, Failure, Run, Verdict},
+    ending::{CompleteBatch, Completed, Completion, Ending, Failure, Run, Verdict},
     take::{Take, TakeBatch, TakeItem, TakenJob, UNROUTABLE_AFTER},
 };
 use crate::{
@@ -81,6 +81,10 @@ impl PlainLedger {
             worker: self.worker.clone(),
             started_at: Utc::now(),
         };
+        if job.cancel_requested {
+            self.postgres.finish(&run, &Verdict::Cancelled, &[]).await.map_err(ledger_error)?;
+            return Ok(ledger::Take::Gone);
+        }
         let waited = job.unroutable_for.unwrap_or_default();
         if waited >= self.unroutable_after {
             let error = format!("no worker could read the payload for {:?}: {why}", self.unroutable_after);
@@ -97,7 +101,7 @@ impl PlainLedger {
         self.postgres.note_error(job.id, job.fence, &why).await.map_err(ledger_error)?;
         let wait = UNREADABLE_FOR.min(self.unroutable_after - waited).max(Duration::from_millis(100));
         let kept = self.postgres.release(&run, wait, Some(waited)).await.map_err(ledger_error)?;
-        Ok(if kept { ledger::Take::NotYet(wait) } else { ledger::Take::Gone })
+        Ok(kept.map_or(ledger::Take::Gone, ledger::Take::NotYet))
     }
 
     /// Whether the refused end was this delivery's own, whose answer was lost (PROTOCOL.md 20).
@@ -135,7 +139,7 @@ impl Ledger for PlainLedger {
         asked.await.map_err(ledger_error)
     }
 
-    async fn end(&self, job: JobId, grant: &Grant, end: &End) -> Result<bool, LedgerError> {
+    async fn end(&self, job: JobId, grant: &Grant, end: &End) -> Result<Written, LedgerError> {
         let run = Run {
             job_id: job,
             fence: Fence(grant.fence),
@@ -144,8 +148,8 @@ impl Ledger for PlainLedger {
             started_at: Utc::now(),
         };
         let finish = |verdict: Verdict| {
-            let run = &run;
-            async move { self.postgres.finish(run, &verdict, &[]).await }
+            let ending = Ending { run: run.clone(), verdict, steps: vec![] };
+            async move { Ok(self.postgres.finish_all(&[&ending]).await?.remove(0)) }
         };
         let written = match end {
             End::Succeeded(result) => {
@@ -159,7 +163,10 @@ impl Ledger for PlainLedger {
                     revocable: false,
                 };
                 let deadline = Instant::now() + self.postgres.call_timeout();
-                self.complete.call(Arc::new(success), deadline).await.map(|ended| ended == Completed::Done)
+                self.complete.call(Arc::new(success), deadline).await.map(|ended| match ended {
+                    Completed::Done => Written::Kept,
+                    Completed::Cancelled | Completed::Refused => Written::Refused,
+                })
             }
             End::Retry(failure, wait) => {
                 let retry_in_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
@@ -167,9 +174,16 @@ impl Ledger for PlainLedger {
             }
             End::Dead(failure) => finish(Verdict::Dead { failure: charged(failure) }).await,
             End::Cancelled => finish(Verdict::Cancelled).await,
-            End::Released(wait) => self.postgres.release(&run, *wait, None).await,
+            End::Released(wait) => self.postgres.release(&run, *wait, None).await.map(|kept| match kept {
+                Some(kept) if kept == *wait => Written::Kept,
+                Some(_) => Written::AtOnce,
+                None => Written::Refused,
+            }),
         };
-        Ok(written.map_err(ledger_error)? || self.ended_before(&run).await?)
+        Ok(match written.map_err(ledger_error)? {
+            Written::Refused if self.ended_before(&run).await? => Written::AtOnce,
+            written => written,
+        })
     }
 }
 
