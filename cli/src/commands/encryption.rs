@@ -75,7 +75,7 @@ async fn status(context: &Context) -> Outcome {
         if let Some(one) = used.iter_mut().find(|one| one.ledger.key_id == *key_id) {
             one.only_in_redis = Some(*count);
         } else {
-            let ledger = KeyUse { key_id: key_id.clone(), unfinished: 0, ended: 0, dead_letters: 0 };
+            let ledger = KeyUse { key_id: key_id.clone(), ..KeyUse::default() };
             used.push(InUse { ledger, only_in_redis: Some(*count) });
         }
     }
@@ -90,7 +90,17 @@ async fn status(context: &Context) -> Outcome {
 }
 
 fn table(used: &[InUse], known: &[&str]) -> comfy_table::Table {
-    let heads = ["KEY", "HERE", "UNFINISHED JOBS", "ENDED JOBS", "DEAD LETTERS", "ONLY IN REDIS"];
+    let heads = [
+        "KEY",
+        "HERE",
+        "UNFINISHED JOBS",
+        "ENDED JOBS",
+        "RESULTS",
+        "DEAD LETTERS",
+        "CALLBACKS",
+        "SIGNALS",
+        "ONLY IN REDIS",
+    ];
     let mut table = output::table(&heads);
     for InUse { ledger: one, only_in_redis } in used {
         let here = match &one.key_id {
@@ -103,7 +113,10 @@ fn table(used: &[InUse], known: &[&str]) -> comfy_table::Table {
             here.into(),
             output::number(one.unfinished),
             output::number(one.ended),
+            output::number(one.results),
             output::number(one.dead_letters),
+            output::number(one.callbacks),
+            output::number(one.signals),
             only_in_redis.map_or("?".into(), output::number),
         ]);
     }

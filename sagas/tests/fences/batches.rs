@@ -169,6 +169,22 @@ async fn protocol_17_the_callback_comes_once_and_only_when_sealed_and_all_have_e
 }
 
 #[tokio::test]
+async fn a_callback_whose_parent_is_gone_comes_without_one() {
+    let ledger = Ledger::start().await;
+    let parent = ledger.accept(&[job("parent", json!({}))]).await[0];
+    ledger.succeed(parent).await;
+    let template = NewJob { parent: Some(parent), ..job("after", json!({})) };
+    let callback = Some(Callback { on: CallbackOn::Complete, job: template });
+    let it = NewBatch { callback, ..batch(None) };
+    let member = ledger.open(&it, &[member(&it)], true).await[0];
+    assert_eq!(ledger.postgres.expire_jobs(Duration::ZERO, 10).await.unwrap(), 1, "the parent stays");
+    ledger.succeed(member).await;
+    ledger.collect().await;
+    assert_eq!(ledger.callbacks().await, 1);
+    assert!(ledger.view(it.id).await.finished_at.is_some());
+}
+
+#[tokio::test]
 async fn protocol_17_an_empty_batch_completes_when_it_is_sealed() {
     let ledger = Ledger::start().await;
     let it = batch(Some(CallbackOn::Success));

@@ -10,13 +10,17 @@ use sagas::{
         ending::Verdict,
         inspect::JobFilter,
         sealing::Rotated,
+        waits::Signalled,
     },
 };
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 use uuid::Uuid;
 
-use crate::ledger::{Ledger, failure, job, run_of};
+use crate::{
+    ledger::{Ledger, failure, job, run_of},
+    lock_order::until_someone_waits,
+};
 
 const SECRET: &str = "swordfish-7719";
 
@@ -200,6 +204,41 @@ async fn a_rotation_wraps_everything_that_may_still_run_and_the_old_key_can_go()
     assert_eq!(new.take("w", replay).await.payload, json!({ "card": SECRET }));
     new.postgres.seal_batch(batch.id, None).await.unwrap();
     assert!(new.postgres.fold_batch(batch.id).await.unwrap().called.is_some());
+}
+
+#[tokio::test]
+async fn a_key_is_in_use_as_long_as_anything_needs_it() {
+    let ledger = Ledger::with_keys(&["a"]).await;
+    let ids = ledger.accept(&[secret(), secret()]).await;
+    assert_eq!(
+        ledger.postgres.signal(ids[0], None, "go", &json!({ "card": SECRET })).await.unwrap(),
+        Signalled::Sent
+    );
+    let taken = ledger.take("w", ids[1]).await;
+    assert!(ledger.postgres.complete(&run_of(&taken, None), &json!({ "card": SECRET }), &[]).await.unwrap());
+    let batch = NewBatch {
+        id: BatchId::new(),
+        tenant: secret().tenant,
+        name: "a".to_owned(),
+        parent: None,
+        callback: Some(Callback { on: CallbackOn::Complete, job: secret() }),
+    };
+    ledger.postgres.create_batch(&batch, &[], false, true).await.unwrap();
+    let used = ledger.postgres.keys_in_use().await.unwrap();
+    let of_a = used.iter().find(|used| used.key_id.as_deref() == Some("a")).expect("the key");
+    assert_eq!(
+        (of_a.unfinished, of_a.ended, of_a.results, of_a.dead_letters, of_a.callbacks, of_a.signals),
+        (1, 1, 1, 0, 1, 1)
+    );
+    // A callback whose batch somebody holds, as the collector does, is waited for.
+    let mut held = ledger.postgres.pool().acquire().await.unwrap();
+    sqlx::raw_sql("BEGIN; SELECT FROM batches FOR NO KEY UPDATE").execute(&mut *held).await.unwrap();
+    let both = ledger.seen_with(&["b", "a"]);
+    let mut rotate = pin!(both.rotate_page(Uuid::nil(), 10));
+    until_someone_waits(&ledger, &mut rotate).await;
+    sqlx::raw_sql("COMMIT").execute(&mut *held).await.unwrap();
+    let (_, page) = rotate.await.unwrap().unwrap();
+    assert_eq!(page, Rotated { jobs: 1, dead_letters: 0, callbacks: 1 });
 }
 
 #[tokio::test]

@@ -306,7 +306,8 @@ async fn refuse_unknown_tenants(
     Ok(())
 }
 
-async fn there(
+/// Which of these jobs the ledger has.
+pub(super) async fn there(
     connection: &mut PgConnection,
     jobs: impl Iterator<Item = JobId>,
 ) -> Result<HashSet<JobId>, sqlx::Error> {

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{
     Postgres,
-    accept::NewJob,
+    accept::{NewJob, there},
     batches::{BatchId, CallbackOn},
     waits,
 };
@@ -97,7 +97,10 @@ impl Postgres {
             // Also of one that had finished before: a replay has ended in it, or a parked member that went on.
             waits::wake_parents(&mut tx, id).await?;
             if let Some(template) = counts.callback(&row)? {
-                let job = self.callback_job(template, id, &counts, row.try_get("name")?)?;
+                let mut job = self.callback_job(template, id, &counts, row.try_get("name")?)?;
+                // Retention may have removed its parent.
+                let named = there(&mut tx, job.parent.into_iter()).await?;
+                job.parent = job.parent.filter(|parent| named.contains(parent));
                 self.accept_one(&mut tx, &job).await?;
                 called(&mut tx, id, job.id).await?;
                 folded.called = Some(job.id);

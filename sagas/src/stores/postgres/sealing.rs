@@ -39,7 +39,7 @@ pub struct Rotated {
 }
 
 /// How many records are sealed with a key. `None`: plain.
-#[derive(Debug, Clone, Serialize, sqlx::FromRow)]
+#[derive(Debug, Clone, Default, Serialize, sqlx::FromRow)]
 pub struct KeyUse {
     /// The key.
     pub key_id: Option<String>,
@@ -47,8 +47,14 @@ pub struct KeyUse {
     pub unfinished: i64,
     /// Other jobs.
     pub ended: i64,
+    /// Results of jobs.
+    pub results: i64,
     /// Dead letters that nobody has dealt with.
     pub dead_letters: i64,
+    /// Callbacks of batches that are still to be enqueued.
+    pub callbacks: i64,
+    /// Signals to jobs that have not ended.
+    pub signals: i64,
 }
 
 fn broken(what: &str, error: impl std::fmt::Display) -> StoreError {
@@ -207,6 +213,7 @@ impl Postgres {
         let Some(current) = self.cipher.current() else {
             return Err(broken("nothing can be sealed", "FLOTILLA_ENCRYPTION_KEYS is not set"));
         };
+        let callbacks = self.rotate_callbacks(current, limit).await?;
         let mut tx = self.begin().await?;
         // Letters and their jobs have an order of their own; jobs are locked in id order (PROTOCOL.md 3).
         let jobs = sqlx::query(
@@ -229,20 +236,11 @@ impl Postgres {
         .bind(limit)
         .fetch_all(&mut *tx)
         .await?;
-        let callbacks = sqlx::query(
-            "SELECT id, callback FROM batches
-             WHERE callback IS NOT NULL AND callback -> 'sealed' ->> 'key_id' IS DISTINCT FROM $1
-             ORDER BY id LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED",
-        )
-        .bind(current)
-        .bind(limit)
-        .fetch_all(&mut *tx)
-        .await?;
-        if jobs.is_empty() && letters.is_empty() && callbacks.is_empty() {
+        if jobs.is_empty() && letters.is_empty() && callbacks == 0 {
             return Ok(None);
         }
         let last = jobs.last().map(|row| row.try_get("id")).transpose()?.unwrap_or(after);
-        let mut rotated = Rotated::default();
+        let mut rotated = Rotated { callbacks, ..Rotated::default() };
         for (table, owner, rows) in [("jobs", "id", &jobs), ("dead_letters", "job_id", &letters)] {
             let (mut ids, mut sealed, mut keys) = (vec![], vec![], vec![]);
             for row in rows {
@@ -260,6 +258,23 @@ impl Postgres {
             let count = if table == "jobs" { &mut rotated.jobs } else { &mut rotated.dead_letters };
             *count = ids.len() as u64;
         }
+        tx.commit().await?;
+        Ok(Some((last, rotated)))
+    }
+
+    /// In a transaction of their own, because a batch's row is locked before all others: so it can wait for those that the
+    /// collector holds.
+    async fn rotate_callbacks(&self, current: &str, limit: i64) -> Result<u64, StoreError> {
+        let mut tx = self.begin().await?;
+        let callbacks = sqlx::query(
+            "SELECT id, callback FROM batches
+             WHERE callback IS NOT NULL AND callback -> 'sealed' ->> 'key_id' IS DISTINCT FROM $1
+             ORDER BY id LIMIT $2 FOR NO KEY UPDATE",
+        )
+        .bind(current)
+        .bind(limit)
+        .fetch_all(&mut *tx)
+        .await?;
         for row in &callbacks {
             let job: NewJob = serde_json::from_value(row.try_get("callback")?)
                 .map_err(|e| broken("a batch's callback", e))?;
@@ -269,25 +284,38 @@ impl Postgres {
                 .bind(json!(sealed))
                 .execute(&mut *tx)
                 .await?;
-            rotated.callbacks += 1;
         }
         tx.commit().await?;
-        Ok(Some((last, rotated)))
+        Ok(callbacks.len() as u64)
     }
 
     /// Which keys are in use.
     pub async fn keys_in_use(&self) -> Result<Vec<KeyUse>, StoreError> {
-        Ok(sqlx::query_as(
-            "SELECT key_id, sum(unfinished)::bigint AS unfinished, sum(ended)::bigint AS ended,
-                    sum(letters)::bigint AS dead_letters
+        let mut tx = self.begin().await?;
+        // It reads the whole of each table.
+        sqlx::query("SET LOCAL statement_timeout = '120s'").execute(&mut *tx).await?;
+        let used = sqlx::query_as(
+            "SELECT key_id, sum(unfinished)::bigint AS unfinished, sum(ended)::bigint AS ended, sum(results)::bigint AS results,
+                    sum(letters)::bigint AS dead_letters, sum(callbacks)::bigint AS callbacks, sum(signals)::bigint AS signals
              FROM (SELECT payload_key_id AS key_id, count(*) FILTER (WHERE state IN ('waiting', 'running')) AS unfinished,
-                          count(*) FILTER (WHERE state NOT IN ('waiting', 'running')) AS ended, 0 AS letters FROM jobs GROUP BY 1
+                          count(*) FILTER (WHERE state NOT IN ('waiting', 'running')) AS ended,
+                          0 AS results, 0 AS letters, 0 AS callbacks, 0 AS signals FROM jobs GROUP BY 1
                    UNION ALL
-                   SELECT payload_key_id, 0, 0, count(*) FROM dead_letters WHERE state = 'open' GROUP BY 1) used
+                   SELECT result_key_id, 0, 0, count(*), 0, 0, 0 FROM jobs WHERE result IS NOT NULL GROUP BY 1
+                   UNION ALL
+                   SELECT payload_key_id, 0, 0, 0, count(*), 0, 0 FROM dead_letters WHERE state = 'open' GROUP BY 1
+                   UNION ALL
+                   SELECT callback -> 'sealed' ->> 'key_id', 0, 0, 0, 0, count(*), 0 FROM batches
+                   WHERE callback IS NOT NULL GROUP BY 1
+                   UNION ALL
+                   SELECT s.payload_key_id, 0, 0, 0, 0, 0, count(*) FROM job_signals s JOIN jobs j ON j.id = s.job_id
+                   WHERE j.state IN ('waiting', 'running', 'parked') GROUP BY 1) used
              GROUP BY 1 ORDER BY 1 NULLS LAST",
         )
-        .fetch_all(&self.pool)
-        .await?)
+        .fetch_all(&mut *tx)
+        .await?;
+        tx.commit().await?;
+        Ok(used)
     }
 }
 
