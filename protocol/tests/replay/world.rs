@@ -267,7 +267,7 @@ impl World {
                 let delay = if later { HOUR } else { Duration::ZERO };
                 let written = self.postgres.release(&run, delay, None).await.unwrap();
                 held.later = written.is_some_and(|wait| !wait.is_zero());
-                (if written.is_some() { Outcome::Written } else { Outcome::Refused }, written)
+                (if written.is_some() { Outcome::Written } else { Outcome::Refused }, written.is_some())
             }
             Action::Release { .. } => {
                 let delay = if held.later { HOUR } else { Duration::ZERO };
