@@ -16,14 +16,16 @@
 --@ policies.lua
 local tenant, verb = ARGV[1], ARGV[2]
 local key = tenant == '' and part .. ':p' or policy_key(tenant)
-local policy = redis.call('HMGET', key, 'lim', 'conc', 'cv', 'n', 'y', 'b')
+local policy = redis.call('HMGET', key, 'lim', 'conc', 'cv', 'n', 'y', 'b', 'cb')
 local limit, grant, version = tonumber(policy[1] or -1), tonumber(policy[2] or 0), tonumber(policy[3] or 0)
 local used = tenant == '' and redis.call('ZCARD', LEASES) or tonumber(policy[4] or 0)
+local back = tonumber(policy[7] or NEVER)
 if limit >= 0 then
   if verb == 'set' and tonumber(ARGV[4]) > version then
     grant, version = tonumber(ARGV[3]), tonumber(ARGV[4])
     redis.call('HSET', key, 'conc', grant, 'cv', version)
     redis.call('HDEL', key, 'cb')
+    back = NEVER
     if used < grant then
       freed = true
       if policy[5] == 'c' then
@@ -35,8 +37,10 @@ if limit >= 0 then
     grant, version = math.max(math.min(grant, used), grant - tonumber(ARGV[3])), version + 1
     redis.call('HSET', key, 'conc', grant, 'cv', version)
     redis.call('HDEL', key, 'cb')
+    back = NEVER
   elseif verb == 'back' then
     redis.call('HSET', key, 'cb', ARGV[3])
+    back = tonumber(ARGV[3])
   elseif verb == 'fence' then
     version = version + 1000000
     redis.call('HSET', key, 'cv', version)
@@ -44,6 +48,6 @@ if limit >= 0 then
 end
 if verb == 'done' then redis.call('ZREM', part .. ':need', tenant) end
 local needs
-if tenant == '' then needs = count.i == 2 and used >= grant else needs = policy[5] == 'c' end
+if tenant == '' then needs = count.i == 2 and used >= math.min(grant, back) else needs = policy[5] == 'c' end
 save()
 return { limit, grant, version, used, needs and 1 or 0 }

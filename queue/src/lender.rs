@@ -174,6 +174,8 @@ impl Queue {
         let mut needy: Vec<u16> =
             (0..).zip(&grants).filter(|(_, grant)| grant.needs).map(|(p, _)| p).collect();
         needy.shuffle(&mut rand::rng());
+        // First those that have nothing: what others give back was called back for them.
+        needy.sort_by_key(|partition| grants[usize::from(*partition)].has != 0);
         // What nobody uses comes back when somebody needs it, or when the limit has become lower.
         if spare < 0 || spare < needy.len() as i64 && !needy.is_empty() {
             for (partition, grant) in (0..).zip(grants.iter_mut()) {
