@@ -153,7 +153,7 @@ impl Queue {
             let mut forget = redis::cmd("DEL");
             forget.arg(self.subject_key(queue, tenant));
             self.shared.link.command(&forget).await?;
-            return self.settle(queue, tenant).await.map(|()| false);
+            return self.settle(queue, tenant).await;
         };
         let record = self.record(queue, tenant, &mut grants).await?;
         let mut spare = limit;
@@ -210,10 +210,7 @@ impl Queue {
         }
         self.call_back(queue, tenant, limit, spare, &grants).await?;
         let needs = !needy.is_empty() || spare < 0;
-        if !needs {
-            self.settle(queue, tenant).await?;
-        }
-        Ok(needs)
+        if needs { Ok(true) } else { self.settle(queue, tenant).await }
     }
 
     /// What the record says. One that is missing is made from what the partitions have, after which no grant of the
@@ -324,14 +321,17 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes a tenant off the lists of those that need more.
-    async fn settle(&self, queue: &QueueName, tenant: Option<&TenantId>) -> Result<(), QueueError> {
+    /// Takes a tenant off the lines of those that need more. Returns whether it needs more after all: a claim may have
+    /// parked it since the look.
+    async fn settle(&self, queue: &QueueName, tenant: Option<&TenantId>) -> Result<bool, QueueError> {
+        let mut needs = false;
         if tenant.is_some() {
             for partition in 0..self.config().partitions {
-                self.grant(queue, partition, tenant, &["done"]).await?;
+                let grant = self.grant(queue, partition, tenant, &["done"]).await?;
+                needs |= grant.limit.is_some() && grant.needs;
             }
         }
-        Ok(())
+        Ok(needs)
     }
 
     async fn grant(
@@ -371,7 +371,7 @@ mod tests {
     use devstack::{RedisOptions, testing::TestServices};
 
     use super::*;
-    use crate::{Envelope, QueueConfig, QueuePolicy, WorkerId};
+    use crate::{Envelope, QueueConfig, QueuePolicy, TenantPolicy, WorkerId};
 
     async fn queue() -> (TestServices, Queue, QueueName) {
         let services = TestServices::builder().redis_queue_with(RedisOptions::queue()).start().await.unwrap();
@@ -410,5 +410,28 @@ mod tests {
         let left = tell(&["give", "3", "1"]).await;
         assert_eq!((left.has, left.version, left.used), (4, 2, 4));
         assert_eq!(tell(&["give", "3", "1"]).await.version, 2, "its version is another now");
+    }
+
+    #[tokio::test]
+    async fn rule_21_a_tenant_that_is_parked_after_the_look_stays_in_the_line() {
+        let (services, queue, name) = queue().await;
+        queue.set_policy(&name, &QueuePolicy::default(), 2).await.unwrap();
+        let tenant = TenantId::new("acme").unwrap();
+        let policy = TenantPolicy { max_concurrency: Some(1), ..TenantPolicy::default() };
+        queue.set_tenant_policy(&name, &tenant, &policy, 1).await.unwrap();
+        let jobs: Vec<_> = (0..40).map(|_| Envelope::new("x", name.clone(), tenant.clone())).collect();
+        queue.push(&jobs).await.unwrap();
+        let client = redis::Client::open(services.redis_queue().url()).unwrap();
+        let mut raw = client.get_multiplexed_async_connection().await.unwrap();
+        let mut line = async |partition: u16| -> Vec<String> {
+            let key = format!("{}:need", partition_key(queue.config(), &name, partition));
+            redis::cmd("ZRANGE").arg(key).arg(0).arg(-1).query_async(&mut raw).await.unwrap()
+        };
+        // The look saw nobody parked; the claim came before the end of the round.
+        let claims = queue.claim_partition(&name, 1, &WorkerId::new("test:1"), 4).await.unwrap().claims;
+        assert!(claims.is_empty());
+        assert!(queue.settle(&name, Some(&tenant)).await.unwrap(), "it needs more");
+        assert!(line(0).await.is_empty());
+        assert_eq!(line(1).await, ["acme"]);
     }
 }
