@@ -129,7 +129,7 @@ local function park(priority, tenant, rule)
   rule.left = rule.left .. priority
   redis.call('HSET', policy_key(tenant), 'b', rule.left, 'y', why)
   redis.call('ZADD', PARKED, ready, tenant)
-  if why == 'c' and rule.lent then redis.call('ZADD', part .. ':need', 0, tenant) end
+  if why == 'c' and rule.lent then line_up(tenant, 'NX') end
   end_turn(priority, tenant, false)
   may_drop = may_drop - 1
   return true

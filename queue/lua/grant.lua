@@ -4,14 +4,14 @@
 -- KEYS[1]  the partition
 -- ARGV[1]  the tenant whose limit it is, or '' for the queue's
 -- ARGV[2]  what to do:
---   'look'                 nothing
+--   'look'                 puts the tenant at the end of the line of those that need more, so that all are looked at in turn
 --   'set' grant, version   takes a grant that is newer than what it has, and wakes whoever waited for it
 --   'give' by, version     gives back at most `by` of what is not in use, if its version is still this one
 --   'back' target          lets leases end without new ones until no more than `target` is in use
 --   'fence'                makes every grant that is on its way too old
 --   'done'                 takes the tenant off the line of those that need more, unless it needs more after all
 -- Returns  {limit or -1 if none is lent, grant, version, in use, 1 if it needs more}, as of after the call
--- Complexity: O(log(parked)); O(priorities) where a tenant comes back
+-- Complexity: O(log(parked) + log(the line)); O(priorities) where a tenant comes back
 --@ partition.lua
 --@ policies.lua
 local tenant, verb = ARGV[1], ARGV[2]
@@ -46,6 +46,7 @@ if limit >= 0 then
     redis.call('HSET', key, 'cv', version)
   end
 end
+if verb == 'look' and tenant ~= '' then line_up(tenant, 'XX') end
 if verb == 'done' and (limit < 0 or policy[5] ~= 'c') then redis.call('ZREM', part .. ':need', tenant) end
 local needs
 if tenant == '' then needs = count.i == 2 and used >= math.min(grant, back) else needs = policy[5] == 'c' end

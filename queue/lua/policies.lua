@@ -11,7 +11,7 @@
 --   T:p:<tenant>           hash   a tenant's policy: rev, pause, w (weight), conc, cv, rate, burst, depth; tok and at; n (its
 --                                 leases that count); b (the priorities whose ring it left), y (why: p pause, c concurrency,
 --                                 r rate)
---   T:need                 zset   tenants whose lent concurrency should be looked at; a lent limit also has the fields lim (the
+--   T:need                 zset   the line of tenants whose lent concurrency should be looked at; a lent limit also has the fields lim (the
 --                                 limit over all partitions) and cb (how much the lender wants to be in use at most), see
 --                                 grant.lua
 --   T:b                    zset   parked tenants by the time when they may go on, ms; NEVER if something else must happen
@@ -28,6 +28,12 @@ local function policy_key(tenant) return part .. ':p:' .. tenant end
 local function held_by(holder, token)
   if not holder or string.find(holder, token, 1, true) ~= 1 or string.byte(holder, #token + 1) ~= 32 then return false end
   return true, string.match(holder, '^(%S+) ', #token + 2)
+end
+
+-- Puts a tenant at the end of the line for the lender: `NX` if it isn't in it, `XX` if it is.
+local function line_up(tenant, whether)
+  local last = redis.call('ZRANGE', part .. ':need', -1, -1, 'WITHSCORES')
+  redis.call('ZADD', part .. ':need', whether, tonumber(last[2] or 0) + 1, tenant)
 end
 
 -- Puts a parked tenant back into the rings that it left. Returns whether there were any.

@@ -60,7 +60,7 @@ for i = 11, #ARGV, 8 do
   if holds and bits < 2 then bits = bits + 2 end
   if newer then
     unpark(ARGV[i], redis.call('HGET', key, 'b'))
-    if redis.call('HEXISTS', key, 'lim') == 1 then redis.call('ZADD', part .. ':need', 0, ARGV[i]) end
+    if redis.call('HEXISTS', key, 'lim') == 1 then line_up(ARGV[i], 'NX') end
   end
 end
 if bits ~= policies then redis.call('HSET', part, 'pol', bits) end

@@ -28,7 +28,7 @@ const BUSY: Duration = Duration::from_millis(100);
 const IDLE: Duration = Duration::from_secs(1);
 /// How long the role is one process' own. Only for thrift: several lenders at once break nothing.
 const ROLE: Duration = Duration::from_secs(3);
-/// Tenants that one round looks at per partition.
+/// Tenants that one round looks at per partition, those first that nobody has looked at for longest.
 const TENANTS: usize = 100;
 
 /// The lender. Every process that keeps policies in step runs one; one at a time does the work, and with one partition none.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use proptest::prelude::*;
-use queue::{Claim, Envelope, Lender, Queue, QueueConfig, QueuePolicy, TenantId, TenantPolicy};
+use queue::{Claim, Envelope, Lender, PolicySet, Queue, QueueConfig, QueuePolicy, TenantId, TenantPolicy};
 use support::{Stage, eventually, job, jobs, name, property, worker};
 use tokio_util::sync::CancellationToken;
 
@@ -174,6 +174,35 @@ async fn rule_21_a_tenants_concurrency_holds_over_all_partitions() {
         }
     }
     panic!("only {done} of the tenant's 40 jobs were done");
+}
+
+#[tokio::test]
+async fn rule_21_every_tenant_is_lent_to_in_turn_however_many_wait() {
+    const TENANTS: usize = 150;
+    const EACH: usize = 12;
+    let stage = stage().await;
+    let one = TenantPolicy { max_concurrency: Some(1), ..TenantPolicy::default() };
+    let whose: Vec<String> = (0..TENANTS).map(|number| format!("t{number:03}")).collect();
+    let tenants = whose.iter().map(|tenant| (TenantId::new(tenant).unwrap(), one, 1)).collect();
+    let set = PolicySet { queue: name(), policy: (QueuePolicy::default(), 1), tenants };
+    stage.queue.sync_policies(&set).await.unwrap();
+    let all: Vec<Envelope> = (0..EACH).flat_map(|_| whose.iter().map(|tenant| job(tenant, 5))).collect();
+    stage.queue.push(&all).await.unwrap();
+    assert!(stage.claim(200).await.is_empty(), "nothing is lent yet");
+    let mut served: HashMap<TenantId, usize> = HashMap::new();
+    for _ in 0..8 {
+        stage.queue.lend(&name()).await.unwrap();
+        let claims = stage.claim(200).await;
+        for claim in &claims {
+            *served.entry(claim.envelope.tenant.clone()).or_default() += 1;
+        }
+        ack(&stage.queue, &claims).await;
+    }
+    assert!(
+        served.values().all(|jobs| *jobs < EACH),
+        "some are done, so that this proves nothing: {served:?}"
+    );
+    assert_eq!(served.len(), TENANTS, "the others wait until the first have no jobs left");
 }
 
 #[tokio::test]
