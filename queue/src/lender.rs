@@ -169,7 +169,9 @@ impl Queue {
                 let seen = grant.version;
                 self.raise(queue, tenant, limit, (partition, 0, seen), grant).await?;
             }
-            spare -= has.max(lent);
+            // Leases of before the limit, or before it was lent anew, may be more than the grant.
+            let used = if grant.limit.is_some() { grant.used } else { 0 };
+            spare -= has.max(lent).max(used);
         }
         let mut needy: Vec<u16> =
             (0..).zip(&grants).filter(|(_, grant)| grant.needs).map(|(p, _)| p).collect();

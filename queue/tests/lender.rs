@@ -206,6 +206,32 @@ async fn rule_21_every_tenant_is_lent_to_in_turn_however_many_wait() {
 }
 
 #[tokio::test]
+async fn rule_21_jobs_that_ran_before_the_limit_count_towards_it() {
+    let stage = Stage::with(|config| config.partitions = 2).await;
+    stage.queue.push(&jobs(60)).await.unwrap();
+    let (mut running, others): (Vec<Claim>, Vec<Claim>) =
+        stage.claim(60).await.into_iter().partition(|claim| claim.partition == 0);
+    let others: Vec<_> = others.iter().map(|claim| (claim.lease_ref(), Duration::ZERO)).collect();
+    stage.queue.release(&others).await.unwrap();
+    let ended = running.split_off(6);
+    ack(&stage.queue, &ended).await;
+    stage.queue.set_policy(&name(), &limit(4), 1).await.unwrap();
+    while running.len() >= 4 {
+        for _ in 0..5 {
+            stage.queue.lend(&name()).await.unwrap();
+            assert!(stage.claim(10).await.is_empty(), "{} jobs run already", running.len());
+        }
+        ack(&stage.queue, &[running.pop().unwrap()]).await;
+    }
+    let mut started = Vec::new();
+    for _ in 0..5 {
+        stage.queue.lend(&name()).await.unwrap();
+        started.extend(stage.claim(10).await);
+    }
+    assert_eq!(started.len(), 1, "3 of 4 were running");
+}
+
+#[tokio::test]
 async fn rule_21_a_lost_record_is_made_again_and_what_was_on_its_way_is_refused() {
     let stage = stage().await;
     let mut raw = stage.raw().await;
@@ -287,7 +313,10 @@ async fn run(config: QueueConfig, steps: Vec<Step>) {
             }
             Step::Push(count) => drop(queue.push(&jobs(usize::from(count))).await.unwrap()),
             Step::Claim(max) => {
-                held.extend(queue.claim(&name(), &worker(), usize::from(max)).await.unwrap());
+                let claims = queue.claim(&name(), &worker(), usize::from(max)).await.unwrap();
+                let started = !claims.is_empty();
+                held.extend(claims);
+                assert!(!started || held.len() as i64 <= allowed, "{} jobs run of {allowed}", held.len());
             }
             Step::Ack(count) => {
                 let ended: Vec<Claim> = held.drain(..usize::from(count).min(held.len())).collect();
