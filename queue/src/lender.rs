@@ -156,7 +156,7 @@ impl Queue {
             return self.settle(queue, tenant).await;
         };
         let record = self.record(queue, tenant, &mut grants).await?;
-        let mut spare = limit;
+        let (mut spare, mut over) = (limit, 0);
         for (partition, (grant, &(lent, _))) in (0..).zip(grants.iter_mut().zip(&record)) {
             let has = if grant.limit.is_some() { grant.has } else { 0 };
             if has < lent {
@@ -169,10 +169,14 @@ impl Queue {
                 let seen = grant.version;
                 self.raise(queue, tenant, limit, (partition, 0, seen), grant).await?;
             }
+            spare -= has.max(lent);
             // Leases of before the limit, or before it was lent anew, may be more than the grant.
             let used = if grant.limit.is_some() { grant.used } else { 0 };
-            spare -= has.max(lent).max(used);
+            over += (used - has.max(lent)).max(0);
         }
+        // The record knows only of grants, and another lender may be raising them.
+        let limit = limit - over;
+        spare -= over;
         let mut needy: Vec<u16> =
             (0..).zip(&grants).filter(|(_, grant)| grant.needs).map(|(p, _)| p).collect();
         needy.shuffle(&mut rand::rng());
