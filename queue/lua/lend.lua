@@ -2,9 +2,9 @@
 -- The record of what a limit lends to the partitions of a queue. The sum of its grants never exceeds the limit, and no
 -- partition ever has more than the record says: a grant is raised here first, and lowered in the partition first.
 --
--- KEYS[1]  the record, in a slot of its own: hash g<partition> (grant), v<partition> (version)
+-- KEYS[1]  the record, in a slot of its own: hash p (partitions), g<partition> (grant), v<partition> (version)
 -- ARGV[1]  what to do:
---   'show' partitions                    nothing
+--   'show' partitions                    removes a record of another number of partitions
 --   'adopt' then 2 per partition         makes a record that is missing from what the partitions have: grant, version
 --   'raise' limit, partition, by, version  lends `by` more, as far as the limit allows; the new version is newer than `version`
 --   'lower' partition, grant, version    takes over what a partition gave back, if that is newer
@@ -23,6 +23,10 @@ if verb == 'adopt' then
 end
 if redis.call('EXISTS', record) == 0 then return {} end
 if verb == 'show' then
+  if get('p') ~= tonumber(ARGV[2]) then
+    redis.call('DEL', record)
+    return {}
+  end
   local answer = {}
   for partition = 0, tonumber(ARGV[2]) - 1 do
     answer[#answer + 1] = get('g' .. partition)

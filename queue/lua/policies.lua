@@ -4,11 +4,11 @@
 --   T                      two more fields: pol (1 the queue has a policy, 2 tenants have, 3 both), syn (this life of the
 --                          data has been given its policies), i (why a claim found nothing although jobs wait: 1 every
 --                          tenant that waits is parked, 2 the queue's concurrency is used up)
---   T:p                    hash   the queue's policy: rev, pause, drain, weights ("w0,…,w9"; absent: strict), conc, cv
---                                 (version of a lent conc), rate (per second), burst, depth; tok and at (tokens left, and
+--   T:p                    hash   the queue's policy: rev, of (how many partitions it is divided among), pause,
+--                                 drain, weights ("w0,…,w9"; absent: strict), conc, cv (version of a lent conc), rate (per second), burst, depth; tok and at (tokens left, and
 --                                 when), pass (how far each priority is ahead, weighted), turn (what is left of the turn of
 --                                 the tenant at the head of each ring)
---   T:p:<tenant>           hash   a tenant's policy: rev, pause, w (weight), conc, cv, rate, burst, depth; tok and at; n (its
+--   T:p:<tenant>           hash   a tenant's policy: rev, of, pause, w (weight), conc, cv, rate, burst, depth; tok and at; n (its
 --                                 leases that count); b (the priorities whose ring it left), y (why: p pause, c concurrency,
 --                                 r rate)
 --   T:need                 zset   the line of tenants whose lent concurrency should be looked at; a lent limit also has the fields lim (the

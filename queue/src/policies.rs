@@ -139,13 +139,14 @@ impl Queue {
             loop {
                 let chunk = chunks.next().unwrap_or_default();
                 let last = chunks.peek().is_none();
-                let mut args = vec![nonce(), if complete && last { text(1) } else { Vec::new() }];
+                let complete = if complete && last { text(1) } else { Vec::new() };
+                let mut args = vec![nonce(), complete, text(partitions)];
                 match policy {
                     Some((policy, revision)) => {
                         args.push(text(revision));
                         policy.write(&mut args, partitions);
                     }
-                    None => args.resize(10, Vec::new()),
+                    None => args.resize(11, Vec::new()),
                 }
                 for (tenant, policy, revision) in chunk {
                     args.extend([text(tenant), text(revision)]);
