@@ -8,7 +8,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{error::QueueError, ids::QueueName, outage::Outage, queue::Queue};
+use crate::{ids::QueueName, outage::Outage, queue::Queue};
+
+/// How long a place that could not be looked at is left alone.
+const REST: Duration = Duration::from_secs(1);
 
 /// The scheduler. Every worker runs one; several do no harm.
 pub struct Scheduler {
@@ -36,42 +39,33 @@ impl Scheduler {
                 () = shutdown.cancelled() => return,
                 () = sleep_until(wake) => {}
             }
-            match self.look(next_poll <= Instant::now()).await {
-                Ok(()) => outage.over(),
-                Err(error) => {
-                    let pause: Duration = outage.wait(&error);
-                    self.due.clear();
-                    next_poll = Instant::now() + pause;
-                    continue;
-                }
+            let now = Instant::now();
+            let mut places: Vec<(QueueName, u16)> =
+                self.due.iter().filter(|(_, due)| **due <= now).map(|(place, _)| place.clone()).collect();
+            if next_poll <= now {
+                let turn = self.queues.iter().map(|name| (name.clone(), self.turn));
+                places.extend(turn.filter(|place| self.due.get(place).is_none_or(|due| *due > now)));
+                self.turn = (self.turn + 1) % self.queue.config().partitions;
+                next_poll = now + poll;
             }
-            if next_poll <= Instant::now() {
-                next_poll = Instant::now() + poll;
+            for place in places {
+                let next = match self.queue.promote_partition(&place.0, place.1).await {
+                    Ok((_, next)) => {
+                        outage.over();
+                        // At least a millisecond: Redis rounds times down.
+                        next.map(|wait| wait.max(Duration::from_millis(1)))
+                    }
+                    Err(error) => {
+                        // Only this place waits: the others may be on other nodes of a cluster.
+                        outage.wait(&error);
+                        Some(REST)
+                    }
+                };
+                match next {
+                    Some(wait) => self.due.insert(place, Instant::now() + wait),
+                    None => self.due.remove(&place),
+                };
             }
         }
-    }
-
-    async fn look(&mut self, poll: bool) -> Result<(), QueueError> {
-        let now = Instant::now();
-        let mut places: Vec<(QueueName, u16)> =
-            self.due.iter().filter(|(_, due)| **due <= now).map(|(place, _)| place.clone()).collect();
-        if poll {
-            for name in &self.queues {
-                let place = (name.clone(), self.turn);
-                if !places.contains(&place) {
-                    places.push(place);
-                }
-            }
-            self.turn = (self.turn + 1) % self.queue.config().partitions;
-        }
-        for place in places {
-            let (_, next) = self.queue.promote_partition(&place.0, place.1).await?;
-            match next {
-                // At least a millisecond: Redis rounds times down.
-                Some(wait) => self.due.insert(place, Instant::now() + wait.max(Duration::from_millis(1))),
-                None => self.due.remove(&place),
-            };
-        }
-        Ok(())
     }
 }

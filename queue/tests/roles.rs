@@ -392,6 +392,31 @@ async fn a_due_job_runs_on_time() {
 }
 
 #[tokio::test]
+async fn due_jobs_are_promoted_although_another_place_fails() {
+    let stage = Stage::with(|config| config.safety_poll = Duration::from_mins(10)).await;
+    let (mut raw, shutdown) = (stage.raw().await, CancellationToken::new());
+    // Every look at this queue is an error, as if its node were away.
+    let (broken, schedule) = (QueueName::new("embed").unwrap(), "{flotilla:embed:0}:s");
+    let () = redis::cmd("SET").arg(schedule).arg("x").query_async(&mut raw).await.unwrap();
+    let (seconds, micros): (i64, i64) = redis::cmd("TIME").query_async(&mut raw).await.unwrap();
+    let soon = Some(seconds * 1000 + micros / 1000 + 1500);
+    stage.queue.push(&[Envelope { run_at_ms: soon, ..job("acme", 5) }]).await.unwrap();
+    let queues = vec![broken.clone(), name()];
+    let _scheduler = Scheduler::spawn(stage.queue.clone(), queues, shutdown.clone());
+    let waiting = async |queue: &QueueName| {
+        let stats = stage.queue.stats(queue).await.ok()?;
+        (stats.depth() == 1).then_some(())
+    };
+    eventually(DEADLINE, async || waiting(&name()).await, async || state(&stage).await).await;
+    // And the other place is looked at until it is well again.
+    let () = redis::cmd("DEL").arg(schedule).query_async(&mut raw).await.unwrap();
+    let job = Envelope { queue: broken.clone(), run_at_ms: soon.map(|at| at + 2500), ..job("acme", 5) };
+    stage.queue.push(&[job]).await.unwrap();
+    eventually(DEADLINE, async || waiting(&broken).await, async || state(&stage).await).await;
+    shutdown.cancel();
+}
+
+#[tokio::test]
 async fn rule_13_a_dead_workers_jobs_go_to_another() {
     let stage = Stage::with(|config| config.lease = Duration::from_secs(2)).await;
     stage.queue.push(&jobs(3)).await.unwrap();
