@@ -31,10 +31,15 @@ local rings, lists, heads = {}, {}, {}
 local ALMOST = 1 - 1e-6
 local answer, claimed = { epoch, 0, 0 }, 0
 
--- The tokens of a bucket now. One that was never used is full.
-local function refill(rate, burst, tokens, at)
+-- The tokens of the bucket in this hash now. One that was never used is full. One that was last used in the future goes on
+-- from now: the clock went back, and would fill nothing until it is there again.
+local function refill(key, rate, burst, tokens, at)
   if not tokens then return burst end
-  return math.min(burst, tokens + math.max(0, now - at) * rate / 1000)
+  if at > now then
+    at = now
+    redis.call('HSET', key, 'at', now)
+  end
+  return math.min(burst, tokens + (now - at) * rate / 1000)
 end
 
 -- How long until a bucket has a whole token, ms, at least 1.
@@ -57,7 +62,7 @@ if policies > 0 then
   room = most and math.max(0, most - redis.call('ZCARD', LEASES)) or NEVER
   if queue[4] then
     queue[4], queue[5] = tonumber(queue[4]), tonumber(queue[5])
-    tokens = refill(queue[4], queue[5], tonumber(queue[6]), tonumber(queue[7]))
+    tokens = refill(part .. ':p', queue[4], queue[5], tonumber(queue[6]), tonumber(queue[7]))
   end
   max = math.min(max, room, tokens and math.floor(tokens + 1 - ALMOST) or NEVER)
 end
@@ -109,7 +114,9 @@ local function rule_of(tenant)
       left = raw[10] or '',
       served = 0,
     } or false
-    if rule and rule.rate then rule.tokens = refill(rule.rate, tonumber(raw[6]), tonumber(raw[7]), tonumber(raw[8])) end
+    if rule and rule.rate then
+      rule.tokens = refill(policy_key(tenant), rule.rate, tonumber(raw[6]), tonumber(raw[7]), tonumber(raw[8]))
+    end
     rules[tenant] = rule
   end
   return rule

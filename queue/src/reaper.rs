@@ -25,7 +25,8 @@ pub struct Reaper {
     servers: HashMap<Arc<str>, Server>,
     /// A longer silence than this, in ms, was an outage.
     outage: i64,
-    epochs: HashMap<(QueueName, u16), Option<Epoch>>,
+    /// What each partition's life was when it was looked at last, and when that was by Redis' clock.
+    seen: HashMap<(QueueName, u16), (i64, Option<Epoch>)>,
     /// When the next lease of a partition may expire, by our clock.
     due: HashMap<(QueueName, u16), Instant>,
     turn: u16,
@@ -55,7 +56,7 @@ impl Reaper {
             queues,
             servers: HashMap::new(),
             outage,
-            epochs: HashMap::new(),
+            seen: HashMap::new(),
             due: HashMap::new(),
             turn: 0,
         };
@@ -104,19 +105,22 @@ impl Reaper {
     async fn look(&mut self, name: &QueueName, partition: u16) -> Result<Option<Duration>, QueueError> {
         let server = self.queue.server(name, partition).await?;
         let server = self.servers.entry(server).or_insert_with(|| Server {
-            guard: ReapGuard { last: 0, outage: self.outage, not_before: i64::MAX },
+            guard: ReapGuard { last: 0, outage: self.outage, not_before: i64::MAX, seen: 0 },
             run_id: None,
         });
-        let found = self.queue.reap_partition(name, partition, Some(server.guard)).await?;
+        let place = (name.clone(), partition);
+        let seen = self.seen.get(&place).map_or(0, |(when, _)| *when);
+        let guard = ReapGuard { seen, ..server.guard };
+        let found = self.queue.reap_partition(name, partition, Some(guard)).await?;
         server.guard.last = found.now_ms;
         let mut wait = found.outage;
         if let Some(epoch) = &found.epoch {
             wait |= server.run_id.replace(Arc::clone(&epoch.run)).is_some_and(|before| before != epoch.run);
         }
-        let place = (name.clone(), partition);
-        let before = self.epochs.insert(place, found.epoch.clone());
-        wait |=
-            before.flatten().is_some_and(|before| Some(before.data) != found.epoch.map(|epoch| epoch.data));
+        let before = self.seen.insert(place, (found.now_ms, found.epoch.clone()));
+        wait |= before
+            .and_then(|(_, epoch)| epoch)
+            .is_some_and(|before| Some(before.data) != found.epoch.map(|epoch| epoch.data));
         let lease = self.queue.config().lease;
         if wait {
             server.guard.not_before = found.now_ms.saturating_add(lease.as_millis() as i64);
@@ -128,5 +132,67 @@ impl Reaper {
         // At least a millisecond: Redis rounds times down.
         let not_before = server.guard.not_before.saturating_sub(found.now_ms);
         Ok(found.next_ms.map(|next| Duration::from_millis(next.max(not_before).max(1) as u64).min(lease)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use devstack::{RedisOptions, testing::TestServices};
+    use futures::{FutureExt, StreamExt};
+
+    use super::*;
+    use crate::{Envelope, QueueConfig, Rate, TenantId, TenantPolicy, WorkerId, partition::partition_key};
+
+    const NOW: i64 = 1_800_000_000_000;
+    const STEP: i64 = 3_600_000;
+
+    #[tokio::test]
+    async fn after_the_clock_went_back_a_tenants_rate_goes_on_in_every_partition() {
+        let services = TestServices::builder().redis_queue_with(RedisOptions::queue()).start().await.unwrap();
+        let url = services.redis_queue().url().to_owned();
+        let config = QueueConfig { url: url.clone(), partitions: 2, ..QueueConfig::default() };
+        let queue = Queue::connect(config).await.unwrap();
+        let (name, tenant) = (QueueName::new("ingest").unwrap(), TenantId::new("slow").unwrap());
+        // 10 a second in each partition.
+        let policy =
+            TenantPolicy { rate: Some(Rate { per_second: 20.0, burst: 2 }), ..TenantPolicy::default() };
+        queue.set_tenant_policy(&name, &tenant, &policy, 1).await.unwrap();
+        let jobs: Vec<_> = (0..40).map(|_| Envelope::new("x", name.clone(), tenant.clone())).collect();
+        queue.push(&jobs).await.unwrap();
+        let claimed = async |at: i64, partition: u16| {
+            let claim = queue.at(at).claim_partition(&name, partition, &WorkerId::new("test:1"), 4).await;
+            claim.unwrap().claims.len()
+        };
+        let mut reaper = Reaper {
+            queue: queue.at(NOW + STEP),
+            queues: vec![name.clone()],
+            servers: HashMap::new(),
+            outage: 5000,
+            seen: HashMap::new(),
+            due: HashMap::new(),
+            turn: 0,
+        };
+        for partition in 0..2 {
+            assert_eq!(claimed(NOW + STEP, partition).await, 1);
+            reaper.look(&name, partition).await.unwrap();
+        }
+        let (mut sink, mut heard) =
+            redis::Client::open(url).unwrap().get_async_pubsub().await.unwrap().split();
+        for partition in 0..2 {
+            sink.subscribe(format!("{}:wake", partition_key(queue.config(), &name, partition)))
+                .await
+                .unwrap();
+        }
+        reaper.queue = queue.at(NOW);
+        for partition in 0..2 {
+            reaper.look(&name, partition).await.unwrap();
+            // The answer comes after all messages of before.
+            sink.ping::<redis::Value>().await.unwrap();
+            assert!(heard.next().now_or_never().is_some(), "the workers of {partition} sleep on");
+            assert_eq!(claimed(NOW, partition).await, 0, "no token was made yet");
+            assert_eq!(claimed(NOW + 99, partition).await, 0);
+            assert_eq!(claimed(NOW + 100, partition).await, 1);
+        }
     }
 }

@@ -30,6 +30,8 @@ pub(crate) struct ReapGuard {
     pub outage: i64,
     /// Not before this time.
     pub not_before: i64,
+    /// When this reaper last looked at the partition; 0 if never.
+    pub seen: i64,
 }
 
 /// What one look for expired leases in one partition brought.
@@ -129,15 +131,19 @@ impl Queue {
                 optional(last),
                 optional(guard.map(|guard| guard.outage)),
                 optional(guard.map(|guard| guard.not_before)),
+                optional(guard.map(|guard| guard.seen)),
             ];
             let answer = self.script(&scripts::REAP, queue, partition, &args).await?;
             let mut reply = Reply::new(answer.value)?;
             reaped.now_ms = reply.integer()?;
             reaped.epoch = reply.optional()?.map(|data| Epoch { data: data.into(), run: answer.run_id });
-            reaped.outage = reply.integer()? == 1;
+            reaped.outage |= reply.integer()? == 1;
             let more = reply.integer()? == 1;
             reaped.next_ms = reply.optional_integer()?;
-            last = last.map(|_| reaped.now_ms);
+            // After an outage the further calls reap nothing, either.
+            if !reaped.outage {
+                last = last.map(|_| reaped.now_ms);
+            }
             while !reply.is_empty() {
                 reaped.jobs.push(reply.parsed("a job id")?);
             }

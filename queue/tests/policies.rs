@@ -363,6 +363,18 @@ async fn a_tenants_rate_bounds_its_claims_and_time_brings_it_back() {
 }
 
 #[tokio::test]
+async fn a_rate_goes_on_at_once_when_the_clock_went_back() {
+    let stage = Stage::new().await;
+    let rate = Some(Rate { per_second: 10.0, burst: 5 });
+    set(&stage, QueuePolicy { rate, ..QueuePolicy::default() }, 1).await;
+    stage.queue.push(&jobs(100)).await.unwrap();
+    assert_eq!(claim(&stage.queue.at(NOW + 3_600_000), 50).await.len(), 5, "the burst");
+    assert!(claim(&stage.queue.at(NOW), 50).await.is_empty(), "a step of the clock makes no tokens");
+    assert_eq!(claim(&stage.queue.at(NOW + 100), 50).await.len(), 1);
+    assert_eq!(claim(&stage.queue.at(NOW + 400), 50).await.len(), 3);
+}
+
+#[tokio::test]
 async fn a_worker_comes_back_when_a_rate_has_tokens_and_does_not_poll_meanwhile() {
     let stage = quiet_stage().await;
     let rate = Some(Rate { per_second: 4.0, burst: 1 });
