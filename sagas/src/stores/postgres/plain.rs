@@ -99,7 +99,8 @@ impl PlainLedger {
         }
         let why = format!("payload: {why}");
         self.postgres.note_error(job.id, job.fence, &why).await.map_err(ledger_error)?;
-        let wait = UNREADABLE_FOR.min(self.unroutable_after - waited).max(Duration::from_millis(100));
+        let wait =
+            UNREADABLE_FOR.min(self.unroutable_after.saturating_sub(waited)).max(Duration::from_millis(100));
         let kept = self.postgres.release(&run, wait, Some(waited)).await.map_err(ledger_error)?;
         Ok(kept.map_or(ledger::Take::Gone, ledger::Take::NotYet))
     }
