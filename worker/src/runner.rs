@@ -167,7 +167,8 @@ impl Runner {
                 let run = Run {
                     job_id: id,
                     fence,
-                    saga_id: None,
+                    // Of lost deliveries there may be a run: a request to cancel can't be met before its turn, either.
+                    saga_id: Some(id.0),
                     worker: self.engine.worker().clone(),
                     started_at: chrono::Utc::now(),
                 };
