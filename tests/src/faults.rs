@@ -167,8 +167,8 @@ impl Fleet {
         each_once(trace.lines().filter(|point| passes(&subject.kind, point)))
     }
 
-    /// The points that an `ingest` job and the job that embeds for it pass on the way to their ends, in order, each once.
-    pub async fn points_of_a_hand_over(&self) -> Vec<String> {
+    /// Every place of an `ingest` job and of the job that embeds for it, on the way to their ends.
+    pub async fn places_of_a_hand_over(&self) -> Vec<Place> {
         let path = self.faults("trace-hand-over", "").dir.join("trace");
         let worker = self.worker().queues(&["ingest", "embed"]).handing_over().patient();
         let worker = worker.env("FLOTILLA_FAULTS_TRACE", path.display().to_string()).start();
@@ -178,7 +178,16 @@ impl Fleet {
         assert!(worker.terminate().await.success(), "{}", worker.tail());
         let trace = std::fs::read_to_string(path).expect("the trace");
         let of = ["ingest", "embed_version", "engine"].map(Some);
-        each_once(trace.lines().filter(|point| of.contains(&point.split('.').next())))
+        let points = each_once(trace.lines().filter(|point| of.contains(&point.split('.').next())));
+        let before = points.iter().position(|point| point == "ingest.publish.before").expect("its pivot");
+        let published = points[before..].iter().position(|point| point.ends_with(".after")).expect("its end");
+        let place = |(no, point)| Place {
+            kind: "ingest".to_owned(),
+            point,
+            way: Way::There,
+            past_pivot: no >= before + published,
+        };
+        points.into_iter().enumerate().map(place).collect()
     }
 }
 

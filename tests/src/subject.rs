@@ -246,15 +246,17 @@ impl Fleet {
         }
     }
 
-    /// All that the stores hold of a subject's job, as text, to be compared later.
+    /// All that the stores hold of a subject's job and of those that embed for it, as text, to be compared later.
     pub async fn snapshot(&self, subject: &Subject, job: JobId) -> String {
         let rows: Vec<String> = sqlx::query_scalar(
-            "WITH job AS (SELECT * FROM jobs WHERE id = $1)
-             SELECT 'job ' || to_jsonb(j)::text FROM job j
-             UNION ALL SELECT 'run ' || to_jsonb(s)::text FROM sagas s WHERE job_id = $1
-             UNION ALL SELECT 'step ' || to_jsonb(t)::text FROM saga_timeline t JOIN sagas s ON s.id = t.saga_id WHERE s.job_id = $1
-             UNION ALL SELECT 'attempt ' || to_jsonb(a)::text FROM job_attempts a WHERE job_id = $1
-             UNION ALL SELECT 'dead letter ' || to_jsonb(l)::text FROM dead_letters l WHERE job_id = $1
+            "WITH job AS (SELECT * FROM jobs WHERE id = $1),
+             ours AS (SELECT id AS job_id FROM jobs WHERE id = $1 OR parent = $1 AND kind = 'embed_version')
+             SELECT 'job ' || to_jsonb(j)::text FROM jobs j JOIN ours ON job_id = j.id
+             UNION ALL SELECT 'run ' || to_jsonb(s)::text FROM sagas s JOIN ours USING (job_id)
+             UNION ALL SELECT 'step ' || to_jsonb(t)::text FROM saga_timeline t
+                 JOIN sagas s ON s.id = t.saga_id JOIN ours USING (job_id)
+             UNION ALL SELECT 'attempt ' || to_jsonb(a)::text FROM job_attempts a JOIN ours USING (job_id)
+             UNION ALL SELECT 'dead letter ' || to_jsonb(l)::text FROM dead_letters l JOIN ours USING (job_id)
              UNION ALL SELECT 'document ' || to_jsonb(d)::text FROM documents d JOIN job j ON j.document_id = d.id
              UNION ALL SELECT 'version ' || to_jsonb(v)::text FROM document_versions v JOIN job j USING (document_id)
              UNION ALL SELECT 'chunk ' || to_jsonb(c)::text FROM chunks c

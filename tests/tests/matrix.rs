@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Fleet, LONG, Outcome, PROBES, Place, Subject, TENANT, Way, WorkerBuilder, text, wait_until};
+use e2e::{Fleet, LONG, Outcome, PROBES, Place, Subject, Way, WorkerBuilder, wait_until};
 use futures::{FutureExt, future::join_all};
 use queue::JobId;
 
@@ -23,8 +23,8 @@ const LANES: usize = 6;
 const FOR_GOOD: &str = "permanent*9";
 /// Of the cases, so many run in `make test`.
 const SOME: usize = 48;
-/// Of those of a hand-over, which come one after the other.
-const SOME_HANDED_OVER: usize = 8;
+/// Of those of a hand-over.
+const SOME_HANDED_OVER: usize = 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trouble {
@@ -61,35 +61,38 @@ impl Trouble {
     }
 }
 
+#[derive(Clone)]
 struct Case {
     place: Place,
     trouble: Trouble,
     subject: Subject,
+    /// Whether an `ingest` job hands its embedding over to a job of the queue `embed`: the trouble comes to either.
+    handed_over: bool,
 }
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {:?} at {}", self.place.kind, self.trouble, self.place.point)
+        let over = if self.handed_over { " handed over" } else { "" };
+        write!(f, "{}{over} {:?} at {}", self.place.kind, self.trouble, self.place.point)
     }
 }
 
 impl Case {
-    fn all(places: &[Place]) -> Vec<Self> {
+    fn all(places: &[Place], handed_over: bool) -> Vec<Self> {
         let mut cases: Vec<Self> = vec![];
         for trouble in Trouble::ALL {
             for place in places.iter().filter(|place| trouble.fits(place)) {
-                let (name, queue) =
-                    (format!("case-{}", cases.len()), format!("lane-{}", cases.len() % LANES));
+                let name = format!("case-{}", cases.len());
                 // An ingest replaces a version that readers see all the while.
                 let mut subject = match place.kind.as_str() {
-                    "ingest" => Subject::again(&name, &queue),
-                    kind => Subject::new(kind, &name, &queue),
+                    "ingest" => Subject::again(&name, "lane"),
+                    kind => Subject::new(kind, &name, "lane"),
                 };
                 if trouble == Trouble::Hang {
                     // Enough for the attempt after the hang, on a busy machine, too.
                     subject.timeout = Duration::from_secs(5);
                 }
-                cases.push(Self { place: place.clone(), trouble, subject });
+                cases.push(Self { place: place.clone(), trouble, subject, handed_over });
             }
         }
         cases
@@ -133,9 +136,19 @@ impl Case {
         }
     }
 
+    /// A worker that brings the job to its end.
+    fn worker(&self, fleet: &Fleet) -> WorkerBuilder {
+        let queue = self.subject.queue.as_str();
+        if self.handed_over {
+            fleet.worker().queues(&[queue, "embed"]).handing_over()
+        } else {
+            fleet.worker().queues(&[queue])
+        }
+    }
+
     /// The worker that comes by the point.
     fn first(&self, fleet: &Fleet) -> WorkerBuilder {
-        let worker = fleet.worker().queues(&[self.subject.queue.as_str()]);
+        let worker = self.worker(fleet);
         if self.place.way == Way::GivenBack { worker.ignorant_of(&self.place.kind) } else { worker }
     }
 
@@ -157,7 +170,7 @@ impl Case {
         let job = self.begin(fleet).await;
         first.killed().await;
         assert_eq!(faults.fired(&self.place.point), 1);
-        let second = fleet.worker().queues(&[queue]).armed(&faults).start();
+        let second = self.worker(fleet).armed(&faults).start();
         self.comes_to_its_end(fleet, job).await;
         let lost = fleet.postgres.job(job, None).await.unwrap().unwrap().lost_deliveries;
         assert!(lost <= 1, "{}", fleet.describe(job).await);
@@ -176,7 +189,7 @@ impl Case {
         if self.place.way == Way::GivenBack {
             fleet.given_back(job).await;
             assert!(worker.terminate().await.success(), "{}", worker.tail());
-            worker = fleet.worker().queues(&[queue]).armed(&faults).start();
+            worker = self.worker(fleet).armed(&faults).start();
         }
         self.comes_to_its_end(fleet, job).await;
         assert_eq!(faults.fired(&self.place.point), 1, "{}", worker.tail());
@@ -209,7 +222,7 @@ impl Case {
             _ => String::new(),
         };
         let fails = fleet.faults(&format!("case-{no}-successor"), fails);
-        let successor = fleet.worker().queues(&[queue]).armed(&fails).start();
+        let successor = self.worker(fleet).armed(&fails).start();
         fleet.assert_outcome(&self.subject, job, Outcome::Done).await;
         let runs = fleet.postgres.sagas_of(job).await.unwrap();
         if self.trouble == Trouble::ZombieAfterThird {
@@ -221,6 +234,7 @@ impl Case {
         }
         fleet.swept(&self.subject).await;
         let before = fleet.snapshot(&self.subject, job).await;
+        assert_eq!(before.contains("embed_version"), self.handed_over, "{before}");
         // Where the job had ended before the zombie stopped, the successor may not listen to signals yet.
         successor.ready().await;
         assert!(successor.terminate().await.success(), "{}", successor.tail());
@@ -238,50 +252,8 @@ impl Case {
     }
 }
 
-/// An `ingest` job that hands its embedding over, and trouble at a point of either job.
-struct HandedOver {
-    point: String,
-    trouble: Trouble,
-}
-
-impl fmt::Display for HandedOver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "hand-over {:?} at {}", self.trouble, self.point)
-    }
-}
-
-impl HandedOver {
-    async fn run(&self, fleet: &Fleet, no: usize) {
-        let document = format!("handed-{no}");
-        let action = if self.trouble == Trouble::Kill { "kill" } else { "error" };
-        let faults = fleet.faults(&document, format!("{}={action}", self.point));
-        let start = || fleet.worker().queues(&["ingest", "embed"]).handing_over().armed(&faults).start();
-        let mut worker = start();
-        let job = fleet.ingest(&document, &text(&document, 1)).await;
-        if self.trouble == Trouble::Kill {
-            worker.killed().await;
-            worker = start();
-        }
-        assert_eq!(fleet.ended(job).await, "succeeded", "{self}: {}", fleet.describe(job).await);
-        assert_eq!(faults.fired(&self.point), 1, "{self}: {}", worker.tail());
-        let shown = fleet.stores.document(TENANT, &document).await.unwrap().unwrap();
-        assert_eq!(shown.text, text(&document, 1), "{self}");
-        let published: i64 = sqlx::query_scalar(
-            "SELECT count(*) FROM document_versions v JOIN documents d ON d.id = v.document_id
-             WHERE d.key = $1 AND v.published_at IS NOT NULL",
-        )
-        .bind(&document)
-        .fetch_one(fleet.postgres.pool())
-        .await
-        .unwrap();
-        assert_eq!(published, 1, "{self}: {}", fleet.describe(job).await);
-        fleet.let_go("ingest", job).await;
-        worker.kill9().await;
-    }
-}
-
 /// Which of the cases run.
-fn chosen<C: fmt::Display>(cases: Vec<C>, some: usize) -> Vec<C> {
+fn chosen(cases: Vec<Case>, some: usize) -> Vec<Case> {
     match std::env::var("FLOTILLA_MATRIX") {
         Ok(all) if all == "all" => cases,
         Ok(part) if !part.is_empty() => {
@@ -300,25 +272,18 @@ fn chosen<C: fmt::Display>(cases: Vec<C>, some: usize) -> Vec<C> {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whatever_happens_at_any_point_leaves_one_effect_or_none_and_no_half_state() {
+/// Runs those of the cases that are chosen, in so many lanes, and audits the stores when all have passed.
+async fn run(fleet: &Fleet, cases: Vec<Case>, some: usize, lanes: usize) {
     let began = Instant::now();
-    let fleet = Fleet::start().await;
-    let places = fleet.places().await;
-    let points: std::collections::BTreeSet<&str> = places.iter().map(|place| place.point.as_str()).collect();
-    let cases = Case::all(&places);
     for trouble in Trouble::ALL {
         println!("{trouble:?}: {} cases", cases.iter().filter(|case| case.trouble == trouble).count());
     }
-    println!(
-        "{} points, passed by jobs of all kinds at {} places, make {} cases",
-        points.len(),
-        places.len(),
-        cases.len()
-    );
     let total = cases.len();
-    let mut cases = chosen(cases, SOME);
-    assert!(!cases.is_empty(), "FLOTILLA_MATRIX chooses no case");
+    let mut cases = chosen(cases, some);
+    if cases.is_empty() {
+        println!("FLOTILLA_MATRIX chooses none of these {total} cases");
+        return;
+    }
     let mut subjects: Vec<Subject> = cases.iter().map(|case| case.subject.clone()).collect();
     fleet.seed(&mut subjects).await;
     for (case, subject) in cases.iter_mut().zip(subjects) {
@@ -331,13 +296,9 @@ async fn whatever_happens_at_any_point_leaves_one_effect_or_none_and_no_half_sta
         loop {
             let no = next.fetch_add(1, Ordering::Relaxed);
             let Some(case) = cases.get(no) else { return failed };
-            let case = Case {
-                place: case.place.clone(),
-                trouble: case.trouble,
-                subject: case.subject.in_queue(&format!("lane-{lane}")),
-            };
+            let case = Case { subject: case.subject.in_queue(&format!("lane-{lane}")), ..case.clone() };
             let began = Instant::now();
-            let done = AssertUnwindSafe(case.run(&fleet, no)).catch_unwind().await;
+            let done = AssertUnwindSafe(case.run(fleet, no)).catch_unwind().await;
             let word = if done.is_ok() { "passed" } else { "FAILED" };
             println!("case {no}: {case}: {word}, {:.1} s", began.elapsed().as_secs_f64());
             if done.is_err() {
@@ -347,7 +308,7 @@ async fn whatever_happens_at_any_point_leaves_one_effect_or_none_and_no_half_sta
             }
         }
     };
-    let failed: Vec<String> = join_all((0..LANES).map(lane)).await.concat();
+    let failed: Vec<String> = join_all((0..lanes).map(lane)).await.concat();
     let run = next.load(Ordering::Relaxed).min(cases.len());
     println!(
         "{} of {run} cases passed, of {} chosen of {total}, in {:.0} s",
@@ -361,34 +322,34 @@ async fn whatever_happens_at_any_point_leaves_one_effect_or_none_and_no_half_sta
     let report = fleet.audit_clean().await;
     println!("audited {:?}", report.counts);
     assert!(janitor.terminate().await.success());
-    drop(janitor);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_happens_at_any_point_leaves_one_effect_or_none_and_no_half_state() {
+    let fleet = Fleet::start().await;
+    let places = fleet.places().await;
+    let points: std::collections::BTreeSet<&str> = places.iter().map(|place| place.point.as_str()).collect();
+    let cases = Case::all(&places, false);
+    println!(
+        "{} points, passed by jobs of all kinds at {} places, make {} cases",
+        points.len(),
+        places.len(),
+        cases.len()
+    );
+    run(&fleet, cases, SOME, LANES).await;
     fleet.end();
 }
 
-/// One case after the other: all embeddings wait in one queue.
+/// In one lane: all embeddings wait in one queue.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn trouble_at_any_point_of_an_embedding_that_is_handed_over_leaves_one_effect() {
+async fn whatever_happens_to_an_embedding_that_is_handed_over_leaves_one_effect_and_no_half_state() {
     let fleet = Fleet::start().await;
-    let points = fleet.points_of_a_hand_over().await;
+    let places = fleet.places_of_a_hand_over().await;
     for kind in ["embed_version.", "ingest.", "engine.suspend."] {
-        assert!(points.iter().any(|point| point.starts_with(kind)), "no point of {kind}: {points:?}");
+        assert!(places.iter().any(|place| place.point.starts_with(kind)), "no point of {kind}: {places:?}");
     }
-    let cases: Vec<HandedOver> = [Trouble::Kill, Trouble::Error]
-        .into_iter()
-        .flat_map(|trouble| points.iter().map(move |point| HandedOver { point: point.clone(), trouble }))
-        .collect();
-    let total = cases.len();
-    let cases = chosen(cases, SOME_HANDED_OVER);
-    for (no, case) in cases.iter().enumerate() {
-        let began = Instant::now();
-        case.run(&fleet, no).await;
-        println!("case {no}: {case}: passed, {:.1} s", began.elapsed().as_secs_f64());
-    }
-    println!("{} cases passed, of {total} at {} points", cases.len(), points.len());
-    let janitor = fleet.worker().start();
-    janitor.ready().await;
-    fleet.audit_clean().await;
-    assert!(janitor.terminate().await.success());
-    drop(janitor);
+    let cases = Case::all(&places, true);
+    println!("{} points of a job and its embedding make {} cases", places.len(), cases.len());
+    run(&fleet, cases, SOME_HANDED_OVER, 1).await;
     fleet.end();
 }
