@@ -35,6 +35,8 @@ use uuid::Uuid;
 
 const KIND: &str = "scripted";
 const PANICS: &str = "a defect";
+/// The data for which there is no result.
+const RESULT_PANICS: &str = "a defect in the result";
 
 /// What the steps of a test's saga do, one entry for each call of `work`, which panics at [`PANICS`]; then they succeed.
 type Script = Arc<Mutex<VecDeque<Result<Value, StepError>>>>;
@@ -67,6 +69,7 @@ impl Saga for Scripted {
         if job.payload == json!("bad") {
             return Err(StepError::permanent("bad_payload", "bad"));
         }
+        assert!(job.payload != PANICS, "{}", job.payload);
         Ok(json!({}))
     }
     fn repeatable(&self) -> bool {
@@ -76,6 +79,7 @@ impl Saga for Scripted {
         self.retry
     }
     fn result(&self, data: &Value) -> Value {
+        assert!(*data != RESULT_PANICS, "{data}");
         data.clone()
     }
 }
@@ -324,6 +328,45 @@ async fn a_step_that_panics_has_failed_and_is_charged_as_any_other() {
     assert_eq!(job.state, "dead");
     let letter = stage.postgres.dead_letter(id.0).await.unwrap().unwrap();
     assert!(letter.class == "panicked" && letter.reason.contains("a defect"), "{letter:?}");
+}
+
+#[tokio::test]
+async fn a_panic_before_the_first_step_or_about_the_result_is_a_failure_too() {
+    let no_result = || vec![Ok(json!(RESULT_PANICS))];
+    for stage in [
+        Stage::new(no_result(), JobRetry::default(), EngineSettings::default()).await,
+        Stage::repeatable(no_result()).await,
+    ] {
+        let id = stage.enqueue(|job| job.max_attempts = 1).await;
+        assert_eq!(stage.deliver(id).await, Ended::Ack);
+        assert_eq!((stage.job(id).await.state.as_str(), *stage.undone.lock().unwrap()), ("dead", 1));
+        // At the first delivery, and at one that follows a worker's death.
+        for lost in [false, true] {
+            let id = stage.enqueue(|job| job.payload = json!(PANICS)).await;
+            if lost {
+                stage.take(id).await;
+            }
+            assert_eq!(stage.deliver(id).await, Ended::Ack);
+            let letter = stage.postgres.dead_letter(id.0).await.unwrap().unwrap();
+            assert!(letter.class == "panicked" && letter.reason.contains("a defect"), "{letter:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_run_whose_preparation_kills_its_workers_is_parked() {
+    let stage = Stage::repeatable(vec![]).await;
+    let id = stage.enqueue(|_| ()).await;
+    stage.take(id).await;
+    // Once more than it takes to turn back.
+    sqlx::query("UPDATE jobs SET lost_alone = $2 WHERE id = $1")
+        .bind(id.0)
+        .bind(EngineSettings::default().delivery_limit + 1)
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.state, "parked");
 }
 
 #[tokio::test]

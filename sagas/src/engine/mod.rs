@@ -446,6 +446,8 @@ pub(crate) fn failure(error: &StepError) -> Failure {
 
 /// The step's state as it is kept when a job goes back mid-run.
 pub(crate) fn encode<D: serde::Serialize>(data: &D) -> Result<serde_json::Value, StoreError> {
-    serde_json::to_value(data)
-        .map_err(|e| StoreError::new(Dependency::Postgres, Class::Permanent, e.to_string()))
+    let encoded = run::unless_it_panics(|| serde_json::to_value(data)).map_err(|panic| panic.to_string());
+    encoded
+        .and_then(|encoded| encoded.map_err(|error| error.to_string()))
+        .map_err(|why| StoreError::new(Dependency::Postgres, Class::Permanent, why))
 }

@@ -3,6 +3,7 @@
 mod back;
 
 use std::{
+    any::Any,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -13,6 +14,7 @@ use chrono::Utc;
 use futures::{FutureExt, future::join_all};
 use metrics::{counter, gauge, histogram};
 use queue::ledger::Written;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -66,11 +68,24 @@ impl<S: Saga> AnySaga for Registered<S> {
     }
 
     async fn drive(&self, engine: &Engine, delivery: Delivery) -> Result<Ended, StoreError> {
-        let kind = self.0.kind();
+        let _active = Active::begin(self.0.kind());
+        Drive::new(&self.0, engine, delivery).run().await
+    }
+}
+
+/// Counts a run as active for as long as it is there.
+struct Active(&'static str);
+
+impl Active {
+    fn begin(kind: &'static str) -> Self {
         gauge!("saga_active_count", "saga" => kind).increment(1.0);
-        let ended = Drive::new(&self.0, engine, delivery).run().await;
-        gauge!("saga_active_count", "saga" => kind).decrement(1.0);
-        ended
+        Self(kind)
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        gauge!("saga_active_count", "saga" => self.0).decrement(1.0);
     }
 }
 
@@ -149,7 +164,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         let next: usize = open.next_step.unsigned_abs().into();
         let past_pivot = next > self.saga.pivot() || open.pivot_begun;
         let data: S::Data = match open.data {
-            Some(data) => match serde_json::from_value(data) {
+            Some(data) => match decode(data) {
                 Ok(data) => data,
                 Err(error) => {
                     let error = format!("the saga's data can't be read: {error}");
@@ -157,7 +172,12 @@ impl<'a, S: Saga> Drive<'a, S> {
                     return self.park_at(&parking).await;
                 }
             },
-            None => match self.saga.prepare(&self.ctx.job) {
+            // The delivery that was to turn it back died before it could.
+            None if self.ctx.job.lost_alone > self.engine.settings.delivery_limit => {
+                let error = "preparing its data kills its workers";
+                return self.park_at(&Parking { verdict: None, error, past_pivot, progress: None }).await;
+            }
+            None => match self.prepare() {
                 Ok(data) => data,
                 // It failed so before, and no step has run.
                 Err(error) => {
@@ -199,7 +219,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         } else if self.ctx.job.cancel_requested {
             Verdict::Cancelled
         } else {
-            match self.saga.prepare(&self.ctx.job) {
+            match self.prepare() {
                 Ok(data) => {
                     if !begun
                         && self.saga.steps().first().is_none_or(|step| step.commits() != Commits::Begin)
@@ -213,6 +233,17 @@ impl<'a, S: Saga> Drive<'a, S> {
             }
         };
         Box::pin(self.end_before_first_step(begun, verdict)).await
+    }
+
+    fn prepare(&self) -> Result<S::Data, StepError> {
+        unless_it_panics(|| self.saga.prepare(&self.ctx.job)).and_then(|prepared| prepared)
+    }
+
+    /// The job's result, if it is allowed.
+    fn result(&self, data: &S::Data) -> Result<Value, StepError> {
+        let result = unless_it_panics(|| self.saga.result(data))?;
+        fits(&result, self.engine.settings.max_result)?;
+        Ok(result)
     }
 
     async fn end_before_first_step(self, begun: bool, verdict: Verdict) -> Result<Ended, StoreError> {
@@ -278,10 +309,10 @@ impl<'a, S: Saga> Drive<'a, S> {
                 return Box::pin(self.failed(&data, i + 1, error)).await;
             }
         }
-        let result = self.saga.result(&data);
-        if let Err(error) = fits(&result, self.engine.settings.max_result) {
-            return Box::pin(self.failed(&data, steps.len(), error)).await;
-        }
+        let result = match self.result(&data) {
+            Ok(result) => result,
+            Err(error) => return Box::pin(self.failed(&data, steps.len(), error)).await,
+        };
         let run = self.ctx.run();
         let completion = Arc::new(Completion {
             job_id: run.job_id,
@@ -319,7 +350,7 @@ impl<'a, S: Saga> Drive<'a, S> {
         if self.pivot_begun {
             return Ok(());
         }
-        fits(&self.saga.result(data), self.engine.settings.max_result)?;
+        self.result(data)?;
         if matches!(pivot.commits(), Commits::Begin | Commits::End) {
             return Ok(());
         }
@@ -372,23 +403,22 @@ impl<'a, S: Saga> Drive<'a, S> {
             }
         }))
         .await;
+        let mut first = first.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut put_off: Option<Duration> = None;
         let (mut lost, mut stopping) = (false, false);
         for (name, outcome) in ended {
             match outcome {
-                Ok(keep) => {
-                    if let Some(keep) = keep {
-                        keep(data);
-                    }
-                    done.push(name.to_owned());
-                }
+                Ok(keep) => match unless_it_panics(|| keep.map(|keep| keep(data))) {
+                    Ok(_) => done.push(name.to_owned()),
+                    Err(error) => _ = first.get_or_insert(error),
+                },
                 Err(StepError::LeaseLost) => lost = true,
                 Err(StepError::Stopping) => stopping = true,
                 Err(StepError::Snooze(wait)) => put_off = Some(put_off.map_or(wait, |w| w.min(wait))),
                 Err(_) => {}
             }
         }
-        match (lost, first.into_inner().unwrap_or_else(PoisonError::into_inner), put_off) {
+        match (lost, first, put_off) {
             (true, ..) => Err(StepError::LeaseLost),
             (_, Some(error), _) => Err(if stopping { StepError::Stopping } else { error }),
             (_, None, Some(wait)) => Err(StepError::Snooze(wait)),
@@ -644,10 +674,22 @@ impl<'a, S: Saga> Drive<'a, S> {
 /// A panic of the user's code is a failure that may pass, as any other of its kind: left to the task, the job would come back after
 /// each lease for ever, uncharged.
 async fn unless_panicked<T>(work: impl Future<Output = Result<T, StepError>>) -> Result<T, StepError> {
-    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<&str>().copied();
-        let text =
-            text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
-        Err(StepError::transient("panicked", format!("panicked: {text}")))
-    })
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| Err(panicked(panic.as_ref())))
+}
+
+/// The same for what is no future.
+pub(super) fn unless_it_panics<T>(work: impl FnOnce() -> T) -> Result<T, StepError> {
+    std::panic::catch_unwind(AssertUnwindSafe(work)).map_err(|panic| panicked(panic.as_ref()))
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> StepError {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
+    StepError::transient("panicked", format!("panicked: {text}"))
+}
+
+/// A run's data from the log, or why they can't be read.
+fn decode<D: DeserializeOwned>(data: Value) -> Result<D, String> {
+    let decoded = unless_it_panics(|| serde_json::from_value(data)).map_err(|panic| panic.to_string());
+    decoded.and_then(|decoded| decoded.map_err(|error| error.to_string()))
 }
