@@ -116,3 +116,42 @@ async fn documents_that_change_while_workers_die_are_always_whole_and_never_go_b
     drop(workers);
     fleet.end();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_re_embedding_of_all_documents_goes_on_behind_those_that_have_their_jobs() {
+    let fleet = Fleet::start().await;
+    let names = ["a", "b", "c"];
+    let ids = fleet.enqueue(names.map(|name| fleet.ingest_job(name, &text(name, 1))).into()).await;
+    // Nobody comes to the documents' own jobs: one job at a time, and it fails again and again.
+    let worker = fleet.worker().concurrency(1).faults("embed.fan_out.after=error*1000").start();
+    fleet.assert_all_succeeded(&ids).await;
+    let job = fleet.enqueue(vec![fleet.job("embed", serde_json::json!({ "all": true }))]).await[0];
+    wait_until("the log has how far it came", LONG, async || {
+        let enqueued: Option<i64> =
+            sqlx::query_scalar("SELECT (data ->> 'enqueued')::bigint FROM sagas WHERE job_id = $1")
+                .bind(job.0)
+                .fetch_optional(fleet.postgres.pool())
+                .await
+                .map_err(|e| e.to_string())?
+                .flatten();
+        if enqueued == Some(3) { Ok(()) } else { Err(format!("{enqueued:?}{}", fleet.describe(job).await)) }
+    })
+    .await;
+    worker.kill9().await;
+    // As after the time for which each document's key is kept.
+    sqlx::query("DELETE FROM idempotency_keys").execute(fleet.postgres.pool()).await.unwrap();
+    let worker = fleet.worker().start();
+    assert_eq!(fleet.ended(job).await, "succeeded", "{}", fleet.describe(job).await);
+    let result = fleet.postgres.job(job, None).await.unwrap().unwrap().result;
+    assert_eq!(result, Some(serde_json::json!({ "enqueued": 3 })));
+    let children: i64 = sqlx::query_scalar("SELECT count(*) FROM jobs WHERE parent = $1")
+        .bind(job.0)
+        .fetch_one(fleet.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(children, 3);
+    fleet.audit_clean().await;
+    assert!(worker.terminate().await.success());
+    drop(worker);
+    fleet.end();
+}

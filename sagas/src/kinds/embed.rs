@@ -85,6 +85,9 @@ struct DocumentRequest {
 pub(super) struct Selection {
     request: Request,
     enqueued: u64,
+    /// The last document that has its job, of those that are listed: a further delivery goes on behind it.
+    #[serde(default)]
+    after: Uuid,
 }
 
 pub(super) struct Embed(Vec<Arc<dyn Step<Selection>>>);
@@ -119,7 +122,7 @@ impl Saga for Embed {
     }
 
     fn prepare(&self, job: &TakenJob) -> Result<Selection, StepError> {
-        Ok(Selection { request: Request::read(&job.payload)?, enqueued: 0 })
+        Ok(Selection { request: Request::read(&job.payload)?, enqueued: 0, after: Uuid::nil() })
     }
 
     fn repeatable(&self) -> bool {
@@ -146,8 +149,8 @@ impl Step<Selection> for FanOut {
     }
 
     async fn execute(&self, ctx: &StepContext, data: &mut Selection) -> Result<(), StepError> {
-        data.enqueued = 0;
         if let Some(documents) = &data.request.documents {
+            data.enqueued = 0;
             for page in documents.chunks(PAGE as usize) {
                 let page: Vec<_> = page.iter().map(|key| (ctx.job.tenant.clone(), key.clone())).collect();
                 data.enqueued += self.enqueue(ctx, &data.request, &page).await?;
@@ -155,15 +158,15 @@ impl Step<Selection> for FanOut {
             return Ok(());
         }
         let tenant = (!data.request.every_tenant).then_some(ctx.job.tenant.as_str());
-        let mut after = Uuid::nil();
         loop {
             let page = ctx
-                .call(Dependency::Postgres, |_| self.0.postgres.published_documents(tenant, after, PAGE))
+                .call(Dependency::Postgres, |_| self.0.postgres.published_documents(tenant, data.after, PAGE))
                 .await?;
             let Some((last, ..)) = page.last() else { return Ok(()) };
-            after = *last;
+            let last = *last;
             let page: Vec<_> = page.into_iter().map(|(_, tenant, key)| (tenant, key)).collect();
             data.enqueued += self.enqueue(ctx, &data.request, &page).await?;
+            data.after = last;
         }
     }
 
