@@ -27,6 +27,7 @@ use sagas::{
         ending::Run,
         inspect::JobView,
         ledger::Cancel,
+        parked::Handled,
         take::{Take, TakeBatch, TakeItem},
         waits::Signalled,
     },
@@ -153,11 +154,33 @@ impl Branch<Value> for Arm {
         Ok(self.name.to_owned())
     }
     fn keep(&self, output: String, data: &mut Value) {
+        assert_ne!(self.name, "defect");
         data[self.name] = json!(output);
     }
     async fn compensate(&self, _: &StepContext, data: &Value) -> Result<(), StepError> {
         self.log.lock().unwrap().push(format!("undo {} {data}", self.name));
         Ok(())
+    }
+}
+
+/// A branch whose compensation a store asks to come later, always.
+struct Late {
+    name: &'static str,
+    wait: Duration,
+}
+
+#[async_trait]
+impl Branch<Value> for Late {
+    type Output = ();
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    async fn execute(&self, _: &StepContext, _: &Value) -> Result<(), StepError> {
+        Ok(())
+    }
+    fn keep(&self, (): (), _: &mut Value) {}
+    async fn compensate(&self, _: &StepContext, _: &Value) -> Result<(), StepError> {
+        Err(StepError::rate_limited("busy", "not now", self.wait))
     }
 }
 
@@ -177,6 +200,7 @@ struct UnderWay {
     ended: tokio::task::JoinHandle<Ended>,
     lease: queue::Lease,
     cancel: CancellationToken,
+    stop: CancellationToken,
 }
 
 impl Stage {
@@ -228,9 +252,9 @@ impl Stage {
             other => panic!("not taken: {other:?}"),
         };
         let (cancel, stop) = (CancellationToken::new(), CancellationToken::new());
-        let delivery = Delivery { job, lease: lease.clone(), cancel: cancel.clone(), stop };
+        let delivery = Delivery { job, lease: lease.clone(), cancel: cancel.clone(), stop: stop.clone() };
         let engine = engine.clone();
-        UnderWay { ended: tokio::spawn(async move { engine.run(delivery).await }), lease, cancel }
+        UnderWay { ended: tokio::spawn(async move { engine.run(delivery).await }), lease, cancel, stop }
     }
 
     /// One whole delivery of a job that is due.
@@ -609,6 +633,31 @@ async fn a_timer_is_due_once_and_no_redelivery_prolongs_it() {
     assert_eq!(steps.len(), 2, "a wait is no failed step: {steps:?}");
 }
 
+#[tokio::test]
+async fn what_another_branch_still_does_prolongs_no_timer() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let sleeps: Act = Arc::new(|ctx, _| ctx.sleep("nap", Duration::from_secs(600)).boxed());
+    let sleeps = Arm { name: "sleeps", tries: 1, log: Arc::clone(&log), act: sleeps };
+    let pool = stage.postgres.pool().clone();
+    // As though it had taken five minutes since the other fell asleep.
+    let works: Act = Arc::new(move |_, _| {
+        let pool = pool.clone();
+        async move {
+            let sql = "UPDATE saga_waits SET due_at = due_at - interval '5 minutes'";
+            while sqlx::query(sql).execute(&pool).await.unwrap().rows_affected() == 0 {
+                tokio::task::yield_now().await;
+            }
+            Ok(())
+        }
+        .boxed()
+    });
+    let works = Arm { name: "works", tries: 1, log: Arc::clone(&log), act: works };
+    let engine = stage.saga(vec![Arc::new(Group::new("two").with(sleeps).with(works))]);
+    let id = stage.enqueue().await;
+    let Ended::Release(wait) = stage.deliver(&engine, id).await else { panic!("not put off") };
+    assert!(wait <= Duration::from_secs(300) && wait > Duration::from_secs(200), "{wait:?}");
+}
+
 fn asks(log: &Log, within: Duration) -> Arc<dyn Step<Value>> {
     Do::new(log, "ask", move |ctx, data| {
         async move {
@@ -836,6 +885,62 @@ async fn a_compensation_that_is_always_asked_to_come_later_is_parked_in_the_end(
         (name.as_str(), way.as_str(), state.as_str()) == ("first", "compensate", "failed")
     });
     assert_eq!(failed.count(), RetryPolicy::PATIENT.tries, "each is in the log");
+    // Its end can be taken back, so it may still be told something.
+    assert_eq!(stage.postgres.signal(id, None, "approve", &json!(1)).await.unwrap(), Signalled::Sent);
+    // A person has it go on: it may be put off as often as before.
+    let saga = stage.postgres.sagas_of(id).await.unwrap()[0].id;
+    let retried = stage.postgres.retry_parked(saga, "tester").await.unwrap();
+    assert!(matches!(retried, Handled::Done(..)), "{retried:?}");
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Release(Duration::from_secs(600)));
+}
+
+#[tokio::test]
+async fn a_compensation_that_is_cut_short_by_its_workers_end_has_not_failed() {
+    let (stage, log, at) = (Stage::new().await, Log::default(), Arc::new(Notify::new()));
+    let reached = Arc::clone(&at);
+    let undo: Act = Arc::new(move |_, _| {
+        reached.notify_one();
+        never()
+    });
+    let first = Do { undo, ..Do::fine(&log, "first") };
+    let fails = Do::new(&log, "fails", |_, _| async { Err(StepError::permanent("no", "no")) }.boxed());
+    let engine = stage.saga(vec![first.boxed(), fails.boxed()]);
+    let id = stage.enqueue().await;
+    let UnderWay { ended, stop, .. } = stage.begin(&engine, id, "w").await;
+    at.notified().await;
+    stop.cancel();
+    assert_eq!(ended.await.unwrap(), Ended::Release(Duration::ZERO));
+    let steps = stage.steps(id).await;
+    assert!(
+        steps.iter().all(|(name, way, _)| (name.as_str(), way.as_str()) != ("first", "compensate")),
+        "{steps:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_group_whose_compensations_are_put_off_comes_back_for_the_first_of_them() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let group = Group::new("two")
+        .with(Late { name: "hour", wait: Duration::from_secs(3600) })
+        .with(Late { name: "minutes", wait: Duration::from_secs(600) });
+    let fails = Do::new(&log, "fails", |_, _| async { Err(StepError::permanent("no", "no")) }.boxed());
+    let engine = stage.saga(vec![Arc::new(group), fails.boxed()]);
+    let id = stage.enqueue().await;
+    assert_eq!(stage.deliver(&engine, id).await, Ended::Release(Duration::from_secs(600)));
+}
+
+#[tokio::test]
+async fn a_panic_where_a_branchs_output_is_kept_is_a_failure_too() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let arm = |name| Arm { name, tries: 1, log: Arc::clone(&log), act: nothing() };
+    let engine = stage.saga(vec![Arc::new(Group::new("two").with(arm("defect")).with(arm("fine")))]);
+    let id = stage.enqueue().await;
+    assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)));
+    let job = stage.job(id).await;
+    assert_eq!((job.state.as_str(), job.attempts), ("waiting", 1));
+    let mut undone = take(&log).split_off(4);
+    undone.sort_unstable();
+    assert_eq!(undone, [r#"undo defect {"fine":"fine"}"#, r#"undo fine {"fine":"fine"}"#]);
 }
 
 #[tokio::test]
@@ -1155,6 +1260,28 @@ async fn the_children_of_a_batchs_member_count_by_their_parents_end_and_are_canc
     }
     let seen = view(outer).await;
     assert_eq!((seen.total, seen.cancelled, seen.finished_at.is_some()), (1, 1, true));
+}
+
+#[tokio::test]
+async fn a_batchs_cancel_leaves_a_member_past_its_pivot_alone() {
+    let (stage, log) = (Stage::new().await, Log::default());
+    let later = StepError::rate_limited("busy", "not now", Duration::from_secs(3600));
+    let pays = Do::new(&log, "pays", move |_, _| {
+        let later = later.clone();
+        async move { Err(later) }.boxed()
+    });
+    let engine = stage.engine([Flow { version: 1, steps: vec![pays.boxed()], pivot: 0 }]);
+    let tenant = TenantId::new("acme").unwrap();
+    let member = NewJob::new(KIND, queue_name(), tenant.clone(), json!({}));
+    let batch =
+        NewBatch { id: BatchId::new(), tenant, name: "payments".to_owned(), parent: None, callback: None };
+    stage.postgres.create_batch(&batch, std::slice::from_ref(&member), true, true).await.unwrap();
+    assert!(matches!(stage.deliver(&engine, member.id).await, Ended::Release(_)));
+    assert_eq!(stage.postgres.cancel(member.id, None).await.unwrap(), Cancel::PastPivot);
+    assert_eq!(stage.postgres.cancel_batch(batch.id, None).await.unwrap(), Changed::Done);
+    stage.postgres.cancel_members(batch.id, uuid::Uuid::nil(), 100).await.unwrap();
+    assert_eq!(stage.job(member.id).await.cancel_requested_at, None);
+    assert!(stage.due(member.id).await.0 > 3_000_000, "not when the provider asked for it");
 }
 
 #[tokio::test]

@@ -154,3 +154,15 @@ async fn letters_are_closed_by_filter_in_pages_and_by_retention() {
     assert_eq!(ledger.count("SELECT count(*) FROM dead_letters").await, 3);
     assert_eq!(ledger.count("SELECT count(*) FROM jobs").await, 3);
 }
+
+#[tokio::test]
+async fn a_replay_as_another_kind_waits_where_that_kind_is_served() {
+    let ledger = Ledger::start().await;
+    let dead = ledger.letters(1).await[0];
+    let payload = Some(serde_json::json!({ "document": "a" }));
+    let how = Replay { kind: Some("embed_document".to_owned()), payload, ..Replay::default() };
+    let Resolved::Done(Some(again)) = ledger.postgres.replay(dead, &how).await.unwrap() else {
+        panic!("not replayed")
+    };
+    assert_eq!(ledger.postgres.job(again, None).await.unwrap().unwrap().queue, "embed");
+}

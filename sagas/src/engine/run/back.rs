@@ -16,7 +16,6 @@ use crate::{
     stores::postgres::{
         compensation::{Turn, Turning},
         ending::Verdict,
-        inspect::StepView,
         take::StepRecord,
     },
 };
@@ -126,10 +125,10 @@ impl<S: Saga> Drive<'_, S> {
         .await;
         // What can't be undone needs a person, but only once nothing else stands in the way of telling it.
         let rank = |error: &StepError| match error {
-            StepError::LeaseLost => 0,
-            StepError::Stopping => 1,
-            StepError::Snooze(_) => 2,
-            _ => 3,
+            StepError::LeaseLost => (0, Duration::ZERO),
+            StepError::Stopping => (1, Duration::ZERO),
+            StepError::Snooze(wait) => (2, *wait),
+            _ => (3, Duration::ZERO),
         };
         undone.into_iter().filter_map(Result::err).min_by_key(rank).map_or(Ok(()), Err)
     }
@@ -164,7 +163,8 @@ impl<S: Saga> Drive<'_, S> {
                 break Err(ended);
             }
         };
-        if matches!(outcome, Err(StepError::Snooze(_))) {
+        // What is put off or cut short has neither succeeded nor failed.
+        if matches!(outcome, Err(StepError::Snooze(_) | StepError::Stopping | StepError::LeaseLost)) {
             return outcome;
         }
         let status = if outcome.is_ok() { "succeeded" } else { "failed" };
@@ -180,17 +180,11 @@ impl<S: Saga> Drive<'_, S> {
         put_off.map_or(outcome, |wish| Err(StepError::Snooze(wish)))
     }
 
-    /// Whether a compensation that a store asks to come again later may: in as many deliveries as it has tries in one. The log
-    /// has those that failed.
+    /// Whether a compensation that a store asks to come again later may: in as many deliveries as it has tries in one.
     async fn may_put_off(&self, step: &str) -> bool {
         let postgres = &self.engine.postgres;
-        match postgres.in_time(postgres.steps(self.ctx.saga_id)).await {
-            Ok(steps) => {
-                let failed = |at: &StepView| {
-                    at.step_name == step && at.direction == "compensate" && at.state == "failed"
-                };
-                steps.into_iter().filter(failed).count() + 1 < RetryPolicy::PATIENT.tries
-            }
+        match postgres.in_time(postgres.failed_compensations(self.ctx.saga_id, step)).await {
+            Ok(failed) => failed + 1 < RetryPolicy::PATIENT.tries,
             // Nothing can be parked now, either.
             Err(error) => {
                 tracing::warn!(%error, step, "the log can't be read; the compensation comes again later");

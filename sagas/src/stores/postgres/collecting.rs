@@ -197,7 +197,7 @@ pub(super) async fn cancel_members_in(
              SELECT j.id, j.queue, j.state = 'waiting' AND NOT EXISTS (
                         SELECT FROM sagas s WHERE s.job_id = j.id AND s.state IN ('running', 'compensating')) AS idle
              FROM jobs j WHERE j.id = ANY($1) AND NOT EXISTS (
-                 SELECT FROM sagas s WHERE s.job_id = j.id AND s.state = 'running' AND s.kind = 'delete' AND s.next_step > 0))
+                 SELECT FROM sagas s WHERE s.job_id = j.id AND s.state = 'running' AND s.pivot_at IS NOT NULL))
          UPDATE jobs j SET cancel_requested_at = now(),
                 state = CASE WHEN m.idle THEN 'cancelled' ELSE j.state END,
                 finished_at = CASE WHEN m.idle THEN now() END,

@@ -253,7 +253,11 @@ impl Postgres {
         };
         let kind: String = row.try_get("kind")?;
         let new_kind = how.kind.clone().unwrap_or_else(|| kind.clone());
-        let queue: String = if new_kind == kind { row.try_get("queue")? } else { new_kind.clone() };
+        let queue: String = if new_kind == kind {
+            row.try_get("queue")?
+        } else {
+            crate::kinds::default_queue(&new_kind).to_owned()
+        };
         let payload = if let Some(mended) = &how.payload {
             mended.clone()
         } else {

@@ -318,6 +318,20 @@ impl Postgres {
         .await?)
     }
 
+    /// In how many deliveries a step of a run could not be compensated since a person had the run go on, if one had.
+    pub async fn failed_compensations(&self, saga: Uuid, step: &str) -> Result<usize, StoreError> {
+        let failed: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM saga_timeline t JOIN sagas s ON s.id = t.saga_id
+             WHERE t.saga_id = $1 AND t.step_name = $2 AND t.direction = 'compensate' AND t.state = 'failed'
+               AND t.fence > s.retried_fence",
+        )
+        .bind(saga)
+        .bind(step)
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(usize::try_from(failed).unwrap_or(usize::MAX))
+    }
+
     /// Counts of all jobs of the ledger, or of those accepted since. Reads them all, however long that takes.
     pub async fn job_counts(&self, since: Option<DateTime<Utc>>) -> Result<JobCounts, StoreError> {
         let mut tx = self.audit_snapshot().await?;

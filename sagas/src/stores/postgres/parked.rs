@@ -82,10 +82,12 @@ impl Postgres {
         }
         sqlx::query(
             "UPDATE sagas SET state = CASE WHEN verdict ? 'end' THEN 'compensating' ELSE 'running' END,
-                    verdict = CASE WHEN verdict ? 'end' THEN verdict END, lost_compensating = 0, updated_at = now()
+                    verdict = CASE WHEN verdict ? 'end' THEN verdict END, lost_compensating = 0,
+                    retried_fence = $2, updated_at = now()
              WHERE id = $1",
         )
         .bind(saga)
+        .bind(parked.fence)
         .execute(&mut *tx)
         .await?;
         sqlx::query(

@@ -207,21 +207,14 @@ impl Postgres {
                 self.enqueue_children(&mut tx, batch, jobs).await?;
             }
         }
-        let under_way: bool = sqlx::query_scalar(
-            "SELECT EXISTS (SELECT FROM jobs WHERE batch_id = $1 AND state IN ('waiting', 'running'))",
-        )
-        .bind(batch.id.0)
-        .fetch_one(&mut *tx)
-        .await?;
-        if under_way {
+        let Some(ends) = self.child_ends(&mut tx, batch.id).await? else {
             if wait.outcome.is_some() {
                 reopen(&mut tx, run, batch.id).await?;
             }
             tx.commit().await?;
             return Ok(Awaited::NotYet(None));
-        }
+        };
         end_wait(&mut tx, run, "children", name, "answered").await?;
-        let ends = self.child_ends(&mut tx, batch.id).await?;
         tx.commit().await?;
         Ok(ends.map_or_else(Awaited::Unreadable, Awaited::Here))
     }
@@ -278,12 +271,13 @@ impl Postgres {
     }
 
     /// How the members of a batch ended, in the order in which they were given; their ids ascend. One that died and was replayed
-    /// ended as its replay did. Or why the result of one can't be read here.
+    /// ended as its replay did. Or why the result of one can't be read here. `None` while one is under way: that and the ends are
+    /// read at once, since a replay may begin at any time.
     async fn child_ends(
         &self,
         connection: &mut PgConnection,
         batch: BatchId,
-    ) -> Result<Result<Vec<ChildEnd>, String>, StoreError> {
+    ) -> Result<Option<Result<Vec<ChildEnd>, String>>, StoreError> {
         let rows = sqlx::query(
             "SELECT id, replay_of, tenant, state, result, result_key_id, last_error FROM jobs WHERE batch_id = $1 ORDER BY id",
         )
@@ -292,6 +286,9 @@ impl Postgres {
         .await?;
         let mut members: HashMap<Uuid, usize> = HashMap::with_capacity(rows.len());
         for (place, row) in rows.iter().enumerate() {
+            if matches!(row.try_get("state")?, "waiting" | "running") {
+                return Ok(None);
+            }
             members.insert(row.try_get("id")?, place);
         }
         // The place of what replays the member at a place.
@@ -314,10 +311,10 @@ impl Postgres {
             }
             match self.child_end(&rows[place])? {
                 Ok(end) => ends.push(end),
-                Err(why) => return Ok(Err(why)),
+                Err(why) => return Ok(Some(Err(why))),
             }
         }
-        Ok(Ok(ends))
+        Ok(Some(Ok(ends)))
     }
 
     fn child_end(&self, row: &PgRow) -> Result<Result<ChildEnd, String>, sqlx::Error> {
@@ -354,7 +351,8 @@ impl Postgres {
                 earlier.map_err(|why| StoreError::new(Dependency::Postgres, Class::Permanent, why))?;
             return Ok(if earlier == *payload { Signalled::Duplicate } else { Signalled::Conflict });
         }
-        if !matches!(state.as_str(), "waiting" | "running") {
+        // The end of a parked one can be taken back: its run may come to wait for this.
+        if !matches!(state.as_str(), "waiting" | "running" | "parked") {
             return Ok(Signalled::Ended);
         }
         let count: i64 = sqlx::query_scalar("SELECT count(*) FROM job_signals WHERE job_id = $1")
@@ -406,8 +404,9 @@ impl Postgres {
     }
 
     /// Gives a job back, uncharged, with what its saga has done so far: the run goes on from `next_step` with `data` in its
-    /// next delivery, and of a group leaves out the branches `done`. Returns the wait, which is none if what the run waits for
-    /// has come meanwhile, or a person wants the job's end and the run can still turn back. `None`: the fence refused.
+    /// next delivery, and of a group leaves out the branches `done`. Returns the wait, which is shorter if one of its waits is due
+    /// before, and none if what the run waits for has come meanwhile, or a person wants the job's end and the run can still turn
+    /// back. `None`: the fence refused.
     pub async fn suspend(
         &self,
         run: &Run,
@@ -419,17 +418,20 @@ impl Postgres {
         let alive = lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?;
         let Some(alive) = alive.get(&run.job_id) else { return Ok(None) };
         log_run(&mut *tx, run).await?;
-        let mut at_once = alive.cancel_requested;
+        let (mut at_once, mut wait) = (alive.cancel_requested, wait);
         if let Some(saga) = run.saga_id {
             // This statement began after the lock, so it sees whatever came before.
-            let begun: Option<(bool, bool)> = sqlx::query_as(
+            let begun: Option<(bool, bool, Option<f64>)> = sqlx::query_as(
                 "SELECT EXISTS (
                      SELECT FROM saga_waits w WHERE w.saga_id = s.id AND w.ended_at IS NULL AND w.fence = $2
                        AND (EXISTS (SELECT FROM job_signals g WHERE w.kind = 'signal' AND g.job_id = s.job_id AND g.name = w.name)
                          -- Whether one is under way, as those ask who wait: a batch that has finished may have one again.
                          OR w.kind = 'children' AND NOT EXISTS (
                              SELECT FROM jobs c WHERE c.batch_id = w.batch_id AND c.state IN ('waiting', 'running')))),
-                     s.state = 'running' AND s.pivot_at IS NULL
+                     s.state = 'running' AND s.pivot_at IS NULL,
+                     -- In a group the others went on since the wait was asked for.
+                     (SELECT extract(epoch FROM min(w.due_at) - now())::float8 FROM saga_waits w
+                      WHERE w.saga_id = s.id AND w.ended_at IS NULL AND w.fence = $2 AND s.state = 'running')
                  FROM sagas s WHERE s.id = $1",
             )
             .bind(saga)
@@ -450,8 +452,9 @@ impl Postgres {
                 .execute(&mut *tx)
                 .await?;
             }
-            if let Some((came, may_turn)) = begun {
+            if let Some((came, may_turn, due)) = begun {
                 at_once = came || at_once && may_turn;
+                wait = due.map_or(wait, |due| wait.min(Duration::from_secs_f64(due.max(0.0))));
                 insert_steps(&mut tx, &[(saga, run.fence, steps)]).await?;
             }
         }
