@@ -4,7 +4,7 @@
 //! Any number may run: a batch's row is locked while it is folded, and a locked one is skipped. One that dies leaves its
 //! transaction undone, callback included.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use queue::Queue;
 use sagas::{
@@ -24,6 +24,8 @@ use crate::{
 const BATCHES: i64 = 200;
 /// Members that are cancelled in one transaction.
 pub(crate) const PAGE: i64 = 200;
+/// How long a batch waits that could not be folded: its callback's key is missing here, say.
+const PUT_OFF: Duration = Duration::from_secs(10);
 /// Between two looks for members of cancelled batches.
 const CANCEL_EVERY: Duration = Duration::from_secs(1);
 
@@ -31,15 +33,19 @@ pub(crate) struct Collector {
     postgres: Postgres,
     queue: Queue,
     settings: MaintainSettings,
+    /// Until when those wait that could not be folded.
+    put_off: HashMap<BatchId, Instant>,
+    /// The last cancelled batch that was looked at, of more than a look takes.
+    cancelled: BatchId,
 }
 
 impl Collector {
     pub fn new(postgres: Postgres, queue: Queue, settings: MaintainSettings) -> Self {
-        Self { postgres, queue, settings }
+        Self { postgres, queue, settings, put_off: HashMap::new(), cancelled: BatchId(Uuid::nil()) }
     }
 
     /// Runs until `shutdown`.
-    pub async fn run(self, shutdown: CancellationToken) {
+    pub async fn run(mut self, shutdown: CancellationToken) {
         let mut pauses = Growing::new(self.settings.collect_every, Duration::from_secs(5));
         let mut cancel_at = Instant::now();
         while !shutdown.is_cancelled() {
@@ -70,10 +76,12 @@ impl Collector {
     }
 
     /// Folds what there is; `true` if one fold was not enough for a batch.
-    async fn fold(&self) -> Result<bool, StoreError> {
+    async fn fold(&mut self) -> Result<bool, StoreError> {
         let limit = self.postgres.call_timeout() * 2;
         let mut more = false;
-        for batch in within(limit, self.postgres.batches_to_fold(BATCHES)).await? {
+        self.put_off.retain(|_, until| *until > Instant::now());
+        let but: Vec<BatchId> = self.put_off.keys().copied().collect();
+        for batch in within(limit, self.postgres.batches_to_fold(BATCHES, &but)).await? {
             match within(limit, self.postgres.fold_batch(batch)).await {
                 Ok(folded) => {
                     more |= folded.more;
@@ -84,15 +92,22 @@ impl Collector {
                 }
                 Err(error) if error.is_unavailable() => return Err(error),
                 // One batch that can't be folded must not hold up the others.
-                Err(error) => tracing::warn!(%batch, %error, "a batch waits to be counted"),
+                Err(error) => {
+                    tracing::warn!(%batch, %error, again_in = ?PUT_OFF, "a batch waits to be counted");
+                    self.put_off.insert(batch, Instant::now() + PUT_OFF);
+                }
             }
         }
         Ok(more)
     }
 
-    async fn cancel(&self, shutdown: &CancellationToken) -> Result<(), StoreError> {
+    async fn cancel(&mut self, shutdown: &CancellationToken) -> Result<(), StoreError> {
         let limit = self.postgres.call_timeout() * 2;
-        for batch in within(limit, self.postgres.batches_to_cancel(BATCHES)).await? {
+        let batches = within(limit, self.postgres.batches_to_cancel(self.cancelled, BATCHES)).await?;
+        // After a page that is not full comes the first again.
+        let full = i64::try_from(batches.len()).is_ok_and(|found| found >= BATCHES);
+        self.cancelled = batches.last().copied().filter(|_| full).unwrap_or(BatchId(Uuid::nil()));
+        for batch in batches {
             let mut after = Uuid::nil();
             while !shutdown.is_cancelled() {
                 let page = cancel_page(&self.postgres, Some(&self.queue), batch, after).await?;

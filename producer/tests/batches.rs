@@ -75,6 +75,35 @@ async fn a_batch_of_several_pages_completes_and_its_callback_is_dispatched() {
 }
 
 #[tokio::test]
+async fn batches_that_can_not_be_finished_hold_up_no_others() {
+    // More than one look of the collector takes.
+    const ODD: usize = 201;
+    let stage = Stage::new().await;
+    let mut members = vec![];
+    for _ in 0..ODD {
+        let made = stage.client.batch(tenant("acme"), "odd").add([report(1)]).on_complete(after()).seal();
+        members.push(made.await.unwrap().jobs[0].as_ref().unwrap().id);
+    }
+    // As one whose key is gone.
+    let odd = "UPDATE batches SET callback = '{}'";
+    let odd = sqlx::query(odd).execute(stage.postgres.pool()).await.unwrap();
+    assert_eq!(odd.rows_affected(), ODD as u64);
+    let made = stage.client.batch(tenant("acme"), "sound").add([report(1)]).on_complete(after()).seal();
+    let made = made.await.unwrap();
+    members.push(made.jobs[0].as_ref().unwrap().id);
+    for id in members {
+        succeed(&stage, id).await;
+    }
+    let maintenance = stage.maintain(quick());
+    eventually(|| async {
+        let view = stage.client.batch_state(made.id, None).await.unwrap().unwrap();
+        if view.finished_at.is_some() { Ok(()) } else { Err(format!("{view:?}")) }
+    })
+    .await;
+    maintenance.stop().await;
+}
+
+#[tokio::test]
 async fn a_cancel_that_stopped_half_way_is_ended_by_the_collector() {
     let stage = Stage::new().await;
     let open = stage

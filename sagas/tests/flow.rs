@@ -350,7 +350,7 @@ impl Stage {
 
     async fn collect(&self) {
         loop {
-            let batches = self.postgres.batches_to_fold(100).await.unwrap();
+            let batches = self.postgres.batches_to_fold(100, &[]).await.unwrap();
             if batches.is_empty() {
                 return;
             }
@@ -1062,7 +1062,7 @@ async fn children_that_end_while_the_parent_falls_asleep_are_not_slept_through()
                 ] {
                     sqlx::query(sql).bind(ctx.job.id.0).execute(&pool).await.unwrap();
                 }
-                for batch in postgres.batches_to_fold(10).await? {
+                for batch in postgres.batches_to_fold(10, &[]).await? {
                     postgres.fold_batch(batch).await?;
                 }
             }
@@ -1086,7 +1086,7 @@ async fn a_parent_that_turns_back_ends_its_children_first() {
     stage.end_child(children[0], "succeeded", None).await;
     assert_eq!(stage.postgres.cancel(id, None).await.unwrap(), Cancel::Requested);
     assert!(matches!(stage.deliver(&engine, id).await, Ended::Release(_)), "its children have not ended");
-    for batch in stage.postgres.batches_to_cancel(10).await.unwrap() {
+    for batch in stage.postgres.batches_to_cancel(BatchId(uuid::Uuid::nil()), 10).await.unwrap() {
         stage.postgres.cancel_members(batch, uuid::Uuid::nil(), 100).await.unwrap();
     }
     stage.collect().await;
@@ -1244,7 +1244,7 @@ async fn the_children_of_a_batchs_member_count_by_their_parents_end_and_are_canc
 
     let (outer, id, children) = begun().await;
     let cancel = async || {
-        for batch in stage.postgres.batches_to_cancel(10).await.unwrap() {
+        for batch in stage.postgres.batches_to_cancel(BatchId(uuid::Uuid::nil()), 10).await.unwrap() {
             stage.postgres.cancel_members(batch, uuid::Uuid::nil(), 100).await.unwrap();
         }
     };

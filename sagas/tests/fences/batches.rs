@@ -62,7 +62,7 @@ impl Ledger {
     /// Folds everything that there is to fold.
     pub async fn collect(&self) {
         loop {
-            let due = self.postgres.batches_to_fold(100).await.unwrap();
+            let due = self.postgres.batches_to_fold(100, &[]).await.unwrap();
             if due.is_empty() {
                 return;
             }
@@ -392,7 +392,7 @@ async fn protocol_14_cancelling_a_batch_cancels_each_member_in_pages_and_its_inn
     };
     let (mut cancelled, mut before) = (0, 0);
     for _ in 0..10 {
-        for id in ledger.postgres.batches_to_cancel(10).await.unwrap() {
+        for id in ledger.postgres.batches_to_cancel(BatchId(Uuid::nil()), 10).await.unwrap() {
             let page = ledger.postgres.cancel_members(id, Uuid::nil(), 10).await.unwrap();
             let requested = asked().await.len();
             assert!(page.cancelled.len() + requested - before <= 10);
@@ -522,7 +522,7 @@ async fn protocol_17_5000_members_with_connections_killed_at_random_count_exactl
             let (ledger, over) = (Arc::clone(&ledger), Arc::clone(&over));
             tokio::spawn(async move {
                 while !over.load(Ordering::SeqCst) {
-                    for id in ledger.postgres.batches_to_fold(10).await.unwrap_or_default() {
+                    for id in ledger.postgres.batches_to_fold(10, &[]).await.unwrap_or_default() {
                         // One that dies leaves its transaction to the server.
                         if let Err(error) = ledger.postgres.fold_batch(id).await {
                             assert!(error.is_unavailable(), "{error}");

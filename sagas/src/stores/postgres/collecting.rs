@@ -40,8 +40,8 @@ pub struct CancelledPage {
 }
 
 impl Postgres {
-    /// Batches to which something happened since they were last folded.
-    pub async fn batches_to_fold(&self, limit: i64) -> Result<Vec<BatchId>, StoreError> {
+    /// Batches to which something happened since they were last folded, but for those named.
+    pub async fn batches_to_fold(&self, limit: i64, but: &[BatchId]) -> Result<Vec<BatchId>, StoreError> {
         // Hops from batch to batch, however many events each has.
         let ids: Vec<Uuid> = sqlx::query_scalar(
             "WITH RECURSIVE hop AS (
@@ -49,9 +49,10 @@ impl Postgres {
                  UNION ALL
                  SELECT (SELECT e.batch FROM batch_events e WHERE e.batch > hop.batch ORDER BY e.batch LIMIT 1)
                  FROM hop WHERE hop.batch IS NOT NULL)
-             SELECT batch FROM hop WHERE batch IS NOT NULL LIMIT $1",
+             SELECT batch FROM hop WHERE batch IS NOT NULL AND batch <> ALL($2) LIMIT $1",
         )
         .bind(limit)
+        .bind(but.iter().map(|id| id.0).collect::<Vec<_>>())
         .fetch_all(&self.pool)
         .await?;
         Ok(ids.into_iter().map(BatchId).collect())
@@ -135,8 +136,8 @@ impl Postgres {
         Ok(job)
     }
 
-    /// Cancelled batches with members that may not have heard of it, and the batches in them.
-    pub async fn batches_to_cancel(&self, limit: i64) -> Result<Vec<BatchId>, StoreError> {
+    /// Cancelled batches after `after` with members that may not have heard of it, and the batches in any of them.
+    pub async fn batches_to_cancel(&self, after: BatchId, limit: i64) -> Result<Vec<BatchId>, StoreError> {
         let mut tx = self.begin().await?;
         // A batch in a cancelled one is cancelled like its other members.
         let inner: Vec<Uuid> = sqlx::query_scalar(
@@ -152,9 +153,10 @@ impl Postgres {
             self.cancel_batch(BatchId(id), None).await?;
         }
         let ids: Vec<Uuid> = sqlx::query_scalar(
-            "SELECT id FROM batches WHERE cancelled_at IS NOT NULL AND finished_at IS NULL ORDER BY id LIMIT $1",
+            "SELECT id FROM batches WHERE cancelled_at IS NOT NULL AND finished_at IS NULL AND id > $2 ORDER BY id LIMIT $1",
         )
         .bind(limit)
+        .bind(after.0)
         .fetch_all(&self.pool)
         .await?;
         Ok(ids.into_iter().map(BatchId).collect())
