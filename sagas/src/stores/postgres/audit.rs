@@ -4,7 +4,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use queue::JobId;
-use sqlx::{FromRow, Postgres as Db, Transaction};
+use sqlx::FromRow;
 use uuid::Uuid;
 
 use super::Postgres;
@@ -243,22 +243,11 @@ pub(crate) const LOG_CHECKS: &[(FindingKind, &str)] = &[
     ),
 ];
 
-/// An audit's statement may take longer than a worker's.
-const LIMITS: &str = "SET LOCAL statement_timeout = '120s'";
-
 /// Bytes of text to search for a version's chunks in the server; above it the auditor reads the text itself, because the
 /// server unpacks the text once for each chunk.
 const SEARCH_IN_SERVER: i64 = 16 << 20;
 
 impl Postgres {
-    /// A transaction that reads one snapshot, with time for all of a table.
-    pub(super) async fn audit_snapshot(&self) -> Result<Transaction<'static, Db>, sqlx::Error> {
-        let mut tx = self.begin().await?;
-        sqlx::raw_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY").execute(&mut *tx).await?;
-        sqlx::raw_sql(LIMITS).execute(&mut *tx).await?;
-        Ok(tx)
-    }
-
     /// A page of all documents after `after`.
     pub(crate) async fn audit_document_ids(&self, after: Uuid, limit: i64) -> Result<Vec<Uuid>, StoreError> {
         Ok(sqlx::query_scalar("SELECT id FROM documents WHERE id > $1 ORDER BY id LIMIT $2")
@@ -273,7 +262,7 @@ impl Postgres {
         &self,
         ids: &[Uuid],
     ) -> Result<(Vec<DocumentRow>, Vec<VersionRow>), StoreError> {
-        let mut tx = self.audit_snapshot().await?;
+        let mut tx = self.snapshot().await?;
         let documents = sqlx::query_as(
             "SELECT id, tenant, key, current_version, current_order, last_order, deleted_order
              FROM documents WHERE id = ANY($1) ORDER BY id",
@@ -321,7 +310,7 @@ impl Postgres {
 
     /// The collections that versions name.
     pub(crate) async fn audit_collections(&self) -> Result<Vec<String>, StoreError> {
-        let mut tx = self.audit_snapshot().await?;
+        let mut tx = self.snapshot().await?;
         Ok(sqlx::query_scalar("SELECT DISTINCT collection FROM document_versions")
             .fetch_all(&mut *tx)
             .await?)
@@ -329,7 +318,7 @@ impl Postgres {
 
     /// The queues that jobs name.
     pub(crate) async fn audit_queues(&self) -> Result<Vec<String>, StoreError> {
-        let mut tx = self.audit_snapshot().await?;
+        let mut tx = self.snapshot().await?;
         Ok(sqlx::query_scalar("SELECT DISTINCT queue FROM jobs").fetch_all(&mut *tx).await?)
     }
 
@@ -374,13 +363,13 @@ impl Postgres {
         after: Uuid,
         limit: i64,
     ) -> Result<Vec<LogRow>, StoreError> {
-        let mut tx = self.audit_snapshot().await?;
+        let mut tx = self.snapshot().await?;
         Ok(sqlx::query_as(sql).bind(after).bind(limit).fetch_all(&mut *tx).await?)
     }
 
     /// Work under way: what the janitor, the relay and the workers still have to do, and what waits for a person.
     pub async fn audit_pending(&self) -> Result<Pending, StoreError> {
-        let mut tx = self.audit_snapshot().await?;
+        let mut tx = self.snapshot().await?;
         let (sweeps, finishing, undispatched, unfinished, parked) = sqlx::query_as(
             "SELECT (SELECT count(*) FROM document_versions WHERE sweep_after IS NOT NULL),
                     (SELECT count(*) FROM sagas WHERE state = 'finishing'),
@@ -410,7 +399,7 @@ impl Postgres {
 
     /// What the janitor has left; `overdue` counts what has been due for `overdue` and longer.
     pub(crate) async fn audit_sweeps(&self, overdue: Duration) -> Result<SweepsLeft, StoreError> {
-        let mut tx = self.audit_snapshot().await?;
+        let mut tx = self.snapshot().await?;
         Ok(sqlx::query_as(
             "SELECT count(*) AS sweeps, (SELECT count(*) FROM sagas WHERE state = 'finishing') AS finishing,
                     count(*) FILTER (WHERE coalesce(sweep_missed, sweep_after) <= now() - make_interval(secs => $1)) AS overdue,
@@ -424,7 +413,7 @@ impl Postgres {
 
     /// How many jobs and sagas there are; the rest is counted on the way.
     pub(crate) async fn audit_counts(&self) -> Result<Counts, StoreError> {
-        let mut tx = self.audit_snapshot().await?;
+        let mut tx = self.snapshot().await?;
         let (jobs, sagas) =
             sqlx::query_as("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM sagas)")
                 .fetch_one(&mut *tx)

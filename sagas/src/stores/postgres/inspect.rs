@@ -334,7 +334,7 @@ impl Postgres {
 
     /// Counts of all jobs of the ledger, or of those accepted since. Reads them all, however long that takes.
     pub async fn job_counts(&self, since: Option<DateTime<Utc>>) -> Result<JobCounts, StoreError> {
-        let mut tx = self.audit_snapshot().await?;
+        let mut tx = self.snapshot().await?;
         Ok(sqlx::query_as(
             "SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting, count(*) FILTER (WHERE state = 'running') AS running,
                     count(*) FILTER (WHERE state = 'succeeded') AS succeeded, count(*) FILTER (WHERE state = 'cancelled') AS cancelled,

@@ -147,6 +147,14 @@ impl Postgres {
             .map_err(|_| sqlx::Error::WorkerCrashed)?
     }
 
+    /// A transaction that reads one snapshot, with time for all of a table.
+    pub(crate) async fn snapshot(&self) -> Result<Transaction<'static, Db>, sqlx::Error> {
+        let mut tx = self.begin().await?;
+        sqlx::raw_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY").execute(&mut *tx).await?;
+        sqlx::raw_sql("SET LOCAL statement_timeout = '120s'").execute(&mut *tx).await?;
+        Ok(tx)
+    }
+
     /// A connection on which the server has just answered: what fails here has begun nothing. Those that are found dead are closed.
     pub async fn reach(&self) -> Result<PoolConnection<Db>, sqlx::Error> {
         loop {

@@ -291,10 +291,8 @@ impl Postgres {
 
     /// Which keys are in use.
     pub async fn keys_in_use(&self) -> Result<Vec<KeyUse>, StoreError> {
-        let mut tx = self.begin().await?;
-        // It reads the whole of each table.
-        sqlx::query("SET LOCAL statement_timeout = '120s'").execute(&mut *tx).await?;
-        let used = sqlx::query_as(
+        let mut tx = self.snapshot().await?;
+        Ok(sqlx::query_as(
             "SELECT key_id, sum(unfinished)::bigint AS unfinished, sum(ended)::bigint AS ended, sum(results)::bigint AS results,
                     sum(letters)::bigint AS dead_letters, sum(callbacks)::bigint AS callbacks, sum(signals)::bigint AS signals
              FROM (SELECT payload_key_id AS key_id, count(*) FILTER (WHERE state IN ('waiting', 'running')) AS unfinished,
@@ -313,9 +311,7 @@ impl Postgres {
              GROUP BY 1 ORDER BY 1 NULLS LAST",
         )
         .fetch_all(&mut *tx)
-        .await?;
-        tx.commit().await?;
-        Ok(used)
+        .await?)
     }
 }
 
