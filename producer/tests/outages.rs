@@ -105,6 +105,26 @@ async fn an_outcome_that_nobody_can_tell_is_not_called_a_failure() {
 }
 
 #[tokio::test]
+async fn a_ledger_that_may_only_be_read_from_has_begun_nothing() {
+    let stage = Stage::new().await;
+    for sql in ["ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()"] {
+        sqlx::raw_sql(sql).execute(stage.client.postgres().pool()).await.unwrap();
+    }
+    // The server's sessions hear of it one after the other.
+    eventually(|| async {
+        match stage.client.enqueue(report(1), Durability::Durable).await {
+            Ok(_) => Err("it was accepted"),
+            Err(error) => {
+                assert!(matches!(error, EnqueueError::Unavailable { .. }), "{error:?}");
+                Ok(())
+            }
+        }
+        .map_err(str::to_owned)
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_fast_job_whose_push_got_no_answer_is_not_called_a_failure() {
     let stage = Stage::with(ClientSettings::default(), |config| {
         config.response_timeout = Duration::from_millis(500);

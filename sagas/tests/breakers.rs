@@ -289,6 +289,9 @@ async fn protocol_16_a_postgres_that_may_only_be_read_from_is_an_outage() {
     .await;
     assert_eq!(refused.class, Class::Unavailable, "{refused}");
     assert_eq!(postgres.probe().await.unwrap_err().class, Class::Unavailable);
+    // Whoever would write begins nothing, and isn't kept.
+    let reached = tokio::time::timeout(Duration::from_secs(10), postgres.reach()).await.expect("no answer");
+    assert_eq!(reached.unwrap_err().class, Class::Unavailable);
     switch("off").await;
     until("writes pass", async || postgres.create_tenant("globex").await.map_err(|error| error.to_string()))
         .await;

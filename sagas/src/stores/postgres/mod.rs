@@ -155,18 +155,22 @@ impl Postgres {
         Ok(tx)
     }
 
-    /// A connection on which the server has just answered: what fails here has begun nothing. Those that are found dead are closed.
-    pub async fn reach(&self) -> Result<PoolConnection<Db>, sqlx::Error> {
-        loop {
+    /// A connection on which the server has just answered, and may be written to: what fails here has begun nothing. Those that are
+    /// of no use are closed.
+    pub async fn reach(&self) -> Result<PoolConnection<Db>, StoreError> {
+        // One more than the pool holds, so that the last at least was made just now.
+        for _ in 0..=self.pool.options().get_max_connections() {
             let mut connection = self.pool.acquire().await?;
             match is_usable(&mut connection).await {
                 Ok(true) => return Ok(connection),
-                // Once the pool has none that was made before, it makes one, or says why it can't.
                 Ok(false) => {}
                 Err(error) => tracing::debug!(%error, "a connection to Postgres is dead"),
             }
             connection.close_on_drop();
         }
+        Err(away(
+            "no connection to the server is of use: it may only be read from, or ends those that it has taken",
+        ))
     }
 
     /// The pool, for read-only tools and tests; transactions are begun by [`begin`](Self::begin).
@@ -197,16 +201,15 @@ impl Postgres {
 
     async fn answers_within(&self, limit: Duration) -> Result<(), StoreError> {
         use sqlx::Connection;
-        let away = |why| StoreError::new(Dependency::Postgres, Class::Unavailable, why);
         let work = async {
             let mut connection = PgConnection::connect_with(&self.pool.connect_options()).await?;
-            let writes: bool = sqlx::query_scalar(WRITES).fetch_one(&mut connection).await?;
+            let usable = is_usable(&mut connection).await?;
             connection.close().await?;
-            Ok::<_, sqlx::Error>(writes)
+            Ok::<_, sqlx::Error>(usable)
         };
         match tokio::time::timeout(limit, work).await {
             Ok(Ok(true)) => Ok(()),
-            Ok(Ok(false)) => Err(away("the server may only be read from".to_owned())),
+            Ok(Ok(false)) => Err(away("the server may only be read from")),
             Ok(Err(error)) => Err(StoreError::from(error)),
             Err(_) => Err(away(format!("no answer within {limit:?}"))),
         }
@@ -267,17 +270,20 @@ impl Postgres {
 /// A connection that has answered within this time lives.
 const ASK_AFTER: Duration = Duration::from_secs(1);
 
-/// Whether the server may be written to; a standby, and a primary that was told so, may not.
-const WRITES: &str =
-    "SELECT NOT current_setting('default_transaction_read_only')::boolean AND NOT pg_is_in_recovery()";
-
-/// Whether a pooled connection lives, is in no transaction (within one `now()` stands still, and a simple query has one time) and
-/// is with a server that is not a standby: after a failover it may be the old primary's.
+/// Whether a connection lives, is in no transaction (within one `now()` stands still, and a simple query has one time) and is with a
+/// server that may be written to: a standby may not, as the old primary after a failover, nor a primary that was told so.
 async fn is_usable(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    let row = sqlx::raw_sql("SELECT now() = statement_timestamp() AND NOT pg_is_in_recovery()")
-        .fetch_one(connection)
-        .await?;
+    let row = sqlx::raw_sql(
+        "SELECT now() = statement_timestamp() AND NOT pg_is_in_recovery()
+            AND NOT current_setting('default_transaction_read_only')::boolean",
+    )
+    .fetch_one(connection)
+    .await?;
     row.try_get(0)
+}
+
+fn away(why: impl Into<String>) -> StoreError {
+    StoreError::new(Dependency::Postgres, Class::Unavailable, why)
 }
 
 fn migration_error(error: sqlx::migrate::MigrateError) -> StoreError {
