@@ -136,10 +136,11 @@ pub(crate) fn storable(text: String) -> String {
     if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
 }
 
-/// SQLSTATEs, or their beginnings, that are no job's fault: the server is away or full, lets nobody in, lacks the database, or is in
-/// trouble itself; it may only be read from, as one that was the primary until just now (25006); it has ended a session that was
-/// idle within a transaction, as that of a process is that was paused (25P). What lasts although its probe is answered is charged.
-const OUTAGES: [&str; 10] = ["08", "57P0", "53", "28", "3D", "58", "XX", "25006", "25P03", "25P04"];
+/// SQLSTATEs, or their beginnings, that are no job's fault: the server is away or full, lets nobody in, or lacks the database; it may
+/// only be read from, as one that was the primary until just now (25006); it has ended a session that was idle within a transaction,
+/// as that of a process is that was paused (25P). What lasts although its probe is answered is charged. Not among them is trouble with
+/// what one statement asks for, as a damaged page (58, XX): others must not wait for it.
+const OUTAGES: [&str; 8] = ["08", "57P0", "53", "28", "3D", "25006", "25P03", "25P04"];
 
 impl From<sqlx::Error> for StoreError {
     /// SQLSTATE classes as PROTOCOL.md 16 and 20 sort them.

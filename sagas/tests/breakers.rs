@@ -270,6 +270,24 @@ async fn protocol_16_without_the_queues_redis_each_process_has_its_own_breaker()
 }
 
 #[tokio::test]
+async fn protocol_16_trouble_with_what_one_statement_asks_for_is_no_outage() {
+    let services = TestServices::builder().postgres().start().await.unwrap();
+    let mut own = PgConnection::connect(services.postgres().url()).await.unwrap();
+    for (state, class) in [
+        ("53100", Class::Unavailable),
+        ("57P01", Class::Unavailable),
+        ("25006", Class::Unavailable),
+        // A page that can't be read, or makes no sense.
+        ("58030", Class::Permanent),
+        ("XX001", Class::Permanent),
+    ] {
+        let sql = format!("DO $$ BEGIN RAISE EXCEPTION 'a test''s' USING ERRCODE = '{state}'; END $$");
+        let error = StoreError::from(own.execute(AssertSqlSafe(sql)).await.unwrap_err());
+        assert_eq!(error.class, class, "{state}: {error}");
+    }
+}
+
+#[tokio::test]
 async fn protocol_16_a_postgres_that_may_only_be_read_from_is_an_outage() {
     let services = TestServices::builder().postgres().start().await.unwrap();
     let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
