@@ -66,8 +66,8 @@ impl Default for Limits {
 /// would get a flush for each of them.
 const WORTHWHILE: u32 = 4;
 
-/// How often a batch is flushed again that lost to another transaction (a deadlock): that one has ended, and nothing of the batch was
-/// done.
+/// How often a batch is flushed again that lost to another transaction (a deadlock): that one has ended, and nothing of the
+/// transaction that lost was done. What a flush has committed before that one, it finds done.
 const LOST_AGAIN: u32 = 3;
 
 struct Call<B: Batch> {

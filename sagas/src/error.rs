@@ -93,7 +93,8 @@ pub struct StoreError {
     pub message: String,
     /// When the dependency wants to be asked again.
     pub retry_after: Option<Duration>,
-    /// It was undone as a whole, because it and another transaction waited for each other, and may be asked again at once.
+    /// It was undone as a whole, because another transaction stood in its way (a deadlock, or what it read has changed), and may be
+    /// asked again at once.
     pub conflict: bool,
 }
 
