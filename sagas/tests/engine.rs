@@ -23,7 +23,7 @@ use sagas::{
         Postgres, PostgresConfig,
         accept::NewJob,
         compensation::Turn,
-        ending::{Run, Verdict},
+        ending::{GivenBack, Run, Verdict},
         inspect::{JobView, SagaFilter},
         ledger::Cancel,
         take::{Take, TakeItem, TakenJob},
@@ -37,6 +37,8 @@ const KIND: &str = "scripted";
 const PANICS: &str = "a defect";
 /// The data for which there is no result.
 const RESULT_PANICS: &str = "a defect in the result";
+/// When a job is looked at again that can't be run or read.
+const UNREADABLE_FOR: Duration = Duration::from_secs(10);
 
 /// What the steps of a test's saga do, one entry for each call of `work`, which panics at [`PANICS`]; then they succeed.
 type Script = Arc<Mutex<VecDeque<Result<Value, StepError>>>>;
@@ -200,6 +202,15 @@ impl Stage {
         job.id
     }
 
+    /// A job with a payload that nobody here has the key of; and the ledger with the key.
+    async fn enqueue_sealed(&self) -> (JobId, Postgres) {
+        let keys = Keyring::parse(&format!("a:{}", new_key())).unwrap();
+        let sealing = self.postgres.clone().with_cipher(keys.into());
+        let secret = NewJob::new(KIND, name(), TenantId::new("acme").unwrap(), json!({ "card": 1 }));
+        sealing.accept(std::slice::from_ref(&secret), true).await.unwrap();
+        (secret.id, sealing)
+    }
+
     async fn make_due(&self, id: JobId) {
         sqlx::query("UPDATE jobs SET run_at = now() WHERE id = $1 AND state = 'waiting'")
             .bind(id.0)
@@ -277,6 +288,12 @@ impl Stage {
             .await
             .unwrap()
     }
+}
+
+/// A worker that knows no kind.
+fn stranger(postgres: Postgres, settings: EngineSettings) -> Engine {
+    let breakers = Breakers::new([], CancellationToken::new());
+    Engine::new(postgres, breakers, WorkerId::new("w"), settings, Registry::default())
 }
 
 fn fails() -> Result<Value, StepError> {
@@ -520,9 +537,7 @@ async fn protocol_15_a_begun_run_whose_kind_nobody_knows_any_more_is_parked_with
     let id = stage.enqueue(|_| ()).await;
     assert!(matches!(stage.deliver(id).await, Ended::Release(_)));
     let settings = EngineSettings { unroutable_after: Duration::ZERO, ..EngineSettings::default() };
-    let breakers = Breakers::new([], CancellationToken::new());
-    let stranger =
-        Engine::new(stage.postgres.clone(), breakers, WorkerId::new("w"), settings, Registry::default());
+    let stranger = stranger(stage.postgres.clone(), settings);
     let mut stage = stage;
     let engine = std::mem::replace(&mut stage.engine, stranger);
     assert_eq!(stage.deliver(id).await, Ended::Ack);
@@ -605,7 +620,7 @@ async fn a_run_gets_its_row_with_whatever_is_first_said_of_it() {
     let idle = stage.enqueue(|_| ()).await;
     let taken = stage.take(idle).await;
     let run = Run { saga_id: None, ..Stage::run_of(&taken) };
-    assert!(stage.postgres.release(&run, Duration::ZERO, None).await.unwrap().is_some());
+    assert!(stage.postgres.release(&run, Duration::ZERO, GivenBack::Asked).await.unwrap().is_some());
     assert_eq!(stage.postgres.cancel(idle, None).await.unwrap(), Cancel::Cancelled);
     assert_eq!(stage.logged(idle).await, []);
 }
@@ -660,48 +675,63 @@ async fn protocol_15_a_repeatable_job_that_nobody_can_read_is_no_run_and_dies_in
     let patient = Stage::repeatable(vec![]).await;
     let hasty = Stage::of(vec![], JobRetry::default(), settings, true, 1).await;
     for stage in [&patient, &hasty] {
-        let keys = Keyring::parse(&format!("a:{}", new_key())).unwrap();
-        let sealing = stage.postgres.clone().with_cipher(keys.into());
-        let secret = NewJob::new(KIND, name(), TenantId::new("acme").unwrap(), json!({ "card": 1 }));
-        sealing.accept(std::slice::from_ref(&secret), true).await.unwrap();
-        let ended = stage.deliver(secret.id).await;
+        let (secret, _) = stage.enqueue_sealed().await;
+        let ended = stage.deliver(secret).await;
         if std::ptr::eq(stage, &raw const hasty) {
             assert_eq!(ended, Ended::Ack);
-            let letter = stage.postgres.dead_letter(secret.id.0).await.unwrap().unwrap();
+            let letter = stage.postgres.dead_letter(secret.0).await.unwrap().unwrap();
             assert_eq!(letter.class, "unreadable_payload");
         } else {
             assert!(matches!(ended, Ended::Release(_)), "{ended:?}");
             // It waits for whoever has the key, as a job that nobody has begun: of any version, and without effects.
-            assert_eq!(stage.postgres.cancel(secret.id, None).await.unwrap(), Cancel::Cancelled);
+            assert_eq!(stage.postgres.cancel(secret, None).await.unwrap(), Cancel::Cancelled);
         }
-        assert_eq!(stage.logged(secret.id).await, []);
+        assert_eq!(stage.logged(secret).await, []);
     }
 }
 
 #[tokio::test]
 async fn protocol_15_the_clock_of_a_job_that_nobody_can_read_runs_on_until_it_is_dead() {
     let stage = Stage::repeatable(vec![]).await;
-    let keys = Keyring::parse(&format!("a:{}", new_key())).unwrap();
-    let sealing = stage.postgres.clone().with_cipher(keys.into());
-    let secret = NewJob::new(KIND, name(), TenantId::new("acme").unwrap(), json!({ "card": 1 }));
-    sealing.accept(std::slice::from_ref(&secret), true).await.unwrap();
+    let (secret, _) = stage.enqueue_sealed().await;
     for _ in 0..2 {
-        assert_eq!(stage.deliver(secret.id).await, Ended::Release(Duration::from_secs(10)));
+        assert_eq!(stage.deliver(secret).await, Ended::Release(UNREADABLE_FOR));
     }
-    stage.nobody_could_run_it_for(secret.id, 1800.0).await;
-    assert_eq!(stage.deliver(secret.id).await, Ended::Release(Duration::from_secs(10)));
-    stage.make_due(secret.id).await;
-    let waited = stage.take(secret.id).await.unroutable_for.expect("the clock was stopped");
+    stage.nobody_could_run_it_for(secret, 1800.0).await;
+    assert_eq!(stage.deliver(secret).await, Ended::Release(UNREADABLE_FOR));
+    stage.make_due(secret).await;
+    let waited = stage.take(secret).await.unroutable_for.expect("the clock was stopped");
     assert!(waited >= Duration::from_secs(1799) && waited < Duration::from_secs(1900), "{waited:?}");
     // That one ended with its worker. A take where the kind is known ends the wait, unless the worker says that it can't read it.
-    assert_eq!(stage.take(secret.id).await.unroutable_for, None);
-    assert_eq!(stage.deliver(secret.id).await, Ended::Release(Duration::from_secs(10)));
-    stage.nobody_could_run_it_for(secret.id, 3595.0).await;
-    assert!(matches!(stage.deliver(secret.id).await, Ended::Release(wait) if wait <= Duration::from_secs(5)));
-    stage.nobody_could_run_it_for(secret.id, 3600.0).await;
-    assert_eq!(stage.deliver(secret.id).await, Ended::Ack);
-    let letter = stage.postgres.dead_letter(secret.id.0).await.unwrap().unwrap();
+    assert_eq!(stage.take(secret).await.unroutable_for, None);
+    assert_eq!(stage.deliver(secret).await, Ended::Release(UNREADABLE_FOR));
+    stage.nobody_could_run_it_for(secret, 3595.0).await;
+    assert!(matches!(stage.deliver(secret).await, Ended::Release(wait) if wait <= Duration::from_secs(5)));
+    stage.nobody_could_run_it_for(secret, 3600.0).await;
+    assert_eq!(stage.deliver(secret).await, Ended::Ack);
+    let letter = stage.postgres.dead_letter(secret.0).await.unwrap().unwrap();
     assert_eq!(letter.class, "unreadable_payload");
+}
+
+#[tokio::test]
+async fn protocol_15_a_begun_run_that_nobody_can_read_waits_for_its_key_and_no_clock_runs() {
+    let mut stage = Stage::repeatable(vec![]).await;
+    let (id, with_key) = stage.enqueue_sealed().await;
+    // Of two deliveries the first may have run a step.
+    stage.take(id).await;
+    assert_eq!(stage.deliver(id).await, Ended::Release(UNREADABLE_FOR));
+    sqlx::query("UPDATE jobs SET unroutable_since = unroutable_since - interval '2 h' WHERE id = $1")
+        .bind(id.0)
+        .execute(stage.postgres.pool())
+        .await
+        .unwrap();
+    // One that has the key, and doesn't know the kind, is the first to say that.
+    stage.engine = stranger(with_key, EngineSettings::default());
+    assert_eq!(stage.deliver(id).await, Ended::Release(UNREADABLE_FOR));
+    assert_eq!(stage.job(id).await.state, "waiting");
+    stage.nobody_could_run_it_for(id, 3600.0).await;
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    assert_eq!(stage.job(id).await.state, "parked");
 }
 
 #[tokio::test]
@@ -715,13 +745,10 @@ async fn protocol_14_a_cancel_that_meets_a_delivery_which_ends_in_a_wait_is_not_
     let job = stage.job(id).await;
     assert_eq!((job.state.as_str(), job.attempts), ("cancelled", 1));
     // One that nobody here can read has no run: it is given back, and whoever takes it next ends it.
-    let keys = Keyring::parse(&format!("a:{}", new_key())).unwrap();
-    let sealing = stage.postgres.clone().with_cipher(keys.into());
-    let secret = NewJob::new(KIND, name(), TenantId::new("acme").unwrap(), json!({ "card": 1 }));
-    sealing.accept(std::slice::from_ref(&secret), true).await.unwrap();
-    stage.deliver_cancelled(secret.id).await;
-    assert_eq!(stage.deliver_when_due(secret.id).await, Ended::Ack);
-    assert_eq!(stage.job(secret.id).await.state, "cancelled");
+    let (secret, _) = stage.enqueue_sealed().await;
+    stage.deliver_cancelled(secret).await;
+    assert_eq!(stage.deliver_when_due(secret).await, Ended::Ack);
+    assert_eq!(stage.job(secret).await.state, "cancelled");
 }
 
 #[tokio::test]

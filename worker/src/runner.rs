@@ -8,7 +8,7 @@ use sagas::{
     coalescing::{Coalescer, Limits},
     engine::{CallLimits, Delivery, Ended, Engine},
     stores::postgres::{
-        ending::Run,
+        ending::{GivenBack, Run},
         take::{Take, TakeBatch, TakeItem, TakenJob},
     },
 };
@@ -24,8 +24,6 @@ const ALONE_AFTER: i32 = 2;
 const ALONE_LATER: Duration = Duration::from_secs(10);
 /// How long a job waits that the ledger refuses to hand out.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
-/// How long a job waits whose record this release can't read.
-const UNREADABLE_FOR: Duration = Duration::from_secs(60);
 
 /// Runs claimed jobs. One for each process.
 pub(crate) struct Runner {
@@ -96,15 +94,10 @@ impl Runner {
 
     /// Takes the job, waiting out an outage of the ledger. `None`: the lease is lost.
     async fn take(&self, job: &Job) -> Option<Take> {
-        let fast = match job.envelope.fast.clone().map(serde_json::from_value).transpose() {
-            Ok(fast) => fast,
-            Err(error) => {
-                // A newer release may have written it, and read it.
-                tracing::error!(%error, wait = ?UNREADABLE_FOR, "a fast job's record can't be read; it is put off");
-                return Some(Take::NotYet(UNREADABLE_FOR));
-            }
+        let item = match TakeItem::of(&job.envelope) {
+            Ok(item) => item,
+            Err(wait) => return Some(Take::NotYet(wait)),
         };
-        let item = TakeItem { id: job.envelope.id, fast };
         loop {
             let ready = async {
                 self.engine.breakers().closed(Dependency::Postgres).await;
@@ -167,12 +160,11 @@ impl Runner {
                 let run = Run {
                     job_id: id,
                     fence,
-                    // Of lost deliveries there may be a run: a request to cancel can't be met before its turn, either.
-                    saga_id: Some(id.0),
+                    saga_id: taken.saga.as_ref().map(|open| open.id),
                     worker: self.engine.worker().clone(),
                     started_at: chrono::Utc::now(),
                 };
-                return match postgres.in_time(postgres.release(&run, wait, None)).await {
+                return match postgres.in_time(postgres.release(&run, wait, GivenBack::Later)).await {
                     Ok(Some(wait)) => Some(Done::Release(wait)),
                     _ => None,
                 };

@@ -13,7 +13,7 @@ use sagas::{
     stores::postgres::{
         Postgres, PostgresConfig,
         accept::{Accepted, NewJob},
-        ending::{Run, Verdict},
+        ending::{GivenBack, Run, Verdict},
         ledger::Cancel,
         publish::{Condition, Publish, PublishBatch, Published},
         stage::{NewSaga, NewVersion, Stage, StageBatch},
@@ -265,7 +265,9 @@ impl World {
                 let taken = held.job.as_ref().unwrap();
                 let run = run_of(taken, self.stages[job].as_ref().map(|stage| stage.saga.id), worker);
                 let delay = if later { HOUR } else { Duration::ZERO };
-                let written = self.postgres.release(&run, delay, None).await.unwrap();
+                // A run that has begun isn't ended by whoever takes it next.
+                let why = if run.saga_id.is_some() { GivenBack::Later } else { GivenBack::Asked };
+                let written = self.postgres.release(&run, delay, why).await.unwrap();
                 held.later = written.is_some_and(|wait| !wait.is_zero());
                 (if written.is_some() { Outcome::Written } else { Outcome::Refused }, written.is_some())
             }

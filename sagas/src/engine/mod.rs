@@ -32,9 +32,9 @@ use crate::{
     stores::postgres::{
         Postgres,
         compensation::TurnBatch,
-        ending::{CompleteBatch, Failure, FinishBatch, Parking, Run, Verdict},
+        ending::{CompleteBatch, Failure, FinishBatch, GivenBack, Parking, Run, Verdict},
         stage::BeginBatch,
-        take::{TakeBatch, TakenJob, UNROUTABLE_AFTER},
+        take::{TakeBatch, TakenJob, UNREADABLE_FOR, UNROUTABLE_AFTER, look_again_in},
     },
 };
 
@@ -70,10 +70,6 @@ impl Default for EngineSettings {
 
 /// Longest time for which an error or a step can put a job off.
 pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(366 * 24 * 3600);
-
-/// How long a job waits at most that this worker can't run or read, before it or another looks again: long enough not to spin,
-/// short enough that a deploy is noticed.
-pub(crate) const UNREADABLE_FOR: Duration = Duration::from_secs(10);
 
 /// What is to be done with the job's entry in Redis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -346,8 +342,8 @@ impl Engine {
             worker: self.worker.clone(),
             started_at: chrono::Utc::now(),
         };
-        let delay = UNREADABLE_FOR;
-        let kept = self.postgres.in_time(self.postgres.release(&run, delay, None)).await?;
+        let release = self.postgres.release(&run, UNREADABLE_FOR, GivenBack::Later);
+        let kept = self.postgres.in_time(release).await?;
         Ok(kept.map_or(Ended::Abandoned, Ended::Release))
     }
 
@@ -409,14 +405,15 @@ impl Engine {
             delivery.lease.note_dead();
             return Ok(if kept { Ended::Ack } else { Ended::Abandoned });
         }
-        // Never longer than what is left of the limit.
         let waited = job.unroutable_for.unwrap_or_default();
-        let left =
-            self.settings.unroutable_after.saturating_sub(if may_die { waited } else { Duration::ZERO });
-        let delay = UNREADABLE_FOR.min(left).max(Duration::from_millis(100));
+        let (delay, given_back) = if may_die {
+            (look_again_in(self.settings.unroutable_after, waited), GivenBack::Unroutable(waited))
+        } else {
+            (UNREADABLE_FOR, GivenBack::Later)
+        };
         let why = job.unreadable.as_deref().unwrap_or("unknown kind");
         tracing::info!(job = %job.id, kind = job.kind, ?delay, why, "released uncharged");
-        let kept = self.postgres.in_time(self.postgres.release(&run, delay, Some(waited))).await?;
+        let kept = self.postgres.in_time(self.postgres.release(&run, delay, given_back)).await?;
         Ok(kept.map_or(Ended::Abandoned, Ended::Release))
     }
 

@@ -9,13 +9,14 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{LONGEST_WAIT, StepContext, UNREADABLE_FOR};
+use super::{LONGEST_WAIT, StepContext};
 use crate::{
     error::{Dependency, StepError},
     kinds,
     stores::postgres::{
         accept::NewJob,
         batches::{BatchId, NewBatch},
+        take::UNREADABLE_FOR,
         waits::{Awaited, ChildEnd, Due},
     },
 };

@@ -13,7 +13,7 @@ use sagas::stores::postgres::{
     accept::{Accepted, Idempotency, NewJob, Until},
     batches::{BatchId, BatchView, Callback, CallbackOn, Changed, Created, NewBatch},
     dead_letters::{Replay, Resolved},
-    ending::Verdict,
+    ending::{GivenBack, Verdict},
     publish::Published,
 };
 use serde_json::json;
@@ -381,7 +381,7 @@ async fn protocol_14_cancelling_a_batch_cancels_each_member_in_pages_and_its_inn
     let staged = ledger.take("w", ids[25]).await;
     let stage = ledger.staged(&staged).await;
     let run = run_of(&staged, Some(stage.saga.id));
-    assert!(ledger.postgres.release(&run, HOUR, None).await.unwrap().is_some());
+    assert!(ledger.postgres.release(&run, HOUR, GivenBack::Later).await.unwrap().is_some());
 
     assert_eq!(ledger.postgres.cancel_batch(it.id, Some(TENANT)).await.unwrap(), Changed::Done);
     let late = ledger.postgres.accept(&[member(&it)], true).await.unwrap();

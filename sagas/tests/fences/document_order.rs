@@ -6,7 +6,7 @@ use queue::JobId;
 use sagas::stores::postgres::{
     compensation::Turn,
     dead_letters::{Replay, Resolved},
-    ending::Verdict,
+    ending::{GivenBack, Verdict},
     ledger::Cancel,
     publish::{Condition, Published},
     take::Take,
@@ -51,7 +51,7 @@ async fn protocol_08_a_lower_order_never_replaces_a_higher_one() {
     let low = ledger.take("w", ids[0]).await;
     let low_stage = ledger.staged(&low).await;
     // Put off, the first lets the second go before it.
-    assert!(ledger.postgres.release(&run_of(&low, None), HOUR, None).await.unwrap().is_some());
+    ledger.give_back(&low, HOUR, GivenBack::Asked).await;
     let high = ledger.take("w", ids[1]).await;
     let high_stage = ledger.staged(&high).await;
     assert_eq!(ledger.publish(&[publish_of(&high, &high_stage)]).await, [Published::Yes]);
@@ -185,7 +185,7 @@ async fn protocol_09_a_tombstone_stops_older_ingests_and_newer_ones_recreate_the
     let ids = ledger.accept(&[ingest("a"), delete("a"), ingest("a")]).await;
     let old = ledger.take("w", ids[0]).await;
     let old_stage = ledger.staged(&old).await;
-    assert!(ledger.postgres.release(&run_of(&old, None), HOUR, None).await.unwrap().is_some());
+    ledger.give_back(&old, HOUR, GivenBack::Asked).await;
     let gone = ledger.take("w", ids[1]).await;
     let (buried, doomed) = ledger.bury(&gone, Uuid::now_v7()).await;
     assert_eq!(buried, Published::Yes);
@@ -214,7 +214,7 @@ async fn protocol_09_a_delete_older_than_what_is_shown_is_superseded() {
     let ledger = Ledger::start().await;
     let ids = ledger.accept(&[delete("a"), ingest("a")]).await;
     let early = ledger.take("w", ids[0]).await;
-    assert!(ledger.postgres.release(&run_of(&early, None), HOUR, None).await.unwrap().is_some());
+    ledger.give_back(&early, HOUR, GivenBack::Asked).await;
     let job = ledger.take("w", ids[1]).await;
     let stage = ledger.staged(&job).await;
     assert_eq!(ledger.publish(&[publish_of(&job, &stage)]).await, [Published::Yes]);
@@ -245,7 +245,7 @@ async fn protocol_09_tombstones_outlive_the_retention_of_their_jobs() {
     ledger.ingested("a").await;
     let old = ledger.take("w", ledger.ingest("a").await).await;
     let stage = ledger.staged(&old).await;
-    assert!(ledger.postgres.release(&run_of(&old, None), HOUR, None).await.unwrap().is_some());
+    ledger.give_back(&old, HOUR, GivenBack::Asked).await;
     let gone = ledger.take("w", ledger.delete("a").await).await;
     let saga = Uuid::now_v7();
     assert_eq!(ledger.bury(&gone, saga).await.0, Published::Yes);

@@ -7,7 +7,7 @@ use sagas::{
         accept::{Accepted, Idempotency, NewJob, Until},
         batches::{BatchId, Callback, CallbackOn, Created, NewBatch},
         dead_letters::{Replay, Resolved},
-        ending::Verdict,
+        ending::{GivenBack, Verdict},
         inspect::JobFilter,
         sealing::Rotated,
         waits::Signalled,
@@ -149,14 +149,7 @@ async fn a_wrong_or_missing_key_is_named_and_nothing_is_lost() {
         let taken = other.take("w", id).await;
         let why = taken.unreadable.clone().expect("unreadable");
         assert!(why.contains(said) && taken.payload.is_null(), "{why}");
-        assert!(
-            other
-                .postgres
-                .release(&run_of(&taken, None), Duration::ZERO, Some(Duration::ZERO))
-                .await
-                .unwrap()
-                .is_some()
-        );
+        other.give_back(&taken, Duration::ZERO, GivenBack::Unroutable(Duration::ZERO)).await;
     }
     let taken = ledger.take("w", id).await;
     assert_eq!((taken.payload, taken.attempts), (json!({ "card": SECRET }), 0));

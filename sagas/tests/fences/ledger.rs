@@ -12,7 +12,7 @@ use sagas::{
         Fence, Postgres, PostgresConfig,
         accept::{Accepted, NewJob},
         deletion::Doomed,
-        ending::{Failure, Parking, Run, Verdict},
+        ending::{Failure, GivenBack, Parking, Run, Verdict},
         publish::{Condition, Publish, PublishBatch, Published},
         stage::{NewSaga, NewVersion, Stage, StageBatch},
         take::{Take, TakeBatch, TakeItem, TakenJob},
@@ -72,6 +72,12 @@ impl Ledger {
             Take::Taken(job) => *job,
             other => panic!("not taken: {other:?}"),
         }
+    }
+
+    /// Gives a taken job back.
+    pub async fn give_back(&self, job: &TakenJob, delay: Duration, why: GivenBack) {
+        let released = self.postgres.release(&run_of(job, None), delay, why).await.unwrap();
+        assert_eq!(released, Some(delay));
     }
 
     /// Stages a version for a taken job, as a run's first step does.

@@ -13,7 +13,7 @@ use sagas::{
         accept::NewJob,
         batches::{BatchId, NewBatch},
         compensation::Turn,
-        ending::Verdict,
+        ending::{GivenBack, Verdict},
         plain::PlainLedger,
         publish::Published,
         stage::{Stage, StageBatch},
@@ -63,7 +63,9 @@ async fn check_in(ledger: &Ledger, kind: &str, begun: bool, write: impl AsyncFn(
             Lost::Retaken => drop(ledger.take("another", job.id).await),
             Lost::RetakenBySelf => drop(ledger.take("w", job.id).await),
             Lost::Released => {
-                assert!(ledger.postgres.release(&run, Duration::ZERO, None).await.unwrap().is_some());
+                assert!(
+                    ledger.postgres.release(&run, Duration::ZERO, GivenBack::Asked).await.unwrap().is_some()
+                );
             }
             Lost::Ended => assert!(ledger.postgres.complete(&run, &json!({}), &[]).await.unwrap()),
         }
@@ -237,7 +239,8 @@ async fn protocol_02_park_with_a_stale_fence_writes_nothing() {
 async fn protocol_02_release_with_a_stale_fence_writes_nothing() {
     check("ingest", true, async |r| {
         let run = run_of(&r.job, Some(r.stage.saga.id));
-        r.ledger.postgres.release(&run, HOUR, Some(Duration::ZERO)).await.unwrap().is_some()
+        let why = GivenBack::Unroutable(Duration::ZERO);
+        r.ledger.postgres.release(&run, HOUR, why).await.unwrap().is_some()
     })
     .await;
 }

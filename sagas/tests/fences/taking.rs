@@ -6,7 +6,7 @@ use queue::WorkerId;
 use sagas::{
     coalescing::Batch,
     stores::postgres::{
-        ending::Verdict,
+        ending::{GivenBack, Verdict},
         take::{Take, TakeBatch, TakeItem},
     },
 };
@@ -151,7 +151,7 @@ async fn protocol_13_a_delivery_counts_only_when_taken_and_is_lost_only_to_anoth
     let taken = ledger.take("four", id).await;
     assert_eq!((taken.deliveries, taken.lost_deliveries, taken.lost_alone), (5, 3, 1));
     // Given back: nothing is lost and nothing charged.
-    assert!(ledger.postgres.release(&run_of(&taken, None), Duration::ZERO, None).await.unwrap().is_some());
+    ledger.give_back(&taken, Duration::ZERO, GivenBack::Asked).await;
     let taken = ledger.take("five", id).await;
     assert_eq!((taken.deliveries, taken.lost_deliveries, taken.lost_alone, taken.attempts), (6, 3, 1, 0));
 }
@@ -162,60 +162,30 @@ async fn protocol_15_a_job_of_an_unknown_kind_goes_back_uncharged_and_its_clock_
     let id = ledger.accept(&[job("embed", json!({ "all": true }))]).await[0];
     let taken = ledger.take("w", id).await;
     assert_eq!(taken.unroutable_for, None);
-    assert!(
-        ledger
-            .postgres
-            .release(&run_of(&taken, None), Duration::ZERO, Some(Duration::ZERO))
-            .await
-            .unwrap()
-            .is_some()
-    );
+    ledger.give_back(&taken, Duration::ZERO, GivenBack::Unroutable(Duration::ZERO)).await;
     let first = ledger.take("w", id).await;
     let since = first.unroutable_for.expect("unroutable since the first release");
-    assert!(
-        ledger
-            .postgres
-            .release(&run_of(&first, None), Duration::ZERO, Some(Duration::ZERO))
-            .await
-            .unwrap()
-            .is_some()
-    );
+    ledger.give_back(&first, Duration::ZERO, GivenBack::Unroutable(Duration::ZERO)).await;
     let second = ledger.take("w", id).await;
     assert!(second.unroutable_for.unwrap() > since, "the second release set the clock anew");
     assert_eq!((second.attempts, second.lost_deliveries), (0, 0));
     // A worker that knows the kind gives it back for another reason.
-    assert!(ledger.postgres.release(&run_of(&second, None), Duration::ZERO, None).await.unwrap().is_some());
+    ledger.give_back(&second, Duration::ZERO, GivenBack::Asked).await;
     let third = ledger.take("w", id).await;
     assert_eq!(third.unroutable_for, None);
     // One that knows the kind has tried it; one that knows it has taken it, whatever comes of that.
-    assert!(
-        ledger
-            .postgres
-            .release(&run_of(&third, None), Duration::ZERO, Some(Duration::ZERO))
-            .await
-            .unwrap()
-            .is_some()
-    );
+    ledger.give_back(&third, Duration::ZERO, GivenBack::Unroutable(Duration::ZERO)).await;
     let fourth = ledger.take("w", id).await;
     ledger.postgres.finish(&run_of(&fourth, None), &retry(Duration::ZERO), &[]).await.unwrap();
     let fifth = ledger.take("w", id).await;
     assert_eq!(fifth.unroutable_for, None);
-    assert!(
-        ledger
-            .postgres
-            .release(&run_of(&fifth, None), Duration::ZERO, Some(Duration::ZERO))
-            .await
-            .unwrap()
-            .is_some()
-    );
+    ledger.give_back(&fifth, Duration::ZERO, GivenBack::Unroutable(Duration::ZERO)).await;
     let knows = TakeBatch::new(ledger.postgres.clone(), WorkerId::new("w")).knowing(vec!["embed"]);
     knows.flush(&[TakeItem { id, fast: None }]).await.unwrap();
     assert_eq!(ledger.take("w", id).await.unroutable_for, None);
     // The delay holds in the ledger, not only in Redis.
     let taken = ledger.take("w", id).await;
-    assert!(
-        ledger.postgres.release(&run_of(&taken, None), HOUR, Some(Duration::ZERO)).await.unwrap().is_some()
-    );
+    ledger.give_back(&taken, HOUR, GivenBack::Unroutable(Duration::ZERO)).await;
     let take = ledger.takes("w", &[id]).await.remove(0);
     assert!(waits(&take).is_some_and(|wait| wait > HOUR / 2), "{take:?}");
 }

@@ -154,6 +154,18 @@ pub struct Parking<'a> {
     pub progress: Option<(i16, &'a Value)>,
 }
 
+/// Why a job is given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GivenBack {
+    /// For so long by now no worker could run it; that clock runs on. A wait for a worker ends when a person wants the job's end, unless
+    /// a run of it has begun, which only a worker that can run it can undo.
+    Unroutable(Duration),
+    /// Its handler asks for a wait, which ends when a person wants the job's end.
+    Asked,
+    /// It can't go on here for now, nor be ended: it waits as long as is said, whatever a person wants.
+    Later,
+}
+
 /// The success of one job, and of its saga if it has one.
 #[derive(Debug, Clone)]
 pub struct Completion {
@@ -430,20 +442,23 @@ impl Postgres {
 
     /// Gives a job back, uncharged: nobody here can run it. No step of it has run under this fence, so that a run which this
     /// take began, and nothing has been said of, is none: the next take may begin another, of another version. A run that has
-    /// come further is given back by [`suspend`](Self::suspend). `unroutable` says for how long by now no worker could run the job;
-    /// `None`: one can. Returns the wait, which is none if a person wants the job's end and no run has begun, so that whoever takes
-    /// the job next can end it. `None`: the fence refused.
+    /// come further is given back by [`suspend`](Self::suspend). Returns the wait, which is none if a person wants the job's end and
+    /// whoever takes it next can end it. `None`: the fence refused.
     pub async fn release(
         &self,
         run: &Run,
         delay: Duration,
-        unroutable: Option<Duration>,
+        why: GivenBack,
     ) -> Result<Option<Duration>, StoreError> {
         let mut tx = self.begin().await?;
         let alive = lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?;
         let Some(alive) = alive.get(&run.job_id) else { return Ok(None) };
-        let at_once = alive.cancel_requested && run.saga_id.is_none();
-        let wait = if at_once { Duration::ZERO } else { delay };
+        let (unroutable, can_be_ended) = match why {
+            GivenBack::Unroutable(time) => (Some(time), run.saga_id.is_none()),
+            GivenBack::Asked => (None, true),
+            GivenBack::Later => (None, false),
+        };
+        let wait = if alive.cancel_requested && can_be_ended { Duration::ZERO } else { delay };
         sqlx::query(
             "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = now() + make_interval(secs => $2),
                     unroutable_since = CASE WHEN $3::float8 IS NOT NULL THEN coalesce(unroutable_since, now() - make_interval(secs => $3)) END,

@@ -11,8 +11,8 @@ use tokio::time::Instant;
 
 use super::{
     Fence, Postgres,
-    ending::{CompleteBatch, Completed, Completion, Ending, Failure, Run, Verdict},
-    take::{Take, TakeBatch, TakeItem, TakenJob, UNROUTABLE_AFTER},
+    ending::{CompleteBatch, Completed, Completion, Ending, Failure, GivenBack, Run, Verdict},
+    take::{Take, TakeBatch, TakeItem, TakenJob, UNROUTABLE_AFTER, look_again_in},
 };
 use crate::{
     coalescing::{Coalescer, Limits},
@@ -37,11 +37,6 @@ impl std::fmt::Debug for PlainLedger {
         f.debug_struct("PlainLedger").field("worker", &self.worker).finish_non_exhaustive()
     }
 }
-
-/// How long a job waits whose payload this worker can't read.
-const UNREADABLE_FOR: Duration = Duration::from_secs(10);
-/// How long a job waits whose record this release can't read.
-const UNREADABLE_RECORD_FOR: Duration = Duration::from_secs(60);
 
 impl PlainLedger {
     /// The ledger as `worker` sees it.
@@ -99,9 +94,9 @@ impl PlainLedger {
         }
         let why = format!("payload: {why}");
         self.postgres.note_error(job.id, job.fence, &why).await.map_err(ledger_error)?;
-        let wait =
-            UNREADABLE_FOR.min(self.unroutable_after.saturating_sub(waited)).max(Duration::from_millis(100));
-        let kept = self.postgres.release(&run, wait, Some(waited)).await.map_err(ledger_error)?;
+        let wait = look_again_in(self.unroutable_after, waited);
+        let release = self.postgres.release(&run, wait, GivenBack::Unroutable(waited));
+        let kept = release.await.map_err(ledger_error)?;
         Ok(kept.map_or(ledger::Take::Gone, ledger::Take::NotYet))
     }
 
@@ -114,15 +109,10 @@ impl PlainLedger {
 
 impl Ledger for PlainLedger {
     async fn take(&self, envelope: &Envelope, within: Duration) -> Result<ledger::Take, LedgerError> {
-        let fast = match envelope.fast.clone().map(serde_json::from_value).transpose() {
-            Ok(fast) => fast,
-            Err(error) => {
-                // A newer release may have written it, and read it.
-                tracing::error!(job = %envelope.id, %error, wait = ?UNREADABLE_RECORD_FOR, "a fast job's record can't be read; it is put off");
-                return Ok(ledger::Take::NotYet(UNREADABLE_RECORD_FOR));
-            }
+        let item = match TakeItem::of(envelope) {
+            Ok(item) => item,
+            Err(wait) => return Ok(ledger::Take::NotYet(wait)),
         };
-        let item = TakeItem { id: envelope.id, fast };
         Ok(match self.take.call(item, Instant::now() + within).await.map_err(ledger_error)? {
             Take::Taken(job) if job.unreadable.is_some() => self.unreadable(*job).await?,
             Take::Taken(job) => ledger::Take::Granted(grant(*job)),
@@ -175,11 +165,14 @@ impl Ledger for PlainLedger {
             }
             End::Dead(failure) => finish(Verdict::Dead { failure: charged(failure) }).await,
             End::Cancelled => finish(Verdict::Cancelled).await,
-            End::Released(wait) => self.postgres.release(&run, *wait, None).await.map(|kept| match kept {
-                Some(kept) if kept == *wait => Written::Kept,
-                Some(_) => Written::AtOnce,
-                None => Written::Refused,
-            }),
+            End::Released(wait) => {
+                let release = self.postgres.release(&run, *wait, GivenBack::Asked);
+                release.await.map(|kept| match kept {
+                    Some(kept) if kept == *wait => Written::Kept,
+                    Some(_) => Written::AtOnce,
+                    None => Written::Refused,
+                })
+            }
         };
         Ok(match written.map_err(ledger_error)? {
             Written::Refused if self.ended_before(&run).await? => Written::AtOnce,

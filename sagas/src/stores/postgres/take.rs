@@ -3,7 +3,7 @@
 use std::{borrow::Cow, collections::HashMap, time::Duration};
 
 use async_trait::async_trait;
-use queue::{JobId, WorkerId};
+use queue::{Envelope, JobId, WorkerId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::{Row, postgres::PgRow};
@@ -127,6 +127,25 @@ pub struct TakeItem {
     pub fast: Option<accept::NewJob>,
 }
 
+impl TakeItem {
+    /// A claimed job; or how long it is to be put off, because this release can't read its record: a newer one may have written it,
+    /// and read it.
+    pub fn of(envelope: &Envelope) -> Result<Self, Duration> {
+        match envelope.fast.clone().map(serde_json::from_value).transpose() {
+            Ok(fast) => Ok(Self { id: envelope.id, fast }),
+            Err(error) => {
+                tracing::error!(job = %envelope.id, %error, wait = ?UNREADABLE_RECORD_FOR, "a fast job's record can't be read; it is put off");
+                Err(UNREADABLE_RECORD_FOR)
+            }
+        }
+    }
+}
+
+/// When to look again at a job that nobody could run or read for `waited` and that is dead after `limit`: no later than that.
+pub(crate) fn look_again_in(limit: Duration, waited: Duration) -> Duration {
+    UNREADABLE_FOR.min(limit.saturating_sub(waited)).max(Duration::from_millis(100))
+}
+
 /// The coalesced take of one worker.
 #[derive(Debug, Clone)]
 pub struct TakeBatch {
@@ -164,6 +183,11 @@ impl TakeBatch {
 
 /// How long a job waits for a worker that can run it, unless that is set (PROTOCOL.md 15).
 pub const UNROUTABLE_AFTER: Duration = Duration::from_secs(3600);
+/// How long a job waits at most that this worker can't run or read, before it or another looks again: long enough not to spin,
+/// short enough that a deploy is noticed.
+pub(crate) const UNREADABLE_FOR: Duration = Duration::from_secs(10);
+/// How long a `fast` job waits whose record this release can't read.
+const UNREADABLE_RECORD_FOR: Duration = Duration::from_secs(60);
 /// How long a job waits whose document is busy, before it is looked at again.
 const BLOCKED_FOR: Duration = Duration::from_millis(200);
 
