@@ -173,7 +173,10 @@ impl<L: Ledger> AckLayer<L> {
         let company = self.company.read().await;
         let mut grant = match self.take(&task.args).await? {
             Take::Granted(grant) => grant,
-            Take::Gone => {
+            gone @ (Take::Gone | Take::Dead) => {
+                if gone == Take::Dead {
+                    lease.note_dead();
+                }
                 self.acker.done(&lease, Done::Ack).await;
                 return Err(NotRun(id).into());
             }

@@ -57,6 +57,8 @@ pub enum Take {
     Granted(Grant),
     /// It has ended, or never existed: drop it from Redis.
     Gone,
+    /// It has ended by this very take, which nobody could run: as [`Gone`](Self::Gone), and it counts as dead.
+    Dead,
     /// It may not run now: put it back for so long, uncharged.
     NotYet(Duration),
 }

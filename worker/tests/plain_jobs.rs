@@ -13,8 +13,8 @@ use apalis::{
 };
 use devstack::testing::TestServices;
 use queue::{
-    AckLayer, Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Job, JobId, Ledger, Queue,
-    QueueBackend, QueueConfig, QueueName, Reaper, Retries, Scheduler, Snooze, TenantId, WorkerId,
+    AckLayer, Acker, Claimer, ClaimerConfig, Gates, Heartbeat, HeartbeatConfig, Job, JobId, Ledger, Presence,
+    Queue, QueueBackend, QueueConfig, QueueName, Reaper, Retries, Scheduler, Snooze, TenantId, WorkerId,
     ledger::{End, Grant, LedgerError, Take, Written},
 };
 use sagas::{
@@ -85,6 +85,20 @@ impl Stage {
         }
     }
 
+    /// Waits until Redis has no job any more.
+    async fn drained(&self) {
+        let begun = Instant::now();
+        let name = QueueName::new("reports").unwrap();
+        loop {
+            let stats = self.queue.stats(&name).await.unwrap();
+            if stats.depth() + stats.scheduled + stats.in_flight == 0 {
+                return;
+            }
+            assert!(begun.elapsed() < DEADLINE, "{stats:?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Takes a job as `worker` does, without Redis.
     async fn take(&self, job: &NewJob, worker: &str) -> (PlainLedger, Grant) {
         let ledger = PlainLedger::new(self.postgres.clone(), WorkerId::new(worker));
@@ -141,6 +155,13 @@ async fn handle(job: Job, runs: Data<Runs>) -> Result<Value, BoxDynError> {
 
 /// Runs an apalis worker over the stage's queue until the guard is dropped.
 fn worker(stage: &Stage) -> (Runs, tokio_util::sync::DropGuard) {
+    worker_of(stage, |ledger| ledger)
+}
+
+fn worker_of(
+    stage: &Stage,
+    with: impl FnOnce(PlainLedger) -> PlainLedger,
+) -> (Runs, tokio_util::sync::DropGuard) {
     let (runs, shutdown) = (Runs(Arc::default(), Arc::new(Semaphore::new(0))), CancellationToken::new());
     let id = WorkerId::for_this_process();
     let heartbeat =
@@ -154,7 +175,7 @@ fn worker(stage: &Stage) -> (Runs, tokio_util::sync::DropGuard) {
     let (claimer, jobs) =
         Claimer::spawn(stage.queue.clone(), heartbeat, config, Gates::new(), shutdown.clone());
     let retries = Retries { base: Duration::from_millis(20), ..Retries::default() };
-    let ledger = PlainLedger::new(stage.postgres.clone(), id);
+    let ledger = with(PlainLedger::new(stage.postgres.clone(), id));
     let worker = WorkerBuilder::new("reports")
         .backend(QueueBackend::new(claimer, jobs, acker.clone()))
         .layer(AckLayer::over(ledger, acker).retries(retries))
@@ -209,16 +230,7 @@ async fn plain_jobs_end_in_the_ledger_as_their_handlers_say() {
     assert_eq!(stage.job(cancelled).await.state, "cancelled");
     assert!(!runs.0.lock().unwrap().contains_key(&cancelled), "a cancelled job ran");
     // Nothing of them stays in Redis.
-    let begun = Instant::now();
-    let name = QueueName::new("reports").unwrap();
-    loop {
-        let stats = stage.queue.stats(&name).await.unwrap();
-        if stats.depth() + stats.scheduled + stats.in_flight == 0 {
-            break;
-        }
-        assert!(begun.elapsed() < DEADLINE, "{stats:?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    stage.drained().await;
 }
 
 #[tokio::test]
@@ -333,7 +345,7 @@ async fn protocol_15_a_plain_job_that_nobody_can_read_waits_for_a_key_and_dies_i
     for (seconds, taken) in [
         (0, Take::NotYet(Duration::from_secs(10))),
         (1800, Take::NotYet(Duration::from_secs(10))),
-        (3600, Take::Gone),
+        (3600, Take::Dead),
     ] {
         let sql = "UPDATE jobs SET run_at = now(), unroutable_since = unroutable_since - make_interval(secs => $2) WHERE id = $1";
         let aged = sqlx::query(sql).bind(job.id.0).bind(f64::from(seconds));
@@ -343,6 +355,29 @@ async fn protocol_15_a_plain_job_that_nobody_can_read_waits_for_a_key_and_dies_i
     assert_eq!(sealing.job(job.id).await.state, "dead");
     let letter = sealing.postgres.dead_letter(job.id.0).await.unwrap().unwrap();
     assert_eq!(letter.class, "unreadable_payload");
+}
+
+#[tokio::test]
+async fn a_plain_job_that_dies_unread_counts_as_dead() {
+    let stage = Stage::new().await;
+    let keys = Keyring::parse(&format!("a:{}", new_key())).unwrap();
+    let sealing = Stage { postgres: stage.postgres.clone().with_cipher(keys.into()), ..stage };
+    let id = sealing.enqueue("fine", |_| ()).await;
+    let keyless = Stage { postgres: stage.postgres, ..sealing };
+    let (_, _worker) = worker_of(&keyless, |ledger| ledger.with_unroutable_after(Duration::ZERO));
+    keyless.drained().await;
+    assert_eq!(keyless.job(id).await.state, "dead");
+    let (begun, name) = (Instant::now(), QueueName::new("reports").unwrap());
+    Presence::spawn(keyless.queue.clone(), WorkerId::new("w"), vec![name.clone()], CancellationToken::new());
+    loop {
+        let hour = keyless.queue.rates(&name).await.unwrap().hour;
+        if hour.ended > 0 {
+            assert_eq!((hour.ended, hour.dead), (1, 1));
+            break;
+        }
+        assert!(begun.elapsed() < DEADLINE, "nothing was counted");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 #[tokio::test]

@@ -89,8 +89,9 @@ impl PlainLedger {
                 chain: vec![error.clone()],
                 error,
             };
-            self.postgres.finish(&run, &Verdict::Dead { failure }, &[]).await.map_err(ledger_error)?;
-            return Ok(ledger::Take::Gone);
+            let kept =
+                self.postgres.finish(&run, &Verdict::Dead { failure }, &[]).await.map_err(ledger_error)?;
+            return Ok(if kept { ledger::Take::Dead } else { ledger::Take::Gone });
         }
         let why = format!("payload: {why}");
         self.postgres.note_error(job.id, job.fence, &why).await.map_err(ledger_error)?;
