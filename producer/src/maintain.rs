@@ -2,7 +2,7 @@
 //! batches, and the gauges. Every producer and every worker runs
 //! them, so that a fleet of either kind alone dispatches what the ledger holds.
 
-use std::time::Duration;
+use std::{panic::resume_unwind, time::Duration};
 
 use queue::Queue;
 use sagas::stores::postgres::Postgres;
@@ -37,30 +37,35 @@ pub async fn maintain(
     let stop = shutdown.child_token();
     let _stop_at_end = stop.clone().drop_guard();
     let mut loops: JoinSet<Result<(), MaintainError>> = JoinSet::new();
-    let with = With {
-        postgres: postgres.clone(),
-        queue: queue.clone(),
-        settings: settings.clone(),
-        stop: stop.clone(),
-    };
-    loops.spawn(lasting("policies", (stop.clone(), with.clone()), |with| {
-        Policies::new(with.postgres, with.queue, &with.settings).run(with.stop)
+    let with = (stop.clone(), With { postgres, queue, settings, ledger, stop: stop.clone() });
+    loops.spawn(lasting("policies", with.clone(), |with| async move {
+        Policies::new(with.postgres, with.queue, &with.settings).run(with.stop).await;
+        Ok(())
     }));
-    loops.spawn(lasting("relay", (stop.clone(), with.clone()), |with| {
-        Relay::new(with.postgres, with.queue, with.settings).run(with.stop)
+    loops.spawn(lasting("relay", with.clone(), |with| async move {
+        Relay::new(with.postgres, with.queue, with.settings).run(with.stop).await;
+        Ok(())
     }));
-    loops.spawn(lasting("stats", (stop.clone(), with.clone()), |with| {
-        Stats::new(with.postgres, with.queue, with.settings).run(with.stop)
+    loops.spawn(lasting("stats", with.clone(), |with| async move {
+        Stats::new(with.postgres, with.queue, with.settings).run(with.stop).await;
+        Ok(())
     }));
-    loops.spawn(lasting("cron", (stop.clone(), with.clone()), |with| {
-        Cron::new(with.postgres, with.settings.cron_on_time).run(with.stop)
+    loops.spawn(lasting("cron", with.clone(), |with| async move {
+        Cron::new(with.postgres, with.settings.cron_on_time).run(with.stop).await;
+        Ok(())
     }));
-    loops.spawn(lasting("collector", (stop.clone(), with.clone()), |with| {
-        Collector::new(with.postgres, with.queue, with.settings).run(with.stop)
+    loops.spawn(lasting("collector", with.clone(), |with| async move {
+        Collector::new(with.postgres, with.queue, with.settings).run(with.stop).await;
+        Ok(())
     }));
-    // With one partition it ends at once.
-    let lending = queue::Lender::spawn(queue.clone(), settings.queues.clone(), stop.clone());
-    loops.spawn(Reconciler { postgres, queue, settings, ledger }.run(stop.clone()));
+    loops.spawn(lasting("lender", with.clone(), |with| async move {
+        // With one partition it ends at once.
+        let lending = queue::Lender::spawn(with.queue, with.settings.queues, with.stop);
+        lending.await.map_err(|error| resume_unwind(error.into_panic()))
+    }));
+    loops.spawn(lasting("reconciler", with, |With { postgres, queue, settings, ledger, stop }| {
+        Reconciler { postgres, queue, settings, ledger }.run(stop)
+    }));
     let mut outcome = Ok(());
     while let Some(ended) = loops.join_next().await {
         match ended {
@@ -72,9 +77,6 @@ pub async fn maintain(
             Err(error) => tracing::error!(%error, "a maintenance loop ended; other processes run it, too"),
         }
     }
-    if let Err(error) = lending.await {
-        tracing::error!(%error, "the lender ended; other processes run one, too");
-    }
     outcome
 }
 
@@ -84,23 +86,26 @@ struct With {
     postgres: Postgres,
     queue: Queue,
     settings: MaintainSettings,
+    ledger: Uuid,
     stop: CancellationToken,
 }
 
-/// Runs a loop until `stop`, and begins it again should it panic: without a relay a lone producer would accept jobs that nobody
-/// dispatches.
-async fn lasting<T: Clone, F: Future<Output = ()> + Send + 'static>(
+/// Runs a loop to its own end, and begins it again should it panic: without a relay a lone producer would accept jobs that nobody
+/// dispatches, and without a reconciler what Redis loses would stay lost.
+async fn lasting<T: Clone, F: Future<Output = Result<(), MaintainError>> + Send + 'static>(
     role: &'static str,
     (stop, with): (CancellationToken, T),
     begin: fn(T) -> F,
 ) -> Result<(), MaintainError> {
-    while let Err(error) = AbortOnDropHandle::new(tokio::spawn(begin(with.clone()))).await {
-        tracing::error!(role, %error, "a maintenance loop panicked; it begins again");
+    loop {
+        match AbortOnDropHandle::new(tokio::spawn(begin(with.clone()))).await {
+            Ok(ended) => return ended,
+            Err(error) => tracing::error!(role, %error, "a maintenance loop panicked; it begins again"),
+        }
         if !pause(Duration::from_secs(1), &stop).await {
-            break;
+            return Ok(());
         }
     }
-    Ok(())
 }
 
 /// Waits until both stores answer and the prefix is seen not to be another ledger's. An unstamped prefix is left so: it
@@ -134,15 +139,18 @@ mod tests {
         atomic::{AtomicU32, Ordering},
     };
 
+    use queue::QueueError;
+
     use super::*;
 
     #[tokio::test]
-    async fn a_loop_that_panicked_begins_again() {
+    async fn a_loop_that_panicked_begins_again_and_its_end_is_its_own() {
         let begun = Arc::new(AtomicU32::new(0));
         let ended = lasting("any", (CancellationToken::new(), Arc::clone(&begun)), |begun| async move {
             assert!(begun.fetch_add(1, Ordering::SeqCst) == 1, "not yet");
+            Err(QueueError::Unavailable("a test's".to_owned()).into())
         });
-        assert!(ended.await.is_ok());
+        assert!(ended.await.is_err());
         assert_eq!(begun.load(Ordering::SeqCst), 2);
     }
 }
