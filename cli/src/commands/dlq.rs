@@ -199,6 +199,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
                 payload: payload.as_deref().map(read_payload).transpose()?,
                 kind: as_kind,
                 as_latest,
+                within_tenant: false,
             };
             if let Some(id) = id {
                 filter.goes_with_all()?;
@@ -225,6 +226,7 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
                     Ok(Ending::Fine)
                 }
                 Resolved::OtherDocument(dead) => Err(other_document(&dead).into()),
+                Resolved::ForEveryTenant => Err(for_every_tenant(id).into()),
                 Resolved::Already(state) => Err(already(id, &state).into()),
                 Resolved::Unknown => Err(unknown(id).into()),
             }
@@ -361,6 +363,7 @@ async fn replay(id: Uuid, how: &Replay, postgres: &Postgres, context: &Context) 
         }
         Resolved::Done(None) => Ok(Ending::Fine),
         Resolved::OtherDocument(dead) => Err(other_document(&dead).into()),
+        Resolved::ForEveryTenant => Err(for_every_tenant(id).into()),
         Resolved::Already(state) => Err(already(id, &state).into()),
         Resolved::Unknown => Err(unknown(id).into()),
     }
@@ -372,6 +375,10 @@ fn unknown(id: Uuid) -> Refused {
 
 fn already(id: Uuid, state: &str) -> Refused {
     Refused(format!("dead letter {id} is {state} already: nothing was done"))
+}
+
+fn for_every_tenant(id: Uuid) -> Refused {
+    Refused(format!("dead letter {id} is for every tenant: nothing was done"))
 }
 
 fn redacted(id: Uuid) -> Refused {

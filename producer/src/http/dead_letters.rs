@@ -9,13 +9,8 @@ use axum::{
 use chrono::{DateTime, Utc};
 use queue::TenantId;
 use sagas::{
-    StoreError,
-    kinds::embed,
     redaction::is_redacted,
-    stores::postgres::{
-        Postgres,
-        dead_letters::{DeadLetter, DeadLetterFilter, Replay, Resolved},
-    },
+    stores::postgres::dead_letters::{DeadLetter, DeadLetterFilter, Replay, Resolved},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -27,7 +22,7 @@ use super::{
     auth::Caller,
     error::{ApiError, ErrorEnvelope},
     input::{Asked, Body, BodyIfAny, Named},
-    jobs::{for_operators, is_for_every_tenant, not_for_every_tenant, page},
+    jobs::{for_operators, page},
 };
 
 /// Which dead letters.
@@ -122,18 +117,6 @@ async fn find(api: &Api, tenant: &TenantId, id: &str) -> Result<DeadLetter, ApiE
     letter.filter(|letter| letter.tenant == tenant.as_str()).ok_or_else(unknown)
 }
 
-/// Replays a letter; `None`: an operator asked for every tenant, which is not a tenant's to repeat.
-async fn replay(postgres: &Postgres, id: Uuid, how: &Replay) -> Result<Option<Resolved>, StoreError> {
-    if how.payload.is_none()
-        && let Some(letter) = postgres.dead_letter(id).await?
-        && letter.kind == embed::KIND
-        && is_for_every_tenant(&letter.kind, &postgres.letter_payload(&letter).await?)
-    {
-        return Ok(None);
-    }
-    postgres.replay(id, how).await.map(Some)
-}
-
 /// How to replay or discard.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -182,11 +165,11 @@ pub(super) async fn resolve(
                         "payload: \"[redacted]\" stands where the command line hid a value: send the real one",
                     ));
                 }
-                not_for_every_tenant(&letter.kind, payload)?;
                 api.client.check_payload(&letter.kind, payload)?;
             }
-            let replay = Replay { actor, payload: how.payload, kind: None, as_latest: how.as_latest };
-            self::replay(postgres, letter.id, &replay).await?.ok_or_else(for_operators)?
+            let (payload, as_latest) = (how.payload, how.as_latest);
+            let replay = Replay { actor, payload, kind: None, as_latest, within_tenant: true };
+            postgres.replay(letter.id, &replay).await?
         }
         "discard" => postgres.discard(letter.id, &actor, how.reason.as_deref().unwrap_or_default()).await?,
         _ => return Err(no_verb()),
@@ -200,6 +183,7 @@ pub(super) async fn resolve(
             "invalid_job",
             "payload.document: a replay is about the dead job's document",
         )),
+        Resolved::ForEveryTenant => Err(for_operators()),
         Resolved::Already(state) => Err(ApiError::new(
             StatusCode::CONFLICT,
             "already_resolved",
@@ -288,13 +272,20 @@ pub(super) async fn replay_many(
         return selection.preview(&api, &filter).await;
     }
     let postgres = api.client.postgres();
-    let how = Replay { actor: format!("api:{tenant}"), as_latest: selection.as_latest, ..Replay::default() };
+    let how = Replay {
+        actor: format!("api:{tenant}"),
+        as_latest: selection.as_latest,
+        within_tenant: true,
+        ..Replay::default()
+    };
     let (mut replayed, mut failed) = (vec![], vec![]);
     for (_, id) in postgres.letter_places(&filter).await? {
-        match replay(postgres, id, &how).await {
-            Ok(Some(Resolved::Done(Some(job)))) => replayed.push(json!({ "id": id, "replay_job": job })),
-            Ok(Some(_)) => {}
-            Ok(None) => failed.push(json!({ "id": id, "reason": "it is an operator's, for every tenant" })),
+        match postgres.replay(id, &how).await {
+            Ok(Resolved::Done(Some(job))) => replayed.push(json!({ "id": id, "replay_job": job })),
+            Ok(Resolved::ForEveryTenant) => {
+                failed.push(json!({ "id": id, "reason": "it is an operator's, for every tenant" }));
+            }
+            Ok(_) => {}
             Err(error) if error.class.is_retryable() && replayed.is_empty() => return Err(error.into()),
             Err(error) => {
                 tracing::warn!(letter = %id, %error, "a dead letter was not replayed");

@@ -11,6 +11,7 @@ use axum::{
 use queue::{JobId, Priority, QueueName, TenantId};
 use sagas::{
     JobState,
+    kinds::embed,
     stores::postgres::{
         accept::{Idempotency, NewJob, Until},
         control::{Change, Changed},
@@ -179,12 +180,7 @@ pub(super) fn read(
 
 /// A tenant's request speaks of that tenant's documents.
 pub(super) fn not_for_every_tenant(kind: &str, payload: &serde_json::Value) -> Result<(), ApiError> {
-    if is_for_every_tenant(kind, payload) { Err(for_operators()) } else { Ok(()) }
-}
-
-pub(super) fn is_for_every_tenant(kind: &str, payload: &serde_json::Value) -> bool {
-    kind == sagas::kinds::embed::KIND
-        && payload.get("every_tenant").is_some_and(|value| *value != serde_json::Value::Bool(false))
+    if embed::is_for_every_tenant(kind, payload) { Err(for_operators()) } else { Ok(()) }
 }
 
 pub(super) fn for_operators() -> ApiError {

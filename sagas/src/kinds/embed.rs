@@ -70,6 +70,11 @@ impl Request {
     }
 }
 
+/// Whether a job's payload asks for the documents of all tenants, which is for operators; or may be read so.
+pub fn is_for_every_tenant(kind: &str, payload: &Value) -> bool {
+    kind == KIND && payload.get("every_tenant").is_some_and(|value| *value != Value::Bool(false))
+}
+
 /// The payload of an `embed_document` job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct DocumentRequest {

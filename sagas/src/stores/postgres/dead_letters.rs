@@ -9,7 +9,10 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::{Postgres, accept::NewJob, batches::BatchId, ledger::record_in};
-use crate::error::{Class, Dependency, StoreError};
+use crate::{
+    error::{Class, Dependency, StoreError},
+    kinds::embed,
+};
 
 /// A job that will not be tried again without a person.
 #[derive(Debug, Clone, Serialize, FromRow)]
@@ -102,6 +105,8 @@ pub enum Resolved {
     Already(String),
     /// The mended request is about another document than this, the dead job's: enqueue it as a job of its own.
     OtherDocument(String),
+    /// The request is for every tenant, and the replay was to stay [within one](Replay::within_tenant).
+    ForEveryTenant,
     /// No such letter.
     Unknown,
 }
@@ -117,6 +122,8 @@ pub struct Replay {
     pub kind: Option<String>,
     /// Take a new place at the end of the document's order instead of the original one.
     pub as_latest: bool,
+    /// Refuse a request for every tenant, which isn't a tenant's to repeat.
+    pub within_tenant: bool,
 }
 
 /// What is sealed is of no use to people who look.
@@ -266,6 +273,9 @@ impl Postgres {
             let owner = super::sealing::payload_of(&tenant, job);
             self.cipher.open(owner, row.try_get("payload")?, key.as_deref()).map_err(|e| odd(&e))?
         };
+        if how.within_tenant && embed::is_for_every_tenant(&new_kind, &payload) {
+            return Ok(Resolved::ForEveryTenant);
+        }
         let document: Option<String> = row.try_get("document")?;
         let named = how.payload.as_ref().and_then(|mended| crate::kinds::document_of(&new_kind, mended));
         if let (Some(dead), Some(named)) = (&document, named)
