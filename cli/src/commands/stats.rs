@@ -27,6 +27,9 @@ pub struct Args {
 struct Stats {
     /// `None`: Redis can't be asked.
     queues: Option<BTreeMap<String, One>>,
+    /// Why not.
+    #[serde(skip)]
+    away: Option<String>,
     jobs: JobCounts,
     undispatched: i64,
     dead_letters: Vec<DeadLetters>,
@@ -68,6 +71,10 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
             // Home and erase, so that the table stays in its place.
             print("\x1b[H\x1b[2J")?;
         }
+        // People read it where the queues would stand: beside the table a clear would erase it.
+        if let Some(away) = stats.away.as_ref().filter(|_| context.out.json) {
+            output::say(away);
+        }
         context.out.data(&stats, || described(&stats))?;
         match args.watch {
             None => return Ok(Ending::fine_if(stats.queues.is_some())),
@@ -77,18 +84,18 @@ pub async fn run(args: Args, context: &Context) -> Outcome {
 }
 
 async fn collect(only: &[QueueName], postgres: &Postgres, queue: &Queue) -> anyhow::Result<Stats> {
-    let queues = match by_queue(only, queue).await {
-        Ok(queues) => Some(queues),
+    let (queues, away) = match by_queue(only, queue).await {
+        Ok(queues) => (Some(queues), None),
         // The ledger knows the rest, which is asked for most while Redis is away.
         Err(error) if error.is_unavailable() => {
-            output::say(format!("how deep the queues are can't be told: {error}"));
-            None
+            (None, Some(format!("how deep the queues are can't be told: {error}")))
         }
         Err(error) => return Err(error.into()),
     };
     let dead = postgres.dead_letter_counts().await?;
     Ok(Stats {
         queues,
+        away,
         jobs: postgres.job_counts(None).await?,
         undispatched: postgres.undispatched_count().await?,
         dead_letters: dead.into_iter().map(|(kind, class, open)| DeadLetters { kind, class, open }).collect(),
@@ -168,9 +175,8 @@ fn described(stats: &Stats) -> String {
         .map(output::number),
     );
     let mut text = output::tidy(&ledger);
-    if stats.queues.is_some() {
-        text = format!("{}\n\n{text}", output::rows(&queues, NONE_KNOWN).trim_end());
-    }
+    let head = stats.away.clone().unwrap_or_else(|| output::rows(&queues, NONE_KNOWN));
+    text = format!("{}\n\n{text}", head.trim_end());
     if !stats.dead_letters.is_empty() {
         let mut dead = output::table(&["DEAD LETTERS OF", "CLASS", "OPEN"]);
         for one in &stats.dead_letters {
