@@ -220,6 +220,16 @@ fn effects(history: &History, jobs: &HashMap<Uuid, &JobRow>, verdict: &mut Verdi
     }
 }
 
+/// The highest order number under which each document was ever shown, or deleted.
+fn newest(history: &History) -> HashMap<Uuid, i64> {
+    let mut newest: HashMap<Uuid, i64> = HashMap::new();
+    for row in &history.shown {
+        let last = newest.entry(row.document_id).or_default();
+        *last = row.doc_order.max(*last);
+    }
+    newest
+}
+
 /// Each version that was ever shown belongs to one job that has succeeded with it, and was shown once; each tombstone to one
 /// deletion.
 fn publications(history: &History, jobs: &HashMap<Uuid, &JobRow>, verdict: &mut Verdict) {
@@ -238,7 +248,7 @@ fn publications(history: &History, jobs: &HashMap<Uuid, &JobRow>, verdict: &mut 
     let mut shown: HashMap<Uuid, usize> = HashMap::new();
     let mut buried: HashMap<(Uuid, i64), usize> = HashMap::new();
     let mut tombstones: HashMap<Uuid, i64> = HashMap::new();
-    let mut newest: HashMap<Uuid, i64> = HashMap::new();
+    let newest = newest(history);
     for row in &history.shown {
         if let Some(version) = row.version {
             *shown.entry(version).or_default() += 1;
@@ -248,8 +258,6 @@ fn publications(history: &History, jobs: &HashMap<Uuid, &JobRow>, verdict: &mut 
         {
             *buried.entry((row.document_id, order)).or_default() += 1;
         }
-        let last = newest.entry(row.document_id).or_default();
-        *last = row.doc_order.max(*last);
     }
     for (version, times) in &shown {
         if *times > 1 {
@@ -293,11 +301,7 @@ fn publications(history: &History, jobs: &HashMap<Uuid, &JobRow>, verdict: &mut 
 
 /// A job that says it was superseded gave way to one with a higher order number, and that one has taken place.
 fn superseded(history: &History, verdict: &mut Verdict) {
-    let mut stands: HashMap<Uuid, i64> = HashMap::new();
-    for row in &history.shown {
-        let order = stands.entry(row.document_id).or_default();
-        *order = row.doc_order.max(*order);
-    }
+    let stands = newest(history);
     // A re-embedding gives way to whatever replaced the version that it copied.
     let gave_way = |job: &&JobRow| {
         job.outcome.as_deref() == Some("superseded") && matches!(job.kind.as_str(), "ingest" | "delete")
