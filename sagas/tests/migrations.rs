@@ -119,6 +119,42 @@ async fn each_migration_alone_is_undone_by_its_own_down_script() {
 }
 
 #[tokio::test]
+async fn a_database_of_a_newer_release_is_left_as_it_is_unless_it_lacks_something() {
+    const NEWER: i64 = 9999;
+    let (_services, postgres) = database().await;
+    assert_eq!(postgres.migrate_up().await.unwrap(), None);
+    let all = schema(&postgres).await;
+    sqlx::query(
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+         VALUES ($1, 'of a newer release', true, '', 0)",
+    )
+    .bind(NEWER)
+    .execute(postgres.pool())
+    .await
+    .unwrap();
+    assert_eq!(postgres.migrate_up().await.unwrap(), Some(NEWER));
+    assert_eq!(schema(&postgres).await, all);
+    // What another has that lacks one of ours is no newer release's.
+    let ours = applied(&postgres).await;
+    sqlx::query("DELETE FROM _sqlx_migrations WHERE version = $1")
+        .bind(ours.last())
+        .execute(postgres.pool())
+        .await
+        .unwrap();
+    let error = postgres.migrate_up().await.unwrap_err();
+    assert!(error.message.contains("9999"), "{error}");
+}
+
+#[tokio::test]
+async fn many_that_migrate_a_fresh_database_at_once_all_succeed() {
+    let (_services, postgres) = database().await;
+    let all = futures::future::join_all((0..8).map(|_| postgres.migrate_up())).await;
+    for done in all {
+        done.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn migrations_keep_the_rows_of_a_database_in_use() {
     let (_services, postgres) = database().await;
     postgres.migrate_up().await.unwrap();

@@ -32,7 +32,12 @@ pub async fn run(command: Command, context: &Context) -> Outcome {
     match command {
         Command::Up => {
             let before = applied(&postgres).await?;
-            postgres.migrate_up().await.context("can't migrate")?;
+            if let Some(newest) = postgres.migrate_up().await.context("can't migrate")? {
+                output::say(format!(
+                    "the database is of a newer release: it has migration {newest}, and lacks none of this one's"
+                ));
+                return Ok(Ending::Fine);
+            }
             let count = applied(&postgres).await?.len() - before.len();
             output::say(format!("{} applied", output::counted(count, "migration")));
             if postgres.create_tenant(DEFAULT_TENANT).await? {

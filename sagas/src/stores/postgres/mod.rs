@@ -43,6 +43,7 @@ use std::{collections::HashMap, str::FromStr, time::Duration};
 use queue::JobId;
 use sqlx::{
     PgConnection, PgPool, Postgres as Db, Row, Transaction,
+    migrate::Migrator,
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
@@ -54,7 +55,7 @@ use crate::{
 };
 
 /// The migrations, built into the binary.
-pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
+pub static MIGRATOR: Migrator = sqlx::migrate!("../migrations");
 
 /// The schema that holds every table, so that Flotilla can live in a database with others.
 pub const SCHEMA: &str = "flotilla";
@@ -215,10 +216,21 @@ impl Postgres {
         }
     }
 
-    /// Applies all migrations that are missing.
-    pub async fn migrate_up(&self) -> Result<(), StoreError> {
+    /// Applies all migrations that are missing. A database of a newer release, which has all of this one's and others after them, is
+    /// left as it is: the newest of its migrations is returned.
+    pub async fn migrate_up(&self) -> Result<Option<i64>, StoreError> {
+        let applied = self.applied().await?;
+        let newest = MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0);
+        let newer = applied.iter().copied().filter(|version| *version > newest).max();
+        let is_newer =
+            newer.is_some() && MIGRATOR.iter().all(|migration| applied.contains(&migration.version));
         let mut connection = self.migration_connection().await?;
-        MIGRATOR.run(&mut connection).await.map_err(migration_error)
+        let mut migrator = Migrator::with_migrations(MIGRATOR.iter().cloned().collect());
+        // Made under the migrator's lock: of two that do so at once, one would fail.
+        migrator.create_schema(SCHEMA);
+        migrator.set_ignore_missing(is_newer);
+        migrator.run(&mut connection).await.map_err(migration_error)?;
+        Ok(newer)
     }
 
     /// Reverts to `target` (0: everything).
@@ -229,22 +241,26 @@ impl Postgres {
 
     /// Each migration's version, description and whether it is applied.
     pub async fn migrations(&self) -> Result<Vec<(i64, String, bool)>, StoreError> {
-        // Reads only: a worker that looks whether the schema is there need not be allowed to make it.
-        let mut connection = self.pool.acquire().await?;
-        let applied: Vec<i64> = match sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success")
-            .fetch_all(&mut *connection)
-            .await
-        {
-            Ok(applied) => applied,
-            // 42P01: the table is not there yet, so nothing was applied.
-            Err(sqlx::Error::Database(e)) if e.code().as_deref() == Some("42P01") => vec![],
-            Err(e) => return Err(e.into()),
-        };
+        let applied = self.applied().await?;
         Ok(MIGRATOR
             .iter()
             .filter(|m| !m.migration_type.is_down_migration())
             .map(|m| (m.version, m.description.to_string(), applied.contains(&m.version)))
             .collect())
+    }
+
+    /// The versions of the migrations that are applied.
+    async fn applied(&self) -> Result<Vec<i64>, StoreError> {
+        // Reads only: a worker that looks whether the schema is there need not be allowed to make it.
+        match sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success")
+            .fetch_all(&self.pool)
+            .await
+        {
+            Ok(applied) => Ok(applied),
+            // 42P01: the table is not there yet, so nothing was applied.
+            Err(sqlx::Error::Database(e)) if e.code().as_deref() == Some("42P01") => Ok(vec![]),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// A connection without the statement time-out, on which migrations may take long.
@@ -256,9 +272,7 @@ impl Postgres {
             .as_ref()
             .clone()
             .options([("statement_timeout", "0"), ("client_min_messages", "warning")]);
-        let mut connection = PgConnection::connect_with(&options).await?;
-        sqlx::query("CREATE SCHEMA IF NOT EXISTS flotilla").execute(&mut connection).await?;
-        Ok(connection)
+        Ok(PgConnection::connect_with(&options).await?)
     }
 
     /// The id of this ledger, which stamps the Redis prefix that serves it.
