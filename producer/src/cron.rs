@@ -39,6 +39,8 @@ const MAX_ON_TIME: usize = 100;
 /// Bytes of payload, as JSON, that one transaction enqueues at most, unless a single job has more. What a schedule's late
 /// ticks have beyond it is left out, the oldest first; all else is left to the next round, which comes at once.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
+/// Jobs that one transaction enqueues at most, unless a single schedule has more: with so many it ends long before it is given up.
+const MAX_JOBS: usize = 2000;
 /// Longest time between two looks: how late a tick may be noticed that another process has scheduled meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Shortest time between two looks.
@@ -125,7 +127,8 @@ impl Cron {
         unread.iter().map(|(id, at)| (*id, *at)).collect()
     }
 
-    /// Deals with schedules that are due, at most 50 and as many as 16 MiB of payload let, in one transaction.
+    /// Deals with schedules that are due, at most 50 and as many as 2,000 jobs and 16 MiB of payload let, in one
+    /// transaction.
     pub async fn round(&self) -> Result<Round, StoreError> {
         let limit = self.postgres.call_timeout() * 2;
         let due = within(limit, self.postgres.due_schedules(self.now, BATCH, &self.unread())).await?;
@@ -133,12 +136,13 @@ impl Cron {
         if due.schedules.is_empty() {
             return Ok(round);
         }
-        let (mut plans, mut bytes): (Vec<Plan>, usize) = (vec![], 0);
+        let (mut plans, mut bytes, mut jobs): (Vec<Plan>, usize, usize) = (vec![], 0, 0);
         for schedule in &due.schedules {
             let plan = Plan::of(schedule, due.now, self.on_time);
             bytes = bytes.saturating_add(plan.bytes);
+            jobs += plan.tick.jobs.len();
             // It, and those behind it, are due still.
-            if bytes > MAX_BYTES && !plans.is_empty() {
+            if (bytes > MAX_BYTES || jobs > MAX_JOBS) && !plans.is_empty() {
                 break;
             }
             plans.push(plan);

@@ -473,6 +473,21 @@ async fn what_is_made_up_for_at_once_is_bounded_in_bytes_for_a_schedule_and_for_
 }
 
 #[tokio::test]
+async fn what_is_made_up_for_at_once_is_bounded_in_jobs_for_a_round() {
+    let times = Times::new().await;
+    for name in ["a", "b", "c"] {
+        let new = NewSchedule { catch_up: CatchUp::All, max_catch_up: 900, ..report(name, "* * * * *") };
+        times.make("00:00:30", &new).await;
+    }
+    // The late ticks, and the one on time.
+    let cron = times.cron.at(clock("18:00:30"));
+    for (schedules, caught_up) in [(2, 1800), (1, 900), (0, 0)] {
+        let round = cron.round().await.unwrap();
+        assert_eq!((round.schedules, round.enqueued, round.caught_up), (schedules, schedules, caught_up));
+    }
+}
+
+#[tokio::test]
 async fn ticks_on_time_that_do_not_fit_into_one_round_come_with_the_next() {
     let times = Times::new().await;
     times.make("08:00:20", &large("each", "* * * * * *")).await;
