@@ -41,10 +41,11 @@ async fn succeed(ledger: &Ledger, jobs: &[JobId]) {
     CompleteBatch(ledger.postgres.clone()).flush(&all).await.unwrap();
 }
 
-/// Entries that scans of the index of unfinished jobs have returned so far, those of dead rows too.
-async fn entries_read(postgres: &Postgres) -> i64 {
+/// Entries that scans of an index have returned so far, those of dead rows too.
+pub async fn entries_read(postgres: &Postgres, index: &str) -> i64 {
     sqlx::query("SELECT pg_stat_force_next_flush()").execute(postgres.pool()).await.unwrap();
-    sqlx::query_scalar("SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'jobs_unfinished'")
+    sqlx::query_scalar("SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = $1")
+        .bind(index)
         .fetch_one(postgres.pool())
         .await
         .unwrap()
@@ -53,10 +54,10 @@ async fn entries_read(postgres: &Postgres) -> i64 {
 /// Runs each statement for a few jobs; returns how many entries each has read.
 async fn entries_of_a_run(ledger: &Ledger) -> Vec<(&'static str, i64)> {
     let postgres = &ledger.postgres;
-    let mut before = entries_read(postgres).await;
+    let mut before = entries_read(postgres, "jobs_unfinished").await;
     let mut reads = vec![];
     let mut did = async |what: &'static str| {
-        let now = entries_read(postgres).await;
+        let now = entries_read(postgres, "jobs_unfinished").await;
         reads.push((what, now - before));
         before = now;
     };
@@ -98,7 +99,7 @@ async fn one_session() -> Ledger {
     one_session_of(Ledger::start().await).await
 }
 
-async fn one_session_of(mut ledger: Ledger) -> Ledger {
+pub async fn one_session_of(mut ledger: Ledger) -> Ledger {
     let config =
         PostgresConfig { max_connections: 1, ..PostgresConfig::new(ledger.services.postgres().url()) };
     ledger.postgres = Postgres::connect(&config).await.unwrap();

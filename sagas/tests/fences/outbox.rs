@@ -2,11 +2,19 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use queue::{Envelope, JobId, Priority};
+use queue::{Envelope, JobId, Priority, QueueName};
 use sagas::stores::postgres::accept::{Accepted, Idempotency, NewJob, Until};
 use serde_json::json;
+use uuid::Uuid;
 
-use crate::ledger::{HOUR, Ledger, ingest, job};
+use crate::{
+    ledger::{HOUR, Ledger, ingest, job},
+    lookups::{entries_read, one_session_of},
+};
+
+fn reports(count: usize) -> Vec<NewJob> {
+    (0..count).map(|_| job("report", json!({}))).collect()
+}
 
 fn keyed(key: &str, document: &str, ttl: Duration) -> NewJob {
     let idempotency = Idempotency { key: key.to_owned(), scope: "s".to_owned(), ttl, until: Until::Accepted };
@@ -36,7 +44,7 @@ async fn protocol_18_the_relay_finds_a_job_that_was_committed_late() {
 async fn protocol_12_sql_accepts_no_payload_that_a_worker_could_not_read() {
     let ledger = Ledger::start().await;
     let enqueue = async |levels: i32| {
-        sqlx::query_scalar::<_, uuid::Uuid>(
+        sqlx::query_scalar::<_, Uuid>(
             "SELECT enqueue('report', (repeat('{\"in\":', $1 - 1) || '{\"n\":1}' || repeat('}', $1 - 1))::jsonb, 'acme')",
         )
         .bind(levels)
@@ -64,6 +72,13 @@ async fn sql_accepts_no_time_that_a_relay_could_not_read() {
             .await;
         let code = done.err().and_then(|error| Some(error.as_database_error()?.code()?.into_owned()));
         assert_eq!(code.as_deref(), if fine { None } else { Some("22023") }, "{run_at}");
+        // Nor does the table, by whatever way.
+        let done = sqlx::query("UPDATE jobs SET run_at = $1::text::timestamptz")
+            .bind(run_at)
+            .execute(ledger.postgres.pool())
+            .await;
+        let code = done.err().and_then(|error| Some(error.as_database_error()?.code()?.into_owned()));
+        assert_eq!(code.as_deref(), if fine { None } else { Some("23514") }, "{run_at}");
     }
 }
 
@@ -197,4 +212,50 @@ async fn the_relay_takes_urgent_jobs_first_and_a_few_of_each_priority() {
     two.done(&others).await.unwrap();
     let rest = ledger.postgres.undispatched(1000, &[], &[]).await.unwrap();
     assert_eq!(counted(&rest.envelopes), [0, 13, 190, 0]);
+}
+
+#[tokio::test]
+async fn the_relay_passes_over_a_full_queue_at_no_cost_however_many_wait_there() {
+    const WAIT: usize = 3000;
+    let ledger = Ledger::start().await;
+    let of = |queue: &str, later: bool| NewJob {
+        queue: QueueName::new(queue).unwrap(),
+        run_at: later.then(|| chrono::Utc::now() + HOUR),
+        ..job("report", json!({}))
+    };
+    let [due, other] = [of("later-full", false), NewJob { priority: Priority::LOWEST, ..of("other", false) }];
+    for jobs in [vec![of("full", false); WAIT], vec![of("later-full", true); WAIT]] {
+        let jobs: Vec<NewJob> = jobs.into_iter().map(|job| NewJob { id: JobId::new(), ..job }).collect();
+        ledger.postgres.accept(&jobs, false).await.unwrap();
+    }
+    ledger.postgres.accept(&[due.clone(), other.clone()], false).await.unwrap();
+    sqlx::query("ANALYZE jobs").execute(ledger.postgres.pool()).await.unwrap();
+    let ledger = one_session_of(ledger).await;
+    let before = entries_read(&ledger.postgres, "jobs_undispatched").await;
+    let (full, later_full) = (["full".to_owned()], ["later-full".to_owned()]);
+    let batch = ledger.postgres.undispatched(100, &full, &later_full).await.unwrap();
+    let found: BTreeSet<JobId> = batch.envelopes.iter().map(|e| e.id).collect();
+    assert_eq!(found, BTreeSet::from([due.id, other.id]));
+    drop(batch);
+    let read = entries_read(&ledger.postgres, "jobs_undispatched").await - before;
+    assert!((1..100).contains(&read), "{read} entries");
+}
+
+#[tokio::test]
+async fn queues_of_one_priority_share_what_it_has_for_itself_in_each_batch_of_the_relay() {
+    let ledger = Ledger::start().await;
+    for (queue, priority) in [("large", 3_i64), ("small", 3), ("urgent", 9)] {
+        let jobs: Vec<NewJob> = (reports(300).into_iter())
+            .map(|job| NewJob {
+                queue: QueueName::new(queue).unwrap(),
+                priority: Priority::try_from(priority).unwrap(),
+                ..job
+            })
+            .collect();
+        ledger.postgres.accept(&jobs, false).await.unwrap();
+    }
+    let batch = ledger.postgres.undispatched(200, &[], &[]).await.unwrap();
+    let counted = ["large", "small", "urgent"]
+        .map(|name| batch.envelopes.iter().filter(|e| e.queue.to_string() == name).count());
+    assert_eq!(counted, [5, 5, 190]);
 }

@@ -460,7 +460,8 @@ impl Postgres {
         };
         let wait = if alive.cancel_requested && can_be_ended { Duration::ZERO } else { delay };
         sqlx::query(
-            "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = now() + make_interval(secs => $2),
+            "UPDATE jobs SET state = 'waiting', worker = NULL,
+                    run_at = least(now() + make_interval(secs => $2), '9999-12-31 23:59Z'),
                     unroutable_since = CASE WHEN $3::float8 IS NOT NULL THEN coalesce(unroutable_since, now() - make_interval(secs => $3)) END,
                     begun_version = CASE WHEN fence > 1 OR EXISTS (SELECT FROM sagas s WHERE s.id = jobs.id) THEN begun_version END
              WHERE id = $1",
@@ -548,7 +549,8 @@ pub(super) async fn settle(
                 state = e.state, outcome = coalesce(e.outcome, j.outcome), last_error = coalesce(e.error, j.last_error),
                 attempts = j.attempts + (e.class IS NOT NULL)::integer,
                 -- Whoever takes it next ends it, if a person wants that.
-                run_at = coalesce(now() + make_interval(secs => e.retry_in_s * (j.cancel_requested_at IS NULL)::integer), j.run_at),
+                run_at = coalesce(least(now() + make_interval(secs => e.retry_in_s * (j.cancel_requested_at IS NULL)::integer),
+                                        CASE WHEN e.retry_in_s IS NOT NULL THEN timestamptz '9999-12-31 23:59Z' END), j.run_at),
                 unroutable_since = NULL,
                 worker = CASE WHEN e.state = 'waiting' THEN NULL ELSE j.worker END,
                 finished_at = CASE WHEN e.state = 'waiting' THEN NULL ELSE now() END

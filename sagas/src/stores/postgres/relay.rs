@@ -28,14 +28,20 @@ impl Batch {
     }
 }
 
-/// Times beyond those that Rust knows ('infinity') are brought within: one job must not stop the relay.
 pub(super) const ENVELOPE: &str = "id, kind, queue, priority, tenant, traceparent, tracestate, created_at,
-    greatest(least(run_at, '9999-12-31 23:59Z'), 'epoch') AS run_at, run_at > now() AS later";
+    run_at, run_at > now() AS later";
+
+/// Undispatched jobs of one queue and priority, those due earliest first.
+const OF_PLACE: &str = "SELECT id FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting'
+    AND queue = p.queue AND priority = p.priority AND run_at <= p.until";
 
 impl Postgres {
     /// Undispatched jobs, at most `limit`, without those of the queues in `full`, and without those of the queues in `later_full`
-    /// that are not due yet: such jobs, however many, must not hold up the others. The highest priority comes first, and of one priority the oldest; but each priority has a twentieth for itself,
-    /// so that none waits for all of another.
+    /// that are not due yet: such jobs, however many, must not hold up the others. The highest priority comes first, and of one
+    /// priority the queue whose first job has been due the longest, the others' turn being the next batch; but each priority has a
+    /// twentieth for itself, which its queues share, so that none waits for all of another.
+    ///
+    /// It hops from one queue and priority to the next, a look-up each, and locks no more than it takes.
     pub async fn undispatched(
         &self,
         limit: i64,
@@ -44,18 +50,31 @@ impl Postgres {
     ) -> Result<Batch, StoreError> {
         let mut tx = self.begin().await?;
         let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
-            "WITH of_each AS MATERIALIZED (
-                 SELECT j.id FROM generate_series(0, 9) AS p (priority), LATERAL (
-                     SELECT id FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting' AND queue <> ALL ($2)
-                       AND (run_at <= now() OR queue <> ALL ($4))
-                       AND priority = p.priority::smallint
-                     ORDER BY created_at LIMIT $3 FOR UPDATE SKIP LOCKED) AS j
+            "WITH RECURSIVE hop AS (
+                 (SELECT queue, priority, run_at FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting'
+                  ORDER BY queue, priority, run_at LIMIT 1)
+                 UNION ALL
+                 SELECT next.* FROM hop CROSS JOIN LATERAL (
+                     SELECT queue, priority, run_at FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting'
+                       AND (queue, priority) > (hop.queue, hop.priority)
+                     ORDER BY queue, priority, run_at LIMIT 1) AS next
+             ), place AS MATERIALIZED (
+                 SELECT *, greatest($3 / count(*) OVER (PARTITION BY priority), 1) AS share FROM (
+                     SELECT queue, priority, run_at AS first,
+                            CASE WHEN queue = ANY ($4) THEN now() ELSE 'infinity' END AS until FROM hop
+                 ) AS p
+                 WHERE queue <> ALL ($2) AND first <= until
+             ), of_each AS MATERIALIZED (
+                 SELECT j.id FROM generate_series(0, 9) AS n (priority), LATERAL (
+                     SELECT j.id FROM (SELECT * FROM place WHERE priority = n.priority ORDER BY first) AS p,
+                         LATERAL ({OF_PLACE} ORDER BY run_at LIMIT p.share FOR UPDATE SKIP LOCKED) AS j
+                     LIMIT $3) AS j
                  LIMIT $1
              ), highest AS MATERIALIZED (
-                 SELECT id FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting' AND queue <> ALL ($2)
-                   AND (run_at <= now() OR queue <> ALL ($4))
-                   AND id <> ALL (ARRAY(SELECT id FROM of_each))
-                 ORDER BY priority DESC, created_at LIMIT $1 - (SELECT count(*) FROM of_each) FOR UPDATE SKIP LOCKED
+                 SELECT j.id FROM (SELECT * FROM place ORDER BY priority DESC, first) AS p, LATERAL (
+                     {OF_PLACE} AND id <> ALL (ARRAY(SELECT id FROM of_each))
+                     ORDER BY run_at LIMIT $1 FOR UPDATE SKIP LOCKED) AS j
+                 LIMIT $1 - (SELECT count(*) FROM of_each)
              )
              SELECT {ENVELOPE} FROM jobs WHERE id IN (SELECT id FROM of_each UNION ALL SELECT id FROM highest) ORDER BY created_at"
         )))

@@ -460,7 +460,8 @@ impl Postgres {
         }
         let wait = if at_once { Duration::ZERO } else { wait };
         sqlx::query(
-            "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = now() + make_interval(secs => $2), unroutable_since = NULL
+            "UPDATE jobs SET state = 'waiting', worker = NULL, run_at = least(now() + make_interval(secs => $2), '9999-12-31 23:59Z'),
+                    unroutable_since = NULL
              WHERE id = $1",
         )
         .bind(run.job_id.0)
