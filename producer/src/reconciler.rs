@@ -78,7 +78,7 @@ impl Reconciler {
                 return Ok(());
             }
             let now = Instant::now();
-            let result = match self.queue.stamped().await {
+            let result = match self.queue.is_stamped_by(self.ledger).await {
                 Ok(true) => {
                     lost_since = None;
                     if now >= next_pass { Some(self.pass(self.settings.grace, shutdown).await) } else { None }

@@ -295,6 +295,25 @@ async fn a_prefix_of_another_ledger_is_refused_before_anything_is_dispatched() {
 }
 
 #[tokio::test]
+async fn a_prefix_that_becomes_another_ledgers_ends_the_loops() {
+    let stage = Stage::new().await;
+    let maintenance = stage.maintain(quick());
+    stamped(&stage).await;
+    // As when one Redis replaces another under its name, and another ledger's fleet was the first there.
+    redis::cmd("FLUSHALL").exec_async(&mut stage.redis().await).await.unwrap();
+    let key = format!("{{{}:ledger}}", queue_config(&stage.services).prefix);
+    redis::cmd("SET")
+        .arg(key)
+        .arg(Uuid::now_v7().to_string())
+        .exec_async(&mut stage.redis().await)
+        .await
+        .unwrap();
+    let ended = tokio::time::timeout(support::DEADLINE, maintenance.ended).await.expect("the loops go on");
+    let producer::MaintainError::Queue(error) = ended.unwrap().unwrap_err();
+    assert!(matches!(error, QueueError::OtherLedger { .. }), "{error}");
+}
+
+#[tokio::test]
 async fn a_job_that_is_woken_while_its_worker_puts_it_back_is_due_when_the_ledger_says() {
     let stage = Stage::new().await;
     let job = report(1);
