@@ -21,7 +21,7 @@ use crate::{
     settings::MaintainSettings,
 };
 
-/// Jobs compared at once.
+/// Jobs looked at, and compared, at once.
 const PAGE: i64 = 1000;
 /// Jobs compared per second at most: a pass over a long ledger must not keep the stores busy.
 const COMPARED_PER_SECOND: u32 = 100_000;
@@ -110,10 +110,12 @@ impl Reconciler {
         let begun = if let Some(begun) = *lost_since {
             begun
         } else {
-            let first = self.postgres.unfinished(Uuid::nil(), 1, Duration::ZERO);
+            let first = self.postgres.unfinished(Uuid::nil(), PAGE, Duration::ZERO);
             match within(self.postgres.call_timeout(), first).await {
                 // Nothing can be missing: a new prefix.
-                Ok(page) if page.is_empty() => return Some(self.stamp().await),
+                Ok(page) if page.settled.is_empty() && page.next.is_none() => {
+                    return Some(self.stamp().await);
+                }
                 Ok(_) => {}
                 Err(error) => return Some(Err(error.into())),
             }
@@ -147,13 +149,13 @@ impl Reconciler {
         let (mut after, mut compared, mut redispatched) = (Uuid::nil(), 0_usize, 0_usize);
         loop {
             let page = within(limit, self.postgres.unfinished(after, PAGE, grace)).await?;
-            let Some(last) = page.last() else { break };
-            after = last.id.0;
-            let pushed = self.compare(&page).await?;
-            compared += page.len();
+            let pushed = self.compare(&page.settled).await?;
+            compared += page.settled.len();
             redispatched += pushed;
+            let Some(next) = page.next else { break };
+            after = next;
             let pace =
-                per(page.len(), COMPARED_PER_SECOND).max(per(pushed, self.settings.redispatch_per_second));
+                per(PAGE as usize, COMPARED_PER_SECOND).max(per(pushed, self.settings.redispatch_per_second));
             if !pause(pace, shutdown).await {
                 return Err(PassError::Stopping);
             }

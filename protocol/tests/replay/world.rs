@@ -140,7 +140,7 @@ impl World {
                 let id = self.id(job);
                 let after = Uuid::from_u128(id.0.as_u128() - 1);
                 let page = self.postgres.unfinished(after, 1, Duration::ZERO).await.unwrap();
-                self.read[job] = page.into_iter().find(|envelope| envelope.id == id);
+                self.read[job] = page.settled.into_iter().find(|envelope| envelope.id == id);
                 assert!(self.read[job].is_some(), "the reconciler doesn't see the job");
                 Outcome::Done
             }

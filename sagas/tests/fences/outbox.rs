@@ -105,18 +105,36 @@ async fn protocol_18_two_relays_never_take_the_same_jobs_and_neither_waits() {
 async fn protocol_18_the_reconciler_skips_what_changed_within_the_grace_period() {
     let ledger = Ledger::start().await;
     let id = ledger.ingest("a").await;
-    let unfinished = |grace| ledger.postgres.unfinished(uuid::Uuid::nil(), 10, grace);
-    assert!(unfinished(HOUR).await.unwrap().is_empty());
-    assert_eq!(unfinished(Duration::ZERO).await.unwrap()[0].id, id);
+    let unfinished = async |grace| ledger.postgres.unfinished(Uuid::nil(), 10, grace).await.unwrap().settled;
+    assert!(unfinished(HOUR).await.is_empty());
+    assert_eq!(unfinished(Duration::ZERO).await[0].id, id);
     sqlx::query(
         "UPDATE jobs SET created_at = now() - interval '2 hours', dispatched_at = now() - interval '2 hours'",
     )
     .execute(ledger.postgres.pool())
     .await
     .unwrap();
-    assert_eq!(unfinished(HOUR).await.unwrap().len(), 1);
+    assert_eq!(unfinished(HOUR).await.len(), 1);
     ledger.take("w", id).await;
-    assert!(unfinished(HOUR).await.unwrap().is_empty());
+    assert!(unfinished(HOUR).await.is_empty());
+}
+
+#[tokio::test]
+async fn protocol_18_the_reconciler_passes_what_waits_for_the_relay() {
+    let ledger = Ledger::start().await;
+    let first = ledger.ingest("a").await;
+    ledger.postgres.accept(&reports(25), false).await.unwrap();
+    let last = ledger.ingest("b").await;
+    let (mut after, mut found) = (Uuid::nil(), vec![]);
+    loop {
+        let page = ledger.postgres.unfinished(after, 10, Duration::ZERO).await.unwrap();
+        found.push(page.settled.iter().map(|e| e.id).collect::<Vec<_>>());
+        match page.next {
+            Some(next) => after = next,
+            None => break,
+        }
+    }
+    assert_eq!(found, [vec![first], vec![], vec![last]], "ten are looked at each time");
 }
 
 #[tokio::test]

@@ -17,6 +17,14 @@ pub struct Batch {
     pub envelopes: Vec<Envelope>,
 }
 
+/// What a look at unfinished jobs found.
+pub struct Unfinished {
+    /// Those that should be in Redis.
+    pub settled: Vec<Envelope>,
+    /// After which id to look next; `None`: that was all.
+    pub next: Option<Uuid>,
+}
+
 impl Batch {
     /// Records that these jobs are in Redis. The others stay undispatched.
     pub async fn done(mut self, dispatched: &[JobId]) -> Result<(), StoreError> {
@@ -98,26 +106,34 @@ impl Postgres {
             .await?)
     }
 
-    /// A page of unfinished dispatched jobs after `after`, oldest ids first, without those changed within `grace`: they
-    /// may be on their way. The running among them are ones that a worker took.
+    /// Looks at the next `limit` unfinished jobs after `after`, oldest ids first. Of these it returns the dispatched ones, without those
+    /// changed within `grace`: they may be on their way. The running among them are ones that a worker took.
+    ///
+    /// It counts what it looks at, not what it returns: jobs that wait for the relay may stand between two others by the million.
     pub async fn unfinished(
         &self,
         after: Uuid,
         limit: i64,
         grace: Duration,
-    ) -> Result<Vec<Envelope>, StoreError> {
+    ) -> Result<Unfinished, StoreError> {
         let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
-            "SELECT {ENVELOPE} FROM jobs
-             WHERE id > $1 AND state IN ('waiting', 'running') AND dispatched_at < now() - make_interval(secs => $3)
-               AND coalesce(taken_at, created_at) < now() - make_interval(secs => $3)
-             ORDER BY id LIMIT $2"
+            "SELECT {ENVELOPE}, (dispatched_at < now() - make_interval(secs => $3)
+                 AND coalesce(taken_at, created_at) < now() - make_interval(secs => $3)) IS TRUE AS settled
+             FROM jobs WHERE id > $1 AND state IN ('waiting', 'running') ORDER BY id LIMIT $2"
         )))
         .bind(after)
         .bind(limit)
         .bind(grace.as_secs_f64())
         .fetch_all(&self.pool)
         .await?;
-        rows.iter().map(envelope).collect()
+        let mut settled = vec![];
+        for row in &rows {
+            if row.try_get("settled")? {
+                settled.push(envelope(row)?);
+            }
+        }
+        let last = rows.last().map(|row| row.try_get("id")).transpose()?;
+        Ok(Unfinished { settled, next: last.filter(|_| rows.len() as i64 == limit) })
     }
 
     /// The envelope of one unfinished job.
