@@ -1,6 +1,9 @@
 //! The janitor: removes what no reader sees any more, and whatever a late writer put there after it (PROTOCOL.md 9, 10).
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::{Duration, Instant},
+};
 
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -39,7 +42,10 @@ impl Default for JanitorSettings {
     }
 }
 
+/// Versions that one round sweeps at most.
 const BATCH: i64 = 200;
+/// Their points at most, unless a single version has more: their chunks go in one statement.
+const POINTS: i64 = 50_000;
 /// How long a collection is left alone whose points can't be removed.
 const PUT_OFF: Duration = Duration::from_secs(60);
 /// Rounds between two looks at retention, unless the last one left something.
@@ -49,20 +55,20 @@ const EXPIRED: i64 = 1000;
 
 /// Runs until `shutdown`. Several janitors share the work: rows are locked, and locked rows skipped.
 pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: CancellationToken) {
-    let (mut round, mut more) = (0u32, false);
+    let (mut turn, mut more) = (0u32, false);
     while !shutdown.is_cancelled() {
-        let swept = match sweep(&stores).await {
-            Ok(swept) => swept,
+        let left = match round(&stores).await {
+            Ok(round) => round.left,
             Err(error) => {
                 tracing::debug!(%error, "the janitor waits");
-                0
+                false
             }
         };
-        if more || round.is_multiple_of(EXPIRE_EVERY) {
-            more = expire(&stores, &settings, round.is_multiple_of(EXPIRE_EVERY)).await;
+        if more || turn.is_multiple_of(EXPIRE_EVERY) {
+            more = expire(&stores, &settings, turn.is_multiple_of(EXPIRE_EVERY)).await;
         }
-        round = round.wrapping_add(1);
-        if !more && swept < BATCH as usize {
+        turn = turn.wrapping_add(1);
+        if !more && !left {
             tokio::select! {
                 () = shutdown.cancelled() => {}
                 () = tokio::time::sleep(settings.every) => {}
@@ -106,34 +112,59 @@ fn full(records: &'static str, gone: Result<u64, StoreError>) -> bool {
     }
 }
 
+/// What one round of sweeps did.
+struct Round {
+    swept: usize,
+    /// Whether more is due.
+    left: bool,
+}
+
 /// One round: sweeps what is due, at most 200 versions; returns how many.
 pub async fn sweep(stores: &Stores) -> Result<usize, StoreError> {
+    Ok(round(stores).await?.swept)
+}
+
+/// What is done when the round's time is over counts, and the rest comes with the next one: however slow some collections are, those
+/// behind them get their turn.
+async fn round(stores: &Stores) -> Result<Round, StoreError> {
+    let begun = Instant::now();
+    let time = stores.postgres.call_timeout() * 2;
     let mut sweeps = stores.postgres.due_sweeps(BATCH).await?;
     if sweeps.due.is_empty() {
-        return Ok(0);
+        return Ok(Round { swept: 0, left: false });
     }
-    let mut by_collection: BTreeMap<&str, Vec<(Uuid, i32)>> = BTreeMap::new();
+    let mut left = sweeps.due.len() == BATCH as usize;
+    let (mut points, mut by_collection): (i64, BTreeMap<String, Vec<(Uuid, i32)>>) = (0, BTreeMap::new());
     for sweep in &sweeps.due {
-        by_collection.entry(&sweep.collection).or_default().push((sweep.version, sweep.chunk_count));
+        points += i64::from(sweep.chunk_count);
+        if points > POINTS && !by_collection.is_empty() {
+            left = true;
+            break;
+        }
+        by_collection.entry(sweep.collection.clone()).or_default().push((sweep.version, sweep.chunk_count));
     }
-    let mut left: Vec<String> = vec![];
+    let mut swept: HashSet<Uuid> = HashSet::new();
     for (collection, versions) in by_collection {
-        match stores.vectors.remove(collection, &versions).await {
-            Ok(()) => {}
+        if begun.elapsed() > time {
+            left = true;
+            break;
+        }
+        let removed = sweeps.meanwhile(stores.vectors.remove(&collection, &versions)).await?;
+        match removed {
+            Ok(()) => swept.extend(versions.iter().map(|(version, _)| version)),
             Err(error) if error.is_unavailable() && stores.vectors.probe().await.is_err() => {
                 return Err(error);
             }
             // One collection that fails keeps no other from being swept, and its server may call that what it likes.
             Err(error) => {
                 tracing::warn!(%error, collection, versions = versions.len(), "versions are swept later");
-                left.push(collection.to_owned());
+                sweeps.put_off(&collection, PUT_OFF).await?;
             }
         }
     }
-    sweeps.put_off(&left, PUT_OFF).await?;
+    sweeps.due.retain(|sweep| swept.contains(&sweep.version));
     let versions: Vec<Uuid> = sweeps.due.iter().map(|sweep| sweep.version).collect();
-    stores.cache.remove(&versions, "retired").await?;
-    let count = versions.len();
+    sweeps.meanwhile(stores.cache.remove(&versions, "retired")).await??;
     sweeps.done(stores.settings.sweep_bound).await?;
-    Ok(count)
+    Ok(Round { swept: versions.len(), left })
 }

@@ -346,7 +346,7 @@ async fn a_collection_whose_points_can_not_be_removed_keeps_no_other_from_being_
                WHERE state = 'retired'";
     sqlx::query(sql).bind(stuck).execute(ledger.postgres.pool()).await.unwrap();
     let mut sweeps = ledger.postgres.due_sweeps(10).await.unwrap();
-    sweeps.put_off(&["stuck".to_owned()], Duration::from_secs(60)).await.unwrap();
+    sweeps.put_off("stuck", Duration::from_secs(60)).await.unwrap();
     assert_eq!(sweeps.due.iter().map(|sweep| sweep.version).collect::<Vec<_>>(), [other]);
     sweeps.done(Duration::from_secs(60)).await.unwrap();
     assert!(ledger.postgres.due_sweeps(10).await.unwrap().due.is_empty(), "both are due later");

@@ -25,22 +25,30 @@ pub struct Sweep {
 /// Due sweeps, locked against other janitors until [`Sweeps::done`] or drop.
 pub struct Sweeps {
     tx: Transaction<'static, Db>,
+    call_timeout: Duration,
     /// What to sweep.
     pub due: Vec<Sweep>,
 }
 
 impl Sweeps {
-    /// Leaves the versions of these collections for later: they are looked at again after `wait`, and overdue since they were
-    /// due first.
-    pub async fn put_off(&mut self, collections: &[String], wait: Duration) -> Result<(), StoreError> {
-        if collections.is_empty() {
-            return Ok(());
+    /// Waits for what goes on elsewhere, however long it takes. The server ends a transaction from which it hears nothing for two calls'
+    /// time, so it is told that this one goes on.
+    pub async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> Result<T, StoreError> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            match tokio::time::timeout(self.call_timeout / 2, &mut work).await {
+                Ok(done) => return Ok(done),
+                Err(_) => sqlx::query("SELECT").execute(&mut *self.tx).await?,
+            };
         }
-        let (left, due) = std::mem::take(&mut self.due)
-            .into_iter()
-            .partition(|sweep| collections.contains(&sweep.collection));
+    }
+
+    /// Leaves the versions of a collection for later: they are looked at again after `wait`, and overdue since they were
+    /// due first.
+    pub async fn put_off(&mut self, collection: &str, wait: Duration) -> Result<(), StoreError> {
+        let (left, due): (Vec<Sweep>, _) =
+            std::mem::take(&mut self.due).into_iter().partition(|sweep| sweep.collection == collection);
         self.due = due;
-        let left: Vec<Sweep> = left;
         sqlx::query(
             "UPDATE document_versions
              SET sweep_missed = coalesce(sweep_missed, sweep_after), sweep_after = now() + make_interval(secs => $2)
@@ -114,6 +122,6 @@ impl Postgres {
                 })
             })
             .collect::<Result<_, sqlx::Error>>()?;
-        Ok(Sweeps { tx, due })
+        Ok(Sweeps { tx, call_timeout: self.call_timeout, due })
     }
 }
