@@ -8,7 +8,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::{
-    ledger::{HOUR, Ledger, ingest, job},
+    ledger::{HOUR, Ledger, ingest, job, retry, run_of},
     lookups::{entries_read, one_session_of},
 };
 
@@ -79,6 +79,20 @@ async fn sql_accepts_no_time_that_a_relay_could_not_read() {
             .await;
         let code = done.err().and_then(|error| Some(error.as_database_error()?.code()?.into_owned()));
         assert_eq!(code.as_deref(), if fine { None } else { Some("23514") }, "{run_at}");
+    }
+}
+
+#[tokio::test]
+async fn a_job_that_waits_beyond_the_years_waits_until_their_end() {
+    let far = Duration::from_secs(400_000_000_000);
+    let ledger = Ledger::start().await;
+    let (put_back, failed) = (ledger.ingest("a").await, ledger.ingest("b").await);
+    let (one, other) = (ledger.take("w", put_back).await, ledger.take("w", failed).await);
+    assert!(ledger.postgres.release(&run_of(&one, None), far, None).await.unwrap().is_some());
+    assert!(ledger.postgres.finish(&run_of(&other, None), &retry(far), &[]).await.unwrap());
+    for id in [put_back, failed] {
+        let run_at = ledger.postgres.job(id, None).await.unwrap().unwrap().run_at;
+        assert_eq!(run_at.to_rfc3339(), "9999-12-31T23:59:00+00:00");
     }
 }
 
