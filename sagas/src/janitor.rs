@@ -8,7 +8,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{error::StoreError, kinds::Stores};
+use crate::{error::StoreError, kinds::Stores, stores::postgres::retention::Place};
 
 /// Settings of the janitor.
 #[derive(Debug, Clone, Copy)]
@@ -53,9 +53,23 @@ const EXPIRE_EVERY: u32 = 60;
 /// Records of a sort that one look at retention removes.
 const EXPIRED: i64 = 1000;
 
+/// How far looks at retention have come.
+#[derive(Debug, Default)]
+struct Looks {
+    results: Place,
+    jobs: Place,
+    batches: Place,
+}
+
+impl Looks {
+    fn are_under_way(&self) -> bool {
+        [self.results, self.jobs, self.batches].iter().any(Place::is_under_way)
+    }
+}
+
 /// Runs until `shutdown`. Several janitors share the work: rows are locked, and locked rows skipped.
 pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: CancellationToken) {
-    let (mut turn, mut more) = (0u32, false);
+    let (mut turn, mut more, mut looks) = (0u32, false, Looks::default());
     while !shutdown.is_cancelled() {
         let left = match round(&stores).await {
             Ok(round) => round.left,
@@ -64,8 +78,8 @@ pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: Cancellati
                 false
             }
         };
-        if more || turn.is_multiple_of(EXPIRE_EVERY) {
-            more = expire(&stores, &settings, turn.is_multiple_of(EXPIRE_EVERY)).await;
+        if more || looks.are_under_way() || turn.is_multiple_of(EXPIRE_EVERY) {
+            more = expire(&stores, &settings, turn.is_multiple_of(EXPIRE_EVERY), &mut looks).await;
         }
         turn = turn.wrapping_add(1);
         if !more && !left {
@@ -79,7 +93,7 @@ pub async fn run(stores: Stores, settings: JanitorSettings, shutdown: Cancellati
 
 /// One look at retention; whether there is more to remove. Each task is on its own: one that fails keeps no other from its
 /// turn. The audit log's partitions need no look so often.
-async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool) -> bool {
+async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool, looks: &mut Looks) -> bool {
     let postgres = &stores.postgres;
     // First, because whoever closes a letter writes into this month's partition.
     if audit_log {
@@ -90,12 +104,13 @@ async fn expire(stores: &Stores, settings: &JanitorSettings, audit_log: bool) ->
         Some(keep) => full("dead letters", postgres.expire_letters(keep, EXPIRED).await),
         None => false,
     };
+    let Looks { results, jobs, batches } = looks;
     let gone = [
         letters,
-        full("results", postgres.expire_results(settings.keep_results, EXPIRED).await),
-        full("jobs", postgres.expire_jobs(settings.keep_jobs, EXPIRED).await),
+        full("results", postgres.expire_results(settings.keep_results, EXPIRED, results).await),
+        full("jobs", postgres.expire_jobs(settings.keep_jobs, EXPIRED, jobs).await),
         full("idempotency keys", postgres.expire_keys(EXPIRED).await),
-        full("batches", postgres.expire_batches(settings.keep_jobs, EXPIRED).await),
+        full("batches", postgres.expire_batches(settings.keep_jobs, EXPIRED, batches).await),
         full("events", postgres.expire_events(settings.keep_events, EXPIRED).await),
     ];
     gone.contains(&true)

@@ -15,6 +15,7 @@ use sagas::stores::postgres::{
     dead_letters::{Replay, Resolved},
     ending::{GivenBack, Verdict},
     publish::Published,
+    retention::Place,
 };
 use serde_json::json;
 use uuid::Uuid;
@@ -177,7 +178,11 @@ async fn a_callback_whose_parent_is_gone_comes_without_one() {
     let callback = Some(Callback { on: CallbackOn::Complete, job: template });
     let it = NewBatch { callback, ..batch(None) };
     let member = ledger.open(&it, &[member(&it)], true).await[0];
-    assert_eq!(ledger.postgres.expire_jobs(Duration::ZERO, 10).await.unwrap(), 1, "the parent stays");
+    assert_eq!(
+        ledger.postgres.expire_jobs(Duration::ZERO, 10, &mut Place::default()).await.unwrap(),
+        1,
+        "the parent stays"
+    );
     ledger.succeed(member).await;
     ledger.collect().await;
     assert_eq!(ledger.callbacks().await, 1);

@@ -9,6 +9,7 @@ use sagas::stores::postgres::{
     ending::{GivenBack, Verdict},
     ledger::Cancel,
     publish::{Condition, Published},
+    retention::Place,
     take::Take,
 };
 use uuid::Uuid;
@@ -250,7 +251,7 @@ async fn protocol_09_tombstones_outlive_the_retention_of_their_jobs() {
     let saga = Uuid::now_v7();
     assert_eq!(ledger.bury(&gone, saga).await.0, Published::Yes);
     assert!(ledger.postgres.complete(&run_of(&gone, Some(saga)), &serde_json::json!({}), &[]).await.unwrap());
-    assert_eq!(ledger.postgres.expire_jobs(Duration::ZERO, 100).await.unwrap(), 2);
+    assert_eq!(ledger.postgres.expire_jobs(Duration::ZERO, 100, &mut Place::default()).await.unwrap(), 2);
     assert_eq!(ledger.count("SELECT count(*) FROM jobs").await, 1);
     sqlx::query("UPDATE jobs SET run_at = now()").execute(ledger.postgres.pool()).await.unwrap();
     let old = ledger.take("w", old.id).await;
@@ -271,7 +272,7 @@ async fn protocol_10_publish_ends_the_job_and_the_run_goes_on_until_the_old_vers
     assert!(ledger.postgres.due_sweeps(10).await.unwrap().due.is_empty());
     assert_eq!(ledger.postgres.body(old).await.unwrap().as_deref(), Some("some text"));
     // A finished job whose run is not finished is not expired.
-    assert_eq!(ledger.postgres.expire_jobs(Duration::ZERO, 100).await.unwrap(), 1);
+    assert_eq!(ledger.postgres.expire_jobs(Duration::ZERO, 100, &mut Place::default()).await.unwrap(), 1);
     sqlx::query("UPDATE document_versions SET sweep_after = now() WHERE state = 'retired'")
         .execute(ledger.postgres.pool())
         .await

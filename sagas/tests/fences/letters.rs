@@ -5,6 +5,7 @@ use std::time::Duration;
 use sagas::stores::postgres::{
     dead_letters::{DeadLetterFilter, Replay, Resolved},
     ending::{Failure, Verdict},
+    retention::Place,
 };
 use uuid::Uuid;
 
@@ -150,7 +151,7 @@ async fn letters_are_closed_by_filter_in_pages_and_by_retention() {
     assert_eq!(ledger.postgres.expire_letters(HOUR, 100).await.unwrap(), 1);
     let gone = ledger.postgres.dead_letter(two[0]).await.unwrap().unwrap();
     assert_eq!((gone.state.as_str(), gone.resolved_by.as_deref()), ("discarded", Some("janitor")));
-    assert_eq!(ledger.postgres.expire_jobs(Duration::ZERO, 100).await.unwrap(), 7);
+    assert_eq!(ledger.postgres.expire_jobs(Duration::ZERO, 100, &mut Place::default()).await.unwrap(), 7);
     assert_eq!(ledger.count("SELECT count(*) FROM dead_letters").await, 3);
     assert_eq!(ledger.count("SELECT count(*) FROM jobs").await, 3);
 }

@@ -16,6 +16,7 @@ use sagas::{
             accept::{Idempotency, NewJob, Until},
             batches::{BatchId, Created, NewBatch},
             ending::Verdict,
+            retention::Place,
         },
         vectors::{Vectors, VectorsConfig},
     },
@@ -58,13 +59,13 @@ async fn results_go_after_their_time_in_bounded_batches_and_the_jobs_stay() {
         ids.push(id);
     }
     assert_eq!(ledger.result(ids[4]).await, Some(json!({ "number": 4 })));
-    assert_eq!(ledger.postgres.expire_results(HOUR, 100).await.unwrap(), 0);
+    assert_eq!(ledger.postgres.expire_results(HOUR, 100, &mut Place::default()).await.unwrap(), 0);
     ledger.aged("61 minutes").await;
     let fresh = ledger.report(None).await;
     ledger.succeeded(fresh, json!([1])).await;
-    assert_eq!(ledger.postgres.expire_results(HOUR, 3).await.unwrap(), 3);
-    assert_eq!(ledger.postgres.expire_results(HOUR, 3).await.unwrap(), 2);
-    assert_eq!(ledger.postgres.expire_results(HOUR, 3).await.unwrap(), 0);
+    assert_eq!(ledger.postgres.expire_results(HOUR, 3, &mut Place::default()).await.unwrap(), 3);
+    assert_eq!(ledger.postgres.expire_results(HOUR, 3, &mut Place::default()).await.unwrap(), 2);
+    assert_eq!(ledger.postgres.expire_results(HOUR, 3, &mut Place::default()).await.unwrap(), 0);
     for id in ids {
         assert_eq!((ledger.result(id).await, ledger.state(id).await.0.as_str()), (None, "succeeded"));
     }
@@ -97,14 +98,18 @@ async fn a_job_stays_as_long_as_a_letter_a_run_or_a_child_needs_it() {
     let waiting = ledger.ingest("a").await;
 
     ledger.aged("2 hours").await;
-    assert_eq!(ledger.postgres.expire_jobs(HOUR, 100).await.unwrap(), 1);
+    assert_eq!(ledger.postgres.expire_jobs(HOUR, 100, &mut Place::default()).await.unwrap(), 1);
     assert!(ledger.postgres.job(plain, None).await.unwrap().is_none());
     // The child has ended: it and its parent may go. So may the dead one, when a person has dealt with it.
     ledger.succeeded(child, Value::Null).await;
     ledger.postgres.discard(dead.0, "a test", "").await.unwrap();
     ledger.aged("2 hours").await;
-    assert_eq!(ledger.postgres.expire_jobs(HOUR, 2).await.unwrap(), 2, "no more than asked for");
-    assert_eq!(ledger.postgres.expire_jobs(HOUR, 100).await.unwrap(), 1);
+    assert_eq!(
+        ledger.postgres.expire_jobs(HOUR, 2, &mut Place::default()).await.unwrap(),
+        2,
+        "no more than asked for"
+    );
+    assert_eq!(ledger.postgres.expire_jobs(HOUR, 100, &mut Place::default()).await.unwrap(), 1);
     for id in [parked, waiting] {
         assert!(ledger.postgres.job(id, None).await.unwrap().is_some());
     }
@@ -141,9 +146,9 @@ async fn what_a_parent_that_has_not_ended_or_is_parked_may_still_look_at_stays()
             .execute(ledger.postgres.pool())
             .await
             .unwrap();
-        let results = ledger.postgres.expire_results(HOUR, 100).await.unwrap();
-        let jobs = ledger.postgres.expire_jobs(HOUR, 100).await.unwrap();
-        (results, jobs, ledger.postgres.expire_batches(HOUR, 100).await.unwrap())
+        let results = ledger.postgres.expire_results(HOUR, 100, &mut Place::default()).await.unwrap();
+        let jobs = ledger.postgres.expire_jobs(HOUR, 100, &mut Place::default()).await.unwrap();
+        (results, jobs, ledger.postgres.expire_batches(HOUR, 100, &mut Place::default()).await.unwrap())
     };
     assert_eq!(expired().await, (0, 0, 0), "the parent waits");
     let taken = ledger.take("w", parent).await;
@@ -158,7 +163,77 @@ async fn what_a_parent_that_has_not_ended_or_is_parked_may_still_look_at_stays()
         assert_eq!(ledger.result(id).await, Some(json!({ "kept": true })));
     }
     ledger.postgres.resolve_parked(saga.id, "a test", "").await.unwrap();
-    assert_eq!(expired().await, (3, 4, 2));
+    assert_eq!(expired().await, (3, 3, 2));
+    assert_eq!(expired().await, (0, 1, 0), "the parent goes last");
+}
+
+#[tokio::test]
+async fn a_parent_goes_after_its_children_however_long_ago_it_ended() {
+    let ledger = Ledger::start().await;
+    let parent = ledger.report(None).await;
+    ledger.succeeded(parent, Value::Null).await;
+    for _ in 0..3 {
+        let child = ledger.report(Some(parent)).await;
+        ledger.succeeded(child, Value::Null).await;
+    }
+    ledger.aged("2 hours").await;
+    // To take the parent out of its children's rows would be a write for each, in one statement.
+    let without = "SELECT count(*) FROM jobs WHERE parent IS NULL";
+    let mut place = Place::default();
+    for (gone, parents) in [(2, 1), (1, 1), (1, 0)] {
+        assert_eq!(ledger.postgres.expire_jobs(HOUR, 2, &mut place).await.unwrap(), gone);
+        assert_eq!(ledger.count(without).await, parents);
+    }
+}
+
+#[tokio::test]
+async fn what_batches_refer_to_goes_after_them() {
+    let ledger = Ledger::start().await;
+    let parent = ledger.report(None).await;
+    ledger.succeeded(parent, Value::Null).await;
+    ledger.aged("2 hours").await;
+    sqlx::query(
+        "WITH around AS (
+             INSERT INTO batches (id, tenant, name, parent, sealed_at, finished_at)
+             SELECT uuid7(), tenant, 'outer', id, now(), now() - interval '3 hours' FROM jobs RETURNING *)
+         INSERT INTO batches (id, tenant, name, outer_batch, sealed_at, finished_at)
+         SELECT uuid7(), tenant, 'inner', id, now(), now() - interval '2 hours' FROM around",
+    )
+    .execute(ledger.postgres.pool())
+    .await
+    .unwrap();
+    for (batches, jobs) in [(1, 0), (1, 1)] {
+        assert_eq!(ledger.postgres.expire_jobs(HOUR, 9, &mut Place::default()).await.unwrap(), 0);
+        assert_eq!(ledger.postgres.expire_batches(HOUR, 9, &mut Place::default()).await.unwrap(), batches);
+        let left =
+            ledger.count("SELECT count(*) FROM batches WHERE name = 'outer' AND parent IS NOT NULL").await;
+        assert_eq!(left, 1 - jobs);
+    }
+    assert_eq!(ledger.postgres.expire_jobs(HOUR, 9, &mut Place::default()).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn old_jobs_that_must_stay_keep_no_others_from_going_however_many_they_are() {
+    let ledger = Ledger::start().await;
+    for _ in 0..12 {
+        let dead = ledger.report(None).await;
+        let taken = ledger.take("w", dead).await;
+        let verdict = Verdict::Dead { failure: failure() };
+        ledger.postgres.finish(&run_of(&taken, None), &verdict, &[]).await.unwrap();
+    }
+    for _ in 0..3 {
+        let done = ledger.report(None).await;
+        ledger.succeeded(done, Value::Null).await;
+    }
+    ledger.aged("2 hours").await;
+    let (mut place, mut looks) = (Place::default(), vec![]);
+    for _ in 0..5 {
+        let gone = ledger.postgres.expire_jobs(HOUR, 2, &mut place).await.unwrap();
+        looks.push((gone, place.is_under_way()));
+    }
+    // A look goes through ten. Of one that removes all it may there can be more; the last begins with the oldest again.
+    assert_eq!(looks, [(0, true), (2, true), (1, false), (0, true), (0, false)]);
+    assert_eq!(ledger.count("SELECT count(*) FROM jobs").await, 12);
 }
 
 #[tokio::test]
