@@ -1,7 +1,7 @@
 //! Every migration goes down and up again, and leaves the schema as it was; the audit log's partitions come and go.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devstack::testing::TestServices;
 use queue::{QueueName, TenantId, WorkerId};
@@ -147,9 +147,28 @@ async fn a_database_of_a_newer_release_is_left_as_it_is_unless_it_lacks_somethin
 
 #[tokio::test]
 async fn many_that_migrate_a_fresh_database_at_once_all_succeed() {
+    const MANY: i64 = 8;
     let (_services, postgres) = database().await;
-    let all = futures::future::join_all((0..8).map(|_| postgres.migrate_up())).await;
-    for done in all {
+    // Nobody gets beyond the schema before all are there.
+    let mut first = postgres.begin().await.unwrap();
+    sqlx::query("CREATE SCHEMA flotilla").execute(&mut *first).await.unwrap();
+    let all = futures::future::join_all((0..MANY).map(|_| postgres.migrate_up()));
+    let go = async {
+        let begun = Instant::now();
+        loop {
+            let wait: i64 =
+                sqlx::query_scalar("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+                    .fetch_one(postgres.pool())
+                    .await
+                    .unwrap();
+            if wait == MANY {
+                return first.rollback().await.unwrap();
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "{wait} wait");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    for done in futures::future::join(all, go).await.0 {
         done.unwrap();
     }
 }
