@@ -17,7 +17,7 @@ use tokio::{
     sync::RwLock,
     time::{sleep, timeout},
 };
-use tower::{Layer, Service, ServiceExt};
+use tower::{Layer, Service};
 
 use crate::{
     acker::{Acker, Done},
@@ -162,7 +162,7 @@ impl<L: Ledger> AckLayer<L> {
         End::Retry(failure, told.unwrap_or_else(|| self.retries.wait(failures, rand::random())))
     }
 
-    async fn deliver<S>(&self, inner: S, mut task: Task<Job>) -> Result<S::Response, BoxDynError>
+    async fn deliver<S>(&self, mut inner: S, mut task: Task<Job>) -> Result<S::Response, BoxDynError>
     where
         S: Service<Task<Job>>,
         S::Response: Serialize,
@@ -216,9 +216,10 @@ impl<L: Ledger> AckLayer<L> {
         let is_cancelled = || watched.as_ref().is_some_and(|watched| watched.token.is_cancelled());
         let limit = grant.timeout;
         let inner = async {
+            // Not asked again whether it is ready: of a worker that stops or pauses meanwhile apalis' own service never is.
             match limit {
-                Some(limit) => timeout(limit, inner.oneshot(task)).await.map_err(|_| TimedOut(limit)),
-                None => Ok(inner.oneshot(task).await),
+                Some(limit) => timeout(limit, inner.call(task)).await.map_err(|_| TimedOut(limit)),
+                None => Ok(inner.call(task).await),
             }
         };
         let lost = lease.lost();

@@ -12,7 +12,7 @@ use std::{
 
 use apalis::{
     layers::WorkerBuilderExt,
-    prelude::{BoxDynError, Data, Monitor, WorkerBuilder},
+    prelude::{BoxDynError, Data, Monitor, WorkerBuilder, WorkerContext},
 };
 use apalis_core::{
     backend::{FetchById, Filter, ListAllTasks, ListQueues, ListTasks, ListWorkers, Metrics, TaskSink},
@@ -26,7 +26,10 @@ use queue::{
 };
 use serde::{Deserialize, Serialize};
 use support::{DEADLINE, Stage, eventually, job, jobs, name, worker};
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
@@ -222,6 +225,53 @@ async fn rule_13_without_a_ledger_a_job_that_never_ran_is_not_dropped_as_poison(
     assert_eq!(ran, innocents.len(), "innocents were dropped with it");
     shutdown.cancel();
     running.await.unwrap().unwrap();
+    roles.join().await;
+}
+
+/// A job whose next delivery runs alone, by the name of its kind: two of its leases were lost.
+async fn lost_twice(stage: &Stage) -> Envelope {
+    let lone = Envelope { kind: "lone".to_owned(), ..job("acme", 5) };
+    stage.queue.push(std::slice::from_ref(&lone)).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(stage.claim(1).await.len(), 1);
+        lose_all(stage.queue.clone()).await;
+    }
+    lone
+}
+
+#[tokio::test]
+async fn rule_13_what_waits_for_a_job_that_runs_alone_is_finished_when_the_worker_stops() {
+    let stage = Stage::with(quick).await;
+    let lone = lost_twice(&stage).await;
+    let (first, last) = (job("acme", 9), job("acme", 1));
+    stage.queue.push(&[first.clone(), last.clone()]).await.unwrap();
+    let (runs, go, shutdown) = (Log::default().runs, Arc::new(Semaphore::new(0)), CancellationToken::new());
+    let (roles, backend) = Roles::spawn(&stage.queue, config(8, "one"), &shutdown).unwrap();
+    let (log, wait) = (runs.clone(), go.clone());
+    let apalis = WorkerBuilder::new("one")
+        .backend(backend)
+        .layer(roles.acks(Duration::from_millis(50)))
+        .concurrency(4)
+        .build(move |job: Job, worker: WorkerContext| {
+            let (log, wait) = (log.clone(), wait.clone());
+            async move {
+                *log.lock().unwrap().entry(job.envelope.id).or_insert(0) += 1;
+                if job.envelope.id == first.id {
+                    wait.acquire().await?.forget();
+                    worker.stop()?;
+                }
+                Ok::<(), BoxDynError>(())
+            }
+        });
+    let running = tokio::spawn(apalis.run());
+    let all_wait = async || (stage.queue.stats(&name()).await.unwrap().in_flight == 3).then_some(());
+    eventually(DEADLINE, all_wait, async || format!("{:?}", stage.queue.stats(&name()).await)).await;
+    go.add_permits(1);
+    timeout(DEADLINE, running).await.expect("the worker doesn't stop").unwrap().unwrap();
+    let expected = HashMap::from([(first.id, 1), (lone.id, 1), (last.id, 1)]);
+    assert_eq!(*runs.lock().unwrap(), expected);
+    let stats = stage.queue.stats(&name()).await.unwrap();
+    assert_eq!((stats.depth() + stats.scheduled, stats.in_flight), (0, 0));
     roles.join().await;
 }
 
