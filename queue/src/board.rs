@@ -112,7 +112,8 @@ impl<T> Board<T> {
         envelope
     }
 
-    async fn page(&self, name: &QueueName, filter: &Filter) -> Result<Vec<Task<Value>>, QueueError> {
+    /// A page of the jobs of these queues, one queue after the other.
+    async fn page(&self, names: &[QueueName], filter: &Filter) -> Result<Vec<Task<Value>>, QueueError> {
         let states: &[ListedState] = match filter.status {
             None => &[ListedState::Leased, ListedState::Waiting, ListedState::Scheduled],
             Some(Status::Pending) => &[ListedState::Waiting, ListedState::Scheduled],
@@ -122,24 +123,29 @@ impl<T> Board<T> {
         };
         let limit = (filter.limit() as usize).min(PAGE);
         let mut skip = u64::from(filter.page.saturating_sub(1)) * limit as u64;
-        let stats = self.queue.stats(name).await?;
         let mut tasks = Vec::new();
-        for state in states {
-            let held = match state {
-                ListedState::Waiting => stats.depth(),
-                ListedState::Scheduled => stats.scheduled,
-                ListedState::Leased => stats.in_flight,
-            };
-            if skip >= held {
-                skip -= held;
-                continue;
-            }
+        for name in names {
             if tasks.len() >= limit {
                 break;
             }
-            let page = self.queue.list(name, *state, skip, limit - tasks.len()).await?;
-            skip = 0;
-            tasks.extend(page.into_iter().map(task));
+            let stats = self.queue.stats(name).await?;
+            for state in states {
+                let held = match state {
+                    ListedState::Waiting => stats.depth(),
+                    ListedState::Scheduled => stats.scheduled,
+                    ListedState::Leased => stats.in_flight,
+                };
+                if skip >= held {
+                    skip -= held;
+                    continue;
+                }
+                if tasks.len() >= limit {
+                    break;
+                }
+                let page = self.queue.list(name, *state, skip, limit - tasks.len()).await?;
+                skip = 0;
+                tasks.extend(page.into_iter().map(task));
+            }
         }
         Ok(tasks)
     }
@@ -296,22 +302,14 @@ impl<T> ListWorkers for Board<T> {
 
 impl<T> ListTasks for Board<T> {
     async fn list_tasks(&self, filter: &Filter) -> Result<Vec<Task<Value>>, QueueError> {
-        self.page(&self.name, filter).await
+        self.page(std::slice::from_ref(&self.name), filter).await
     }
 }
 
 impl<T> ListAllTasks for Board<T> {
-    /// A page of each queue, cut to one page: the first queues by name fill it.
+    /// The queues come by name, one after the other.
     async fn list_all_tasks(&self, filter: &Filter) -> Result<Vec<Task<Value>>, QueueError> {
-        let mut tasks = Vec::new();
-        for name in self.queue.queues().await? {
-            if tasks.len() >= filter.limit() as usize {
-                break;
-            }
-            tasks.extend(self.page(&name, filter).await?);
-        }
-        tasks.truncate(filter.limit() as usize);
-        Ok(tasks)
+        self.page(&self.queue.queues().await?, filter).await
     }
 }
 
@@ -337,8 +335,11 @@ impl<T> Metrics for Board<T> {
 }
 
 impl<T> FetchById for Board<T> {
+    /// Also by the id that a handler sees, which is the job's and its claim's: `<uuid>/<token>`.
     async fn fetch_by_id(&mut self, id: &TaskId) -> Result<Option<Task<Value>>, QueueError> {
-        let Ok(id) = Uuid::parse_str(&id.to_string()) else { return Ok(None) };
+        let id = id.to_string();
+        let job = id.split_once('/').map_or(id.as_str(), |(job, _)| job);
+        let Ok(id) = Uuid::parse_str(job) else { return Ok(None) };
         Ok(self.queue.find(&self.name, JobId(id)).await?.map(task))
     }
 }
