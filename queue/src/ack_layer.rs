@@ -8,7 +8,7 @@ use std::{
 };
 
 use apalis_core::{
-    error::{AbortError, BoxDynError, RetryAfterError},
+    error::{AbortError, BoxDynError, DeferredError, RetryAfterError},
     task::Task,
 };
 use futures::future::BoxFuture;
@@ -31,9 +31,12 @@ use crate::{
 
 /// After so many deliveries that ended in a lost lease a job runs alone in its process (PROTOCOL.md 13).
 const ALONE_AFTER: u32 = 2;
-/// No call to the ledger starts later than this before the lease ends, and none lasts longer than this.
+/// No call to the ledger starts later than this before the lease ends (with a short lease, than a fifth of it), and none lasts
+/// longer than [`CALL`].
 const MARGIN: Duration = Duration::from_secs(2);
 const CALL: Duration = Duration::from_secs(5);
+/// How long a job is put off whose handler wants to be called again at once ([`DeferredError`]).
+const DEFERRED: Duration = Duration::from_millis(100);
 /// Between two calls to a ledger that can't be reached.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -41,7 +44,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 ///
 /// `Ok` ends the job with the response as its result. `Err` is a charged failure: the job is tried again after
 /// [`Retries::wait`], or after the time in a [`RetryAfterError`], until its attempts are used up; after [`AbortError`] it
-/// is not tried again. A handler whose lease is lost is dropped at once; one that outlives the job's timeout, too, which
+/// is not tried again. [`Snooze`] and apalis' [`DeferredError`] put the job off, uncharged. A handler whose lease is lost is dropped at once; one that outlives the job's timeout, too, which
 /// is a charged failure. An outage of the ledger is waited out and charged to nobody. When a person cancels the job while it
 /// runs, the handler hears of it by [`Job::cancelled`]; if it then fails, the job has ended as cancelled.
 ///
@@ -88,9 +91,10 @@ impl<L: Ledger> AckLayer<L> {
     where
         F: Future<Output = Result<T, LedgerError>>,
     {
+        let margin = MARGIN.min(lease.duration() / 5);
         loop {
-            lease.valid(MARGIN * 2).await?;
-            let within = CALL.min(lease.remaining().saturating_sub(MARGIN));
+            lease.valid(margin * 2).await?;
+            let within = CALL.min(lease.remaining().saturating_sub(margin));
             match call(within).await {
                 Err(LedgerError::Unavailable(reason)) => {
                     tracing::debug!(id = %lease.id(), reason, "the ledger is away; trying again");
@@ -201,9 +205,23 @@ impl<L: Ledger> AckLayer<L> {
             self.acker.done(&lease, done).await;
             return Err(NotRun(id).into());
         }
+        let lost = lease.lost();
         if grant.lost >= ALONE_AFTER {
             _shared = None;
-            _alone = Some(self.company.write().await);
+            // Everybody who comes later waits behind it, so not longer than for one lease.
+            let later = lease.duration();
+            let alone = tokio::select! {
+                biased;
+                () = lost.cancelled() => return Err(LeaseLost(id).into()),
+                alone = timeout(later, self.company.write()) => alone,
+            };
+            let Ok(alone) = alone else {
+                tracing::info!(%id, ?later, "the job has to run alone, and others don't end; it is put off");
+                let done = self.end(&lease, &grant, End::Released(later)).await?;
+                self.acker.done(&lease, done).await;
+                return Err(NotRun(id).into());
+            };
+            _alone = Some(alone);
             if !self.patiently(&lease, |_| self.alone(&lease, &grant)).await? {
                 return Err(LeaseLost(id).into());
             }
@@ -211,6 +229,8 @@ impl<L: Ledger> AckLayer<L> {
         // The payload goes to the handler; what stays here is cheap to copy.
         let payload = std::mem::take(&mut grant.payload);
         task.args.grant = Some(Grant { payload, ..grant.clone() });
+        // Here apalis adds the present one.
+        let mut task = task.into_builder().attempt(grant.attempts as usize).build();
         let watched = L::COUNTS.then(|| self.cancels.watch(id, grant.fence));
         task.args.cancel = watched.as_ref().map(|watched| watched.token.clone());
         let is_cancelled = || watched.as_ref().is_some_and(|watched| watched.token.is_cancelled());
@@ -222,7 +242,6 @@ impl<L: Ledger> AckLayer<L> {
                 None => Ok(inner.call(task).await),
             }
         };
-        let lost = lease.lost();
         let run = tokio::select! {
             // A job that ends at once needs no look at its lease.
             biased;
@@ -239,8 +258,8 @@ impl<L: Ledger> AckLayer<L> {
             },
             Ok(Err(error)) => {
                 let error: BoxDynError = error.into();
-                if let Some(Snooze(time)) = error.downcast_ref().filter(|_| !is_cancelled()) {
-                    let done = self.end(&lease, &grant, End::Released(*time)).await?;
+                if let Some(wait) = put_off(&error).filter(|_| !is_cancelled()) {
+                    let done = self.end(&lease, &grant, End::Released(wait)).await?;
                     self.acker.done(&lease, done).await;
                     return Err(error);
                 }
@@ -260,7 +279,8 @@ impl<L: Ledger> AckLayer<L> {
     }
 }
 
-/// The delivery ended before the handler ran: the job has ended already, is not due, is cancelled, or is poison.
+/// The delivery ended before the handler ran: the job has ended already, is not due, is cancelled, is poison, or has to run alone
+/// while others run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("job {0} was not run in this delivery")]
 pub struct NotRun(pub JobId);
@@ -277,6 +297,14 @@ struct TimedOut(Duration);
 fn failure(class: FailureClass, code: &'static str, error: &dyn std::error::Error) -> Failure {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     Failure { class, code, error: error.to_string(), chain: causes.map(ToString::to_string).collect() }
+}
+
+/// For how long the handler puts its job off, uncharged.
+fn put_off(error: &BoxDynError) -> Option<Duration> {
+    if error.is::<DeferredError>() {
+        return Some(DEFERRED);
+    }
+    error.downcast_ref().map(|Snooze(time)| *time)
 }
 
 fn classify(error: &BoxDynError) -> (FailureClass, Option<Duration>) {

@@ -129,5 +129,7 @@ fn into_task(job: Job) -> Task<Job> {
     let id = TaskId::from_string(format!("{}/{}", lease.id, lease.token.as_str()));
     let priority = usize::from(job.envelope.priority.get());
     let queue = job.envelope.queue.as_str().into();
-    TaskBuilder::new(job).task_id(id).priority(priority).queue(queue).build()
+    // Where a ledger counts, the acks say how often it failed.
+    let failures = job.envelope.attempts as usize;
+    TaskBuilder::new(job).task_id(id).attempt(failures).priority(priority).queue(queue).build()
 }

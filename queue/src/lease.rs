@@ -91,6 +91,11 @@ impl Lease {
         self.state.deadline.borrow().saturating_duration_since(Instant::now())
     }
 
+    /// How long it lasts from its last confirmation.
+    pub(crate) fn duration(&self) -> Duration {
+        self.state.duration
+    }
+
     /// Cancelled at once when a heartbeat learns that the lease is lost.
     pub fn lost(&self) -> CancellationToken {
         self.state.lost.clone()

@@ -5,7 +5,7 @@
 mod support;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -16,18 +16,20 @@ use apalis::{
 };
 use apalis_core::{
     backend::{FetchById, Filter, ListAllTasks, ListQueues, ListTasks, ListWorkers, Metrics, TaskSink},
-    error::AbortError,
-    task::{builder::TaskBuilder, status::Status, task_id::TaskId},
+    error::{AbortError, DeferredError, WorkerError},
+    task::{attempt::Attempt, builder::TaskBuilder, status::Status, task_id::TaskId},
 };
 use axum::{body::Body, http::Request};
 use queue::{
-    Acker, Board, Done, Envelope, Heartbeat, Job, JobId, Presence, Queue, QueueConfig, QueueName,
-    QueuePolicy, Roles, RolesConfig, TenantId, WorkerId,
+    AckLayer, Acker, Board, Done, Envelope, Heartbeat, Job, JobId, Ledger, NoLedger, Presence, Queue,
+    QueueConfig, QueueName, QueuePolicy, Roles, RolesConfig, TenantId, WorkerId,
 };
+use queue::ledger::{End, Grant, LedgerError, Take, Written};
 use serde::{Deserialize, Serialize};
 use support::{DEADLINE, Stage, eventually, job, jobs, name, worker};
 use tokio::{
     sync::Semaphore,
+    task::JoinHandle,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -275,6 +277,179 @@ async fn rule_13_what_waits_for_a_job_that_runs_alone_is_finished_when_the_worke
     roles.join().await;
 }
 
+/// What ran, each with the failures that its envelope knew of.
+type Runs = Arc<Mutex<Vec<(JobId, u32)>>>;
+
+/// A worker of four jobs at a time, of which `first` waits until it may go on.
+fn held_up_by(
+    first: JobId,
+    backend: queue::QueueBackend,
+    acks: queue::AckLayer,
+) -> (JoinHandle<Result<(), WorkerError>>, Runs, Arc<Semaphore>) {
+    let (runs, go) = (Runs::default(), Arc::new(Semaphore::new(0)));
+    let (log, wait) = (runs.clone(), go.clone());
+    let apalis = WorkerBuilder::new("one").backend(backend).layer(acks).concurrency(4).build(
+        move |job: Job| {
+            let (log, wait) = (log.clone(), wait.clone());
+            async move {
+                log.lock().unwrap().push((job.envelope.id, job.envelope.attempts));
+                if job.envelope.id == first {
+                    wait.acquire().await?.forget();
+                }
+                Ok::<(), BoxDynError>(())
+            }
+        },
+    );
+    (tokio::spawn(apalis.run()), runs, go)
+}
+
+#[tokio::test]
+async fn a_job_that_has_to_run_alone_is_put_off_when_another_does_not_end() {
+    let stage = Stage::with(quick).await;
+    let lone = lost_twice(&stage).await;
+    let (first, innocents) = (job("acme", 9), jobs(10));
+    stage.queue.push(std::slice::from_ref(&first)).await.unwrap();
+    stage.queue.push(&innocents).await.unwrap();
+    let shutdown = CancellationToken::new();
+    let (roles, backend) = Roles::spawn(&stage.queue, config(16, "one"), &shutdown).unwrap();
+    let (running, runs, go) = held_up_by(first.id, backend, roles.acks(Duration::from_millis(50)));
+    let ran = |id: JobId| runs.lock().unwrap().iter().filter(|(run, _)| *run == id).count();
+    let others = async || innocents.iter().all(|job| ran(job.id) == 1).then_some(());
+    eventually(DEADLINE, others, async || format!("{} ran", runs.lock().unwrap().len())).await;
+    assert_eq!(ran(lone.id), 0, "it ran beside another");
+    go.add_permits(1);
+    let alone = async || (ran(lone.id) == 1).then_some(());
+    eventually(DEADLINE, alone, async || format!("{:?}", stage.queue.stats(&name()).await)).await;
+    assert!(runs.lock().unwrap().contains(&(lone.id, 0)), "it was charged");
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
+    roles.join().await;
+}
+
+#[tokio::test]
+async fn a_job_that_waits_to_run_alone_lets_the_others_in_when_its_lease_is_lost() {
+    let stage = Stage::with(|config| config.lease = Duration::from_secs(120)).await;
+    let lone = lost_twice(&stage).await;
+    let (first, innocents) = (job("acme", 9), jobs(10));
+    stage.queue.push(std::slice::from_ref(&first)).await.unwrap();
+    stage.queue.push(&innocents).await.unwrap();
+    let shutdown = CancellationToken::new();
+    let (roles, backend) = Roles::spawn(&stage.queue, config(16, "one"), &shutdown).unwrap();
+    let (running, runs, go) = held_up_by(first.id, backend, roles.acks(Duration::from_millis(50)));
+    let claimed = async || (stage.queue.stats(&name()).await.unwrap().in_flight == 12).then_some(());
+    eventually(DEADLINE, claimed, async || format!("{:?}", stage.queue.stats(&name()).await)).await;
+    // Somebody else ended it.
+    let (mut raw, key) = (stage.raw().await, format!("{{{}:ingest:0}}", stage.config.prefix));
+    for (command, part) in [("HDEL", "j"), ("HDEL", "x"), ("ZREM", "l")] {
+        let mut gone = redis::cmd(command);
+        gone.arg(format!("{key}:{part}")).arg(lone.id.to_string()).exec_async(&mut raw).await.unwrap();
+    }
+    let others = async || (runs.lock().unwrap().len() == 11).then_some(());
+    eventually(DEADLINE, others, async || format!("{} ran", runs.lock().unwrap().len())).await;
+    assert!(!runs.lock().unwrap().contains(&(lone.id, 0)), "it ran without a lease");
+    go.add_permits(1);
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
+    roles.join().await;
+}
+
+/// A ledger that remembers how long a take may last, and knows of three failures of each job.
+#[derive(Debug, Clone, Default)]
+struct Timed(Arc<Mutex<Vec<Duration>>>);
+
+impl Ledger for Timed {
+    const COUNTS: bool = false;
+
+    async fn take(&self, envelope: &Envelope, within: Duration) -> Result<Take, LedgerError> {
+        self.0.lock().unwrap().push(within);
+        let taken = NoLedger.take(envelope, within).await?;
+        let Take::Granted(grant) = taken else { return Ok(taken) };
+        Ok(Take::Granted(Grant { attempts: 3, ..grant }))
+    }
+
+    async fn alone(&self, job: JobId, grant: &Grant) -> Result<bool, LedgerError> {
+        NoLedger.alone(job, grant).await
+    }
+
+    async fn wanted_to_end(&self, jobs: &[JobId]) -> Result<Vec<JobId>, LedgerError> {
+        NoLedger.wanted_to_end(jobs).await
+    }
+
+    async fn end(&self, job: JobId, grant: &Grant, end: &End) -> Result<Written, LedgerError> {
+        NoLedger.end(job, grant, end).await
+    }
+}
+
+#[tokio::test]
+async fn a_short_lease_leaves_time_for_the_ledger_which_says_how_often_a_job_failed() {
+    let stage = Stage::with(quick).await;
+    stage.queue.push(&jobs(5)).await.unwrap();
+    let (ledger, shutdown) = (Timed::default(), CancellationToken::new());
+    let (roles, backend) = Roles::spawn(&stage.queue, config(8, "one"), &shutdown).unwrap();
+    let apalis = WorkerBuilder::new("one")
+        .backend(backend)
+        .layer(AckLayer::over(ledger.clone(), roles.acker.clone()))
+        .build(async |_: Job, attempt: Attempt| {
+            assert_eq!(attempt.current(), 4);
+            Ok::<(), BoxDynError>(())
+        });
+    let running = tokio::spawn(apalis.run());
+    let taken = async || (ledger.0.lock().unwrap().len() == 5).then_some(());
+    eventually(DEADLINE, taken, async || format!("{ledger:?}")).await;
+    let least = *ledger.0.lock().unwrap().iter().min().unwrap();
+    assert!(least >= stage.config.lease / 5, "{ledger:?}");
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
+    roles.join().await;
+}
+
+/// Fails once, defers itself once, and succeeds. Logs the attempts that apalis counts and those that the envelope does.
+async fn defer(job: Job, attempt: Attempt, id: TaskId, log: Data<Attempts>) -> Result<(), BoxDynError> {
+    let run = {
+        let mut log = log.0.0.lock().unwrap();
+        log.push((attempt.current(), job.envelope.attempts, id.to_string()));
+        log.len()
+    };
+    match run {
+        1 => Err("not yet".into()),
+        2 => Err(DeferredError::new("at once").into()),
+        _ => Ok(()),
+    }
+}
+
+#[derive(Clone, Default)]
+struct Attempts(Arc<Mutex<Vec<(usize, u32, String)>>>);
+
+#[tokio::test]
+async fn apalis_attempts_count_failures_and_a_deferred_job_is_not_charged() {
+    let stage = Stage::with(quick).await;
+    let one = job("acme", 5);
+    stage.queue.push(std::slice::from_ref(&one)).await.unwrap();
+    let (log, shutdown) = (Attempts::default(), CancellationToken::new());
+    let (roles, backend) = Roles::spawn(&stage.queue, config(8, "one"), &shutdown).unwrap();
+    let apalis = WorkerBuilder::new("one")
+        .backend(backend)
+        .layer(roles.acks(Duration::from_millis(50)))
+        .data(log.clone())
+        .build(defer);
+    let running = tokio::spawn(apalis.run());
+    let thrice = async || (log.0.lock().unwrap().len() == 3).then_some(());
+    eventually(DEADLINE, thrice, async || format!("{:?}", log.0.lock().unwrap())).await;
+    let runs = log.0.lock().unwrap().clone();
+    let counted: Vec<_> = runs.iter().map(|(attempt, charged, _)| (*attempt, *charged)).collect();
+    assert_eq!(counted, [(1, 0), (2, 1), (2, 1)]);
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
+    roles.join().await;
+
+    // The board knows the job by the id that its handler saw.
+    stage.queue.push(std::slice::from_ref(&one)).await.unwrap();
+    let seen = TaskId::from_string(runs[0].2.clone());
+    assert_ne!(runs[0].2, one.id.to_string());
+    let found = view(&stage).fetch_by_id(&seen).await.unwrap().expect("the board doesn't know it");
+    assert_eq!(found.ctx().task_id().unwrap().to_string(), one.id.to_string());
+}
+
 #[tokio::test]
 async fn the_board_lists_queues_tasks_and_workers() {
     let stage = Stage::new().await;
@@ -312,7 +487,14 @@ async fn the_board_lists_queues_tasks_and_workers() {
     assert!(board.list_tasks(&filter(Some(Status::Done), 1, 50)).await.unwrap().is_empty());
     assert_eq!(board.list_tasks(&filter(None, 1, 100)).await.unwrap().len(), 31);
     assert_eq!(board.list_all_tasks(&filter(None, 1, 100)).await.unwrap().len(), 32);
-    assert_eq!(board.list_all_tasks(&filter(None, 1, 10)).await.unwrap().len(), 10);
+    let mut seen = Vec::new();
+    for page in 1..=5 {
+        let tasks = board.list_all_tasks(&filter(None, page, 10)).await.unwrap();
+        assert!(tasks.len() == 10 || page >= 4, "page {page} has {}", tasks.len());
+        seen.extend(tasks.iter().map(|task| task.ctx().task_id().unwrap().to_string()));
+    }
+    let distinct: HashSet<&String> = seen.iter().collect();
+    assert_eq!((seen.len(), distinct.len()), (32, 32), "the pages of all queues have every job once");
 
     let found = board.fetch_by_id(&TaskId::from_string(all[3].id.to_string())).await.unwrap().unwrap();
     assert_eq!(found.args, serde_json::json!({ "to": "user3" }));
