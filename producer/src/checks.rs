@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::{error::EnqueueError, settings::ClientSettings};
 
-/// How deep a payload may be nested: serde_json reads 127 levels, and the record of a fast job is one. SQL's `enqueue` has the same.
-const MAX_DEPTH: usize = 126;
+/// How deep a payload may be nested: the record of a fast job is one level more. SQL's `enqueue` has the same, 126.
+const MAX_DEPTH: usize = queue::MAX_DEPTH - 1;
 /// Longest hard cap on one run.
 const MAX_TIMEOUT: Duration = Duration::from_secs(7 * 24 * 3600);
 const MAX_ATTEMPTS: i32 = 1000;

@@ -30,6 +30,8 @@ pub struct QueueConfig {
     /// `FLOTILLA_QUEUE_WINDOW`: how many jobs may wait in Redis per queue, and as many again may be scheduled
     /// (default 1,000,000). The rest waits in the ledger.
     pub window: u64,
+    /// Bytes of JSON that an envelope's `fast` record may have (default 1 MiB, as a payload in the ledger).
+    pub max_record: usize,
     /// `FLOTILLA_REDIS_CONNECT_MS`: how long opening a connection may take (default 2 s).
     pub connect_timeout: Duration,
     /// `FLOTILLA_REDIS_RESPONSE_MS`: how long an answer may take before the connection counts as dead (default 2 s).
@@ -49,6 +51,7 @@ impl std::fmt::Debug for QueueConfig {
             lease,
             aging,
             window,
+            max_record,
             connect_timeout,
             response_timeout,
             safety_poll,
@@ -61,6 +64,7 @@ impl std::fmt::Debug for QueueConfig {
             .field("lease", lease)
             .field("aging", aging)
             .field("window", window)
+            .field("max_record", max_record)
             .field("connect_timeout", connect_timeout)
             .field("response_timeout", response_timeout)
             .field("safety_poll", safety_poll)
@@ -78,6 +82,7 @@ impl Default for QueueConfig {
             lease: Duration::from_secs(30),
             aging: Duration::from_mins(1),
             window: 1_000_000,
+            max_record: 1024 * 1024,
             connect_timeout: Duration::from_secs(2),
             response_timeout: Duration::from_secs(2),
             safety_poll: Duration::from_secs(1),
@@ -116,6 +121,7 @@ impl QueueConfig {
             lease: millis("FLOTILLA_LEASE_MS", base.lease)?,
             aging: millis("FLOTILLA_QUEUE_AGING_MS", base.aging)?,
             window: number("FLOTILLA_QUEUE_WINDOW", base.window)?,
+            max_record: base.max_record,
             connect_timeout: millis("FLOTILLA_REDIS_CONNECT_MS", base.connect_timeout)?,
             response_timeout: millis("FLOTILLA_REDIS_RESPONSE_MS", base.response_timeout)?,
             safety_poll: base.safety_poll,

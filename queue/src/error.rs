@@ -3,6 +3,8 @@
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 use uuid::Uuid;
 
+use crate::ids::JobId;
+
 /// An error of the queue. [`is_unavailable`](QueueError::is_unavailable) tells outages, which are nobody's fault
 /// and never charged to a job, from everything else.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -26,6 +28,33 @@ pub enum QueueError {
         pushed: usize,
         /// Why the first of them was not.
         why: &'static str,
+    },
+    /// An apalis task asks for what the queue can't keep; nothing was stored.
+    #[error("a task can't have {what}: {instead}")]
+    Task {
+        /// What it asks for.
+        what: String,
+        /// What does as much.
+        instead: &'static str,
+    },
+    /// The `fast` record of a job that was pushed is nested deeper than any claim could read it back; nothing was stored.
+    #[error("the fast record of job {job} is nested deeper than {} levels", crate::MAX_DEPTH)]
+    TooDeep {
+        /// Which.
+        job: JobId,
+    },
+    /// The `fast` record of a job that was pushed is larger than [`QueueConfig::max_record`](crate::QueueConfig::max_record);
+    /// nothing was stored.
+    #[error(
+        "the fast record of job {job} has {size} bytes of JSON: at most {limit} are allowed (QueueConfig::max_record)"
+    )]
+    TooLarge {
+        /// Which.
+        job: JobId,
+        /// Bytes of its JSON.
+        size: usize,
+        /// Bytes allowed.
+        limit: usize,
     },
     /// The server may evict keys, so that jobs could vanish.
     #[error(

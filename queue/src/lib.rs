@@ -71,6 +71,7 @@ pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use rates::{Ended, Rates};
 pub use reaper::Reaper;
+pub use record::MAX_DEPTH;
 pub use registry::{LivingWorker, Presence};
 pub use retries::Retries;
 pub use roles::{Roles, RolesConfig};

@@ -68,13 +68,9 @@ impl Queue {
         let mut found = Vec::with_capacity(records.len() / 2);
         while !records.is_empty() {
             let (id, record) = (records.text()?, records.bytes()?);
-            let read = id
-                .parse()
-                .map_err(|_| QueueError::Protocol("its name is no job id".to_owned()))
-                .and_then(|job: JobId| read_record(&record, job, queue));
-            match read {
-                Ok(envelope) => found.push(envelope),
-                Err(error) => tracing::warn!(id, %error, "a record can't be read"),
+            match id.parse() {
+                Ok(id) => found.extend(readable(&record, id, queue)),
+                Err(_) => tracing::warn!(id, "the name of a record is no job id"),
             }
         }
         Ok((found, (further != 0).then_some(further)))
@@ -82,7 +78,7 @@ impl Queue {
 
     /// A page of the jobs in one state: at most `limit` (500) after `skip`. Waiting jobs come by priority, then tenant
     /// (the first [`STATS_TENANTS`] of a priority); the others by time; all of it per partition, one after the other.
-    /// The queue moves on between two pages, so a job may be on both or on neither.
+    /// The queue moves on between two pages, so a job may be on both or on neither. What can't be read is logged and left out.
     pub async fn list(
         &self,
         queue: &QueueName,
@@ -103,14 +99,15 @@ impl Queue {
                 let id: JobId = reply.parsed("a job id")?;
                 let owner = owner_of(&reply.text()?);
                 let at_ms = reply.text()?.parse().ok();
-                page.push(Listed { envelope: read_record(&reply.bytes()?, id, queue)?, state, owner, at_ms });
+                let envelope = readable(&reply.bytes()?, id, queue);
+                page.extend(envelope.map(|envelope| Listed { envelope, state, owner, at_ms }));
             }
             skip = skip.saturating_sub(held);
         }
         Ok(page)
     }
 
-    /// One job that Redis knows, wherever it is.
+    /// One job that Redis knows, wherever it is; none if what it has can't be read, which is logged.
     pub async fn find(&self, queue: &QueueName, id: JobId) -> Result<Option<Listed>, QueueError> {
         let key = partition_key(self.config(), queue, self.partition_of(id));
         let mut ask = redis::pipe();
@@ -127,8 +124,16 @@ impl Queue {
             None => ListedState::Waiting,
         };
         let owner = holder.as_deref().and_then(owner_of);
-        Ok(Some(Listed { envelope: read_record(record.as_bytes(), id, queue)?, state, owner, at_ms: None }))
+        let envelope = readable(record.as_bytes(), id, queue);
+        Ok(envelope.map(|envelope| Listed { envelope, state, owner, at_ms: None }))
     }
+}
+
+/// What a record says, or nothing and a line in the log.
+fn readable(record: &[u8], id: JobId, queue: &QueueName) -> Option<Envelope> {
+    read_record(record, id, queue)
+        .inspect_err(|error| tracing::warn!(%id, %error, "a record can't be read"))
+        .ok()
 }
 
 /// The worker in a holder, which is `<token> <tenant or nothing> <worker>` and spaces. A restored lease names none.

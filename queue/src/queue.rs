@@ -22,7 +22,7 @@ use crate::{
     policies::Copies,
     policy::wait_of,
     rates::Tally,
-    record::{push_record, read_record},
+    record::{self, push_record, read_record},
     registry::Told,
     reply::{self, Reply},
     scripts::{self, Script},
@@ -175,7 +175,8 @@ impl Queue {
     /// Stores jobs that are not known yet; one answer per envelope, in order. Idempotent by job id: one that is
     /// waiting, scheduled or leased is left as it is. Up to [`CHUNK`] jobs of a partition go in one round trip.
     /// [`QueueError::Full`] when Redis' memory is full and nothing was stored; if a part was, the rest is told so job by job, as
-    /// it is of the window and of the policies' depths.
+    /// it is of the window and of the policies' depths. [`QueueError::TooDeep`] and [`QueueError::TooLarge`] for a `fast` record
+    /// that no claim could read, or that is larger than [`QueueConfig::max_record`]: then nothing was stored.
     pub async fn push(&self, envelopes: &[Envelope]) -> Result<Vec<Pushed>, QueueError> {
         self.push_under(envelopes, true).await
     }
@@ -187,6 +188,8 @@ impl Queue {
     }
 
     async fn push_under(&self, envelopes: &[Envelope], policies: bool) -> Result<Vec<Pushed>, QueueError> {
+        let most = self.config().max_record;
+        envelopes.iter().try_for_each(|envelope| record::check(envelope, most))?;
         let window = self.config().partition_window();
         let answers = self
             .each_or(
@@ -305,6 +308,7 @@ impl Queue {
                 Err(error) => {
                     // Left alone it would come back for ever. The ledger, if it has the job, sends a sound copy.
                     tracing::error!(%id, %queue, %error, "dropping a job whose record in Redis can't be read");
+                    metrics::counter!("queue_jobs_dropped_total", "reason" => "unreadable").increment(1);
                     let args = [text(id), text(token.as_str())];
                     self.script(&scripts::ACK, queue, partition, &args).await?;
                 }

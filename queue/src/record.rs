@@ -7,12 +7,39 @@
 
 use std::fmt::Write as _;
 
+use serde_json::Value;
+
 use crate::{
     envelope::{Envelope, TraceContext},
     error::QueueError,
     ids::{JobId, Priority, QueueName},
     queue::{optional, text},
 };
+
+/// How deep a `fast` record may be nested: serde_json reads no more levels than these.
+pub const MAX_DEPTH: usize = 127;
+
+/// Whether a claim can read what a push of this job would write, and it isn't larger than `most` bytes.
+pub(crate) fn check(envelope: &Envelope, most: usize) -> Result<(), QueueError> {
+    let Some(fast) = &envelope.fast else { return Ok(()) };
+    // Without recursion, because the depth is not known yet; writing it has recursion.
+    let mut work = vec![(fast, 1)];
+    while let Some((value, depth)) = work.pop() {
+        if depth > MAX_DEPTH && (value.is_array() || value.is_object()) {
+            return Err(QueueError::TooDeep { job: envelope.id });
+        }
+        match value {
+            Value::Array(items) => work.extend(items.iter().map(|item| (item, depth + 1))),
+            Value::Object(fields) => work.extend(fields.values().map(|item| (item, depth + 1))),
+            _ => {}
+        }
+    }
+    let size = fast.to_string().len();
+    if size > most {
+        return Err(QueueError::TooLarge { job: envelope.id, size, limit: most });
+    }
+    Ok(())
+}
 
 /// What push sends of a job after its id: priority, tenant, `run_at` and the body.
 pub(crate) fn push_record(args: &mut Vec<Vec<u8>>, envelope: &Envelope) {
@@ -147,6 +174,23 @@ mod tests {
             let record = [format!("12 9 1700000000000 acme{charged}\n").into_bytes(), body(&one)].concat();
             assert_eq!(read_record(&record, one.id, &one.queue).unwrap(), one);
         }
+    }
+
+    #[test]
+    fn what_could_not_be_read_again_is_refused() {
+        let nested = |levels| (1..levels).fold(serde_json::json!([1]), |inner, _| serde_json::json!([inner]));
+        let with = |fast| Envelope { fast: Some(fast), ..envelope() };
+        let deepest = with(nested(MAX_DEPTH));
+        check(&deepest, 1000).unwrap();
+        let record = [b"12 9 1700000000000 acme\n".to_vec(), body(&deepest)].concat();
+        assert_eq!(read_record(&record, deepest.id, &deepest.queue).unwrap(), deepest);
+        let deeper = with(nested(MAX_DEPTH + 1));
+        assert_eq!(check(&deeper, 1000), Err(QueueError::TooDeep { job: deeper.id }));
+        let record = [b"12 9 1700000000000 acme\n".to_vec(), body(&deeper)].concat();
+        assert!(read_record(&record, deeper.id, &deeper.queue).is_err(), "it needs no limit");
+        let large = with(serde_json::json!({ "a": "0123456789" }));
+        check(&large, 18).unwrap();
+        assert_eq!(check(&large, 17), Err(QueueError::TooLarge { job: large.id, size: 18, limit: 17 }));
     }
 
     #[test]

@@ -6,8 +6,9 @@ mod support;
 use std::{collections::HashSet, time::Duration};
 
 use devstack::{RedisOptions, testing::TestServices};
+use metrics_exporter_prometheus::PrometheusBuilder;
 use queue::{
-    Beat, Claim, Envelope, JobId, LeaseRef, LeaseToken, Place, Priority, Pushed, Queue, QueueConfig,
+    Beat, Claim, Envelope, JobId, LeaseRef, LeaseToken, ListedState, Place, Priority, Pushed, Queue, QueueConfig,
     QueueError, TenantId,
 };
 use support::{Stage, ids, job, jobs, name, worker};
@@ -366,8 +367,28 @@ async fn a_record_that_cannot_be_read_is_dropped_and_blocks_nothing() {
     let id = all[1].id.to_string();
     let () =
         redis::cmd("HSET").arg(key).arg(id).arg("2 5 0 acme\nnonsense").query_async(&mut raw).await.unwrap();
+    let listed = stage.queue.list(&name(), ListedState::Waiting, 0, 9).await.unwrap();
+    assert_eq!(listed.iter().map(|job| job.envelope.id).collect::<Vec<_>>(), [all[0].id, all[2].id]);
+    assert_eq!(stage.queue.find(&name(), all[1].id).await.unwrap(), None);
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let _here = metrics::set_default_local_recorder(&recorder);
     assert_eq!(ids(&stage.claim(9).await), [all[0].id, all[2].id]);
     assert_eq!(stage.queue.missing(&[(name(), all[1].id)]).await.unwrap(), [all[1].id]);
+    let counted = recorder.handle().render();
+    assert!(counted.contains(r#"queue_jobs_dropped_total{reason="unreadable"} 1"#), "{counted}");
+}
+
+#[tokio::test]
+async fn a_record_that_no_claim_could_read_or_that_is_too_large_is_refused_and_nothing_stored() {
+    let stage = Stage::with(|config| config.max_record = 1000).await;
+    let deep = (0..queue::MAX_DEPTH).fold(serde_json::json!({}), |inner, _| serde_json::json!({ "in": inner }));
+    let large = serde_json::json!({ "text": "x".repeat(1000) });
+    for (fast, words) in [(deep, "nested deeper than 127 levels"), (large, "1011 bytes of JSON: at most 1000")] {
+        let all = [job("acme", 5), Envelope { fast: Some(fast), ..job("acme", 5) }];
+        let error = stage.queue.push(&all).await.unwrap_err().to_string();
+        assert!(error.contains(words) && error.contains(&all[1].id.to_string()), "{error}");
+    }
+    assert_eq!(stage.queue.stats(&name()).await.unwrap().depth(), 0);
 }
 
 #[tokio::test]
