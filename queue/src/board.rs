@@ -14,7 +14,13 @@ use apalis_core::{
         Backend, BackendConfig, FetchById, Filter, ListAllTasks, ListQueues, ListTasks, ListWorkers, Metrics,
         QueueInfo, RunningWorker, StatType, Statistic, WireFormatBackend, codec::Codec, finalize::Durable,
     },
-    task::{Task, builder::TaskBuilder, status::Status, task_id::TaskId},
+    task::{
+        Task,
+        builder::TaskBuilder,
+        metadata::{MetadataStore, TracingContext},
+        status::Status,
+        task_id::TaskId,
+    },
     worker::context::WorkerContext,
 };
 use futures::{Sink, future::BoxFuture};
@@ -24,7 +30,7 @@ use tower::layer::util::Identity;
 use uuid::Uuid;
 
 use crate::{
-    envelope::{Envelope, QueueStats},
+    envelope::{Envelope, QueueStats, TraceContext},
     error::QueueError,
     ids::{JobId, Priority, QueueName, TenantId},
     listing::{Listed, ListedState},
@@ -35,6 +41,8 @@ use crate::{
 
 /// Most jobs of one page.
 const PAGE: usize = 500;
+/// Longest text of a trace that is kept, in bytes, as in the ledger.
+const MAX_TRACE: usize = 512;
 
 /// Arguments as JSON, as they lie in an envelope's `fast` field.
 #[derive(Debug, Clone, Copy, Default)]
@@ -97,9 +105,24 @@ impl<T> Board<T> {
         }
     }
 
-    fn envelope(&self, task: Task<Value>) -> Envelope {
+    fn envelope(&self, task: Task<Value>) -> Result<Envelope, QueueError> {
         let (args, ctx) = task.take();
-        let given = ctx.task_id().and_then(|id| Uuid::parse_str(&id.to_string()).ok()).map(JobId);
+        let refuse = |what: String, instead| Err(QueueError::Task { what, instead });
+        if let Some(key) = ctx.idempotency_key() {
+            let instead = "give it a UUID as its id, by which pushes are idempotent, or enqueue it in the ledger";
+            return refuse(format!("the idempotency key {key:?}"), instead);
+        }
+        if let Some(most) = ctx.max_attempts() {
+            let instead = "a worker's limit holds for all its jobs (AckLayer::retries); a ledger keeps one for each job";
+            return refuse(format!("a limit of {most} attempts"), instead);
+        }
+        let given = match ctx.task_id().map(ToString::to_string) {
+            None => None,
+            Some(id) => match Uuid::parse_str(&id) {
+                Ok(id) => Some(JobId(id)),
+                Err(_) => return refuse(format!("the id {id:?}"), "a job's id is a UUID; without one it gets one"),
+            },
+        };
         let priority = ctx.priority().map(|priority| Priority::try_from(priority.min(9) as u8));
         let now = chrono::Utc::now().timestamp_millis();
         let run_at = ctx.run_at().and_then(|s| i64::try_from(s).ok()).map(|s| s.saturating_mul(1000));
@@ -108,8 +131,9 @@ impl<T> Board<T> {
         envelope.priority = priority.and_then(Result::ok).unwrap_or(envelope.priority);
         // apalis stamps every task with the time of its push.
         envelope.run_at_ms = run_at.filter(|at| *at > now);
+        envelope.trace = trace(ctx.metadata());
         envelope.fast = Some(args);
-        envelope
+        Ok(envelope)
     }
 
     /// A page of the jobs of these queues, one queue after the other.
@@ -157,6 +181,27 @@ impl<T> Board<T> {
             .flat_map(|worker| worker.queues.iter().map(|queue| running(worker, queue)))
             .collect())
     }
+}
+
+/// The trace in a task's metadata: W3C's headers, or what apalis keeps of them.
+fn trace(metadata: &MetadataStore) -> Option<TraceContext> {
+    let trace = match metadata.get("traceparent") {
+        Some(parent) => TraceContext {
+            traceparent: parent.to_owned(),
+            tracestate: metadata.get("tracestate").map(str::to_owned),
+        },
+        None => {
+            let context: TracingContext = metadata.extract_as().ok()?;
+            let (trace, span) = (context.trace_id().as_ref()?, context.span_id().as_ref()?);
+            let flags = context.trace_flags().unwrap_or_default();
+            TraceContext {
+                traceparent: format!("00-{trace}-{span}-{flags:02x}"),
+                tracestate: context.trace_state().clone(),
+            }
+        }
+    };
+    let fits = |text: &str| text.len() <= MAX_TRACE;
+    Some(trace).filter(|trace| fits(&trace.traceparent) && trace.tracestate.as_deref().is_none_or(fits))
 }
 
 fn task(listed: Listed) -> Task<Value> {
@@ -353,7 +398,7 @@ impl<T> Sink<Task<Value>> for Board<T> {
 
     fn start_send(self: Pin<&mut Self>, task: Task<Value>) -> Result<(), QueueError> {
         let this = self.get_mut();
-        let envelope = this.envelope(task);
+        let envelope = this.envelope(task)?;
         this.outgoing.push(envelope);
         Ok(())
     }

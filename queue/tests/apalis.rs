@@ -17,12 +17,18 @@ use apalis::{
 use apalis_core::{
     backend::{FetchById, Filter, ListAllTasks, ListQueues, ListTasks, ListWorkers, Metrics, TaskSink},
     error::{AbortError, DeferredError, WorkerError},
-    task::{attempt::Attempt, builder::TaskBuilder, status::Status, task_id::TaskId},
+    task::{
+        attempt::Attempt,
+        builder::TaskBuilder,
+        metadata::{MetadataStore, TracingContext},
+        status::Status,
+        task_id::TaskId,
+    },
 };
 use axum::{body::Body, http::Request};
 use queue::{
     AckLayer, Acker, Board, Done, Envelope, Heartbeat, Job, JobId, Ledger, NoLedger, Presence, Queue,
-    QueueConfig, QueueName, QueuePolicy, Roles, RolesConfig, TenantId, WorkerId,
+    QueueConfig, QueueName, QueuePolicy, Roles, RolesConfig, TenantId, TraceContext, WorkerId,
 };
 use queue::ledger::{End, Grant, LedgerError, Take, Written};
 use serde::{Deserialize, Serialize};
@@ -662,6 +668,38 @@ async fn apalis_own_sink_pushes_jobs() {
     let first = &stage.claim(1).await[0].envelope;
     assert_eq!((first.id, first.kind.as_str()), (id, "mail"));
     assert_eq!(first.fast, Some(serde_json::json!({ "to": "urgent" })));
+}
+
+#[tokio::test]
+async fn apalis_own_sink_keeps_a_tasks_trace_and_refuses_what_it_cannot_keep() {
+    let stage = Stage::new().await;
+    let mut board = view(&stage);
+    let mail = || TaskBuilder::new(Mail { to: "one".to_owned() });
+    for (task, words) in [
+        (mail().idempotency_key("k1"), "idempotency key \"k1\": give it a UUID as its id"),
+        (mail().max_attempts(3), "limit of 3 attempts: a worker's limit holds"),
+        (mail().task_id(TaskId::from_string("seven")), "id \"seven\": a job's id is a UUID"),
+    ] {
+        let error = board.push_task(task.build()).await.unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    assert_eq!(stage.queue.stats(&name()).await.unwrap().depth(), 0);
+
+    let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+    let apalis = TracingContext::new().with_trace_id(trace).with_span_id(span).with_trace_flags(1);
+    board.push_task(mail().metadata(&apalis.with_trace_state("a=b")).build()).await.unwrap();
+    let mut headers = MetadataStore::new();
+    headers.insert("traceparent", format!("00-{trace}-{span}-01")).unwrap();
+    headers.insert("tracestate", "a=b").unwrap();
+    board.push_task(mail().with_metadata(headers).build()).await.unwrap();
+    board.push_task(mail().build()).await.unwrap();
+    let claims = stage.claim(3).await;
+    let traces: Vec<_> = claims.iter().map(|claim| claim.envelope.trace.clone()).collect();
+    let kept = TraceContext {
+        traceparent: format!("00-{trace}-{span}-01"),
+        tracestate: Some("a=b".to_owned()),
+    };
+    assert_eq!(traces, [Some(kept.clone()), Some(kept), None]);
 }
 
 #[tokio::test]
