@@ -28,8 +28,9 @@ use crate::{
 /// How long closing waits for Redis to hear of the last jobs. After that their leases run out.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
-/// Yields claimed jobs to an apalis worker. Owns the claimer: when the worker stops, the claimer is stopped, jobs that
-/// have not started go back to their queues, and the acker is flushed.
+/// Yields claimed jobs to an apalis worker. Owns the claimer. While the worker pauses, nothing is claimed, and jobs that have not
+/// started go back to their queues within a safety poll (1 s). So they do when it stops; when what runs has ended, the claimer is
+/// stopped and the acker is flushed.
 pub struct QueueBackend {
     jobs: Jobs,
     claimer: Option<Claimer>,
@@ -117,7 +118,8 @@ impl BackendConfig for QueueBackend {
         &()
     }
 
-    fn middleware(&mut self, _: &mut WorkerContext) -> Identity {
+    fn middleware(&mut self, worker: &mut WorkerContext) -> Identity {
+        self.jobs.follow(worker);
         Identity::new()
     }
 }

@@ -150,6 +150,7 @@ impl Claimer {
 enum Outcome {
     Claimed { place: usize, slots: OwnedSemaphorePermit, result: Result<Claimed, QueueError> },
     Probed(Result<(), QueueError>),
+    Returned,
 }
 
 struct Claiming {
@@ -185,7 +186,16 @@ impl Claiming {
         let mut trip: Option<BoxFuture<'static, Outcome>> = None;
         let mut free: Option<OwnedSemaphorePermit> = None;
         loop {
-            let place = if trip.is_none() && probe_at.is_none() { self.next_place() } else { None };
+            let at_rest = self.jobs.is_at_rest();
+            if at_rest && trip.is_none() && probe_at.is_none() && !self.jobs.is_empty() {
+                let returning = self.return_waiting();
+                trip = Some(Box::pin(async move {
+                    returning.await;
+                    Outcome::Returned
+                }));
+            }
+            let may_claim = trip.is_none() && probe_at.is_none() && !at_rest;
+            let place = if may_claim { self.next_place() } else { None };
             match place {
                 None => free = None,
                 Some(place) => {
@@ -310,6 +320,7 @@ impl Claiming {
                 }
                 error
             }
+            Outcome::Returned => return None,
             Outcome::Probed(Err(error)) => error,
         };
         Some(Instant::now() + outage.wait(&error))
@@ -320,10 +331,12 @@ impl Claiming {
         if let Some(trip) = trip {
             self.settle(trip.await, &mut Outage::new("claimer"));
         }
-        let back = self.jobs.take_back();
-        if back.is_empty() {
-            return;
-        }
+        self.return_waiting().await;
+    }
+
+    /// Gives back what waits to be taken.
+    fn return_waiting(&self) -> BoxFuture<'static, ()> {
+        let (queue, back) = (self.queue.clone(), self.jobs.take_back());
         let leases: Vec<_> = back
             .into_iter()
             .map(|job| {
@@ -331,12 +344,17 @@ impl Claiming {
                 (job.lease.lease_ref(), std::time::Duration::ZERO)
             })
             .collect();
-        match self.queue.release(&leases).await {
-            Ok(_) => tracing::info!(count = leases.len(), "gave claimed jobs back that had not started"),
-            Err(error) => {
-                tracing::warn!(count = leases.len(), %error, "couldn't give jobs back; their leases will run out");
+        Box::pin(async move {
+            if leases.is_empty() {
+                return;
             }
-        }
+            match queue.release(&leases).await {
+                Ok(_) => tracing::info!(count = leases.len(), "gave claimed jobs back that had not started"),
+                Err(error) => {
+                    tracing::warn!(count = leases.len(), %error, "couldn't give jobs back; their leases will run out");
+                }
+            }
+        })
     }
 }
 

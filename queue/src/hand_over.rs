@@ -6,10 +6,11 @@
 use std::{
     collections::VecDeque,
     future::poll_fn,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     task::{Context, Poll, Waker},
 };
 
+use apalis_core::worker::context::WorkerContext;
 use tokio::sync::Notify;
 
 use crate::claimer::Job;
@@ -19,6 +20,8 @@ struct Shared {
     state: Mutex<State>,
     /// Told when the last waiting job was taken, and when the receiver is gone.
     claimer: Notify,
+    /// The apalis worker that receives, if there is one.
+    worker: OnceLock<WorkerContext>,
 }
 
 #[derive(Default)]
@@ -69,6 +72,11 @@ impl HandOver {
         self.0.lock().closed
     }
 
+    /// Whether the worker that receives takes nothing now, because it stops or pauses.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        self.0.worker.get().is_some_and(|worker| worker.is_shutting_down() || worker.is_paused())
+    }
+
     /// Returns when the last waiting job was taken, or when the receiver is gone; perhaps for nothing. Cancel-safe.
     pub(crate) async fn changed(&self) {
         self.0.claimer.notified().await;
@@ -116,6 +124,11 @@ impl Jobs {
         }
         state.receiver = Some(cx.waker().clone());
         Poll::Pending
+    }
+
+    /// While this worker stops or pauses, nothing is claimed, and what waits goes back.
+    pub(crate) fn follow(&self, worker: &WorkerContext) {
+        self.0.worker.get_or_init(|| worker.clone());
     }
 
     /// Takes no more jobs; the claimer ends and gives back what waits.

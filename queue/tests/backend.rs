@@ -16,7 +16,10 @@ use queue::{
     QueueBackend, QueueConfig, Scheduler,
 };
 use support::{DEADLINE, Stage, eventually, job, jobs, name, worker};
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 #[derive(Clone, Default)]
@@ -133,6 +136,68 @@ async fn rule_26_an_apalis_worker_runs_retries_and_stops_gracefully_over_this_ba
     let stats = stage.queue.stats(&name()).await.unwrap();
     assert_eq!((stats.depth(), stats.in_flight), (10 - ran as u64, 0), "{ran} of 10 ran");
     assert!((4..10).contains(&ran), "{ran} of 10 ran");
+}
+
+/// Waits until it may end.
+async fn hold(_: Job, go: Data<Arc<Semaphore>>) -> Result<(), BoxDynError> {
+    go.acquire().await?.forget();
+    Ok(())
+}
+
+#[tokio::test]
+async fn rule_26_a_worker_that_pauses_or_stops_claims_nothing_and_gives_back_what_it_has_not_begun() {
+    let stage = Stage::with(quick).await;
+    stage.queue.push(&jobs(10)).await.unwrap();
+    let (go, shutdown) = (Arc::new(Semaphore::new(0)), CancellationToken::new());
+    let (backend, acker) = backend(&stage, 16, &shutdown);
+    let (context, contexts) = tokio::sync::oneshot::channel::<WorkerContext>();
+    let context = Mutex::new(Some(context));
+    let apalis = WorkerBuilder::new("test")
+        .backend(backend)
+        .layer(AckLayer::new(acker, Duration::from_millis(50)))
+        .concurrency(4)
+        .data(go.clone())
+        .on_event(move |worker, _| {
+            if let Some(context) = context.lock().unwrap().take() {
+                context.send(worker.clone()).ok();
+            }
+        })
+        .build(hold);
+    let running = tokio::spawn(apalis.run());
+    let worker = contexts.await.unwrap();
+    // How many wait in Redis, and how many are leased.
+    let comes_to = async |expected: (u64, u64)| {
+        let seen = async || {
+            let stats = stage.queue.stats(&name()).await.unwrap();
+            (stats.depth(), stats.in_flight)
+        };
+        let check = async || (seen().await == expected).then_some(());
+        eventually(DEADLINE, check, async || format!("{:?} and not {expected:?}", seen().await)).await;
+    };
+    comes_to((0, 10)).await;
+    let begun = async || (worker.task_count() == 4).then_some(());
+    eventually(DEADLINE, begun, async || format!("{} run", worker.task_count())).await;
+    worker.pause().unwrap();
+    comes_to((6, 4)).await;
+    // What ends makes room, and what comes wakes it: neither is a reason to claim.
+    go.add_permits(2);
+    comes_to((6, 2)).await;
+    stage.queue.push(&jobs(5)).await.unwrap();
+    let others = stage.claim(20).await;
+    assert_eq!(others.len(), 11);
+    let back: Vec<_> = others.iter().map(|claim| (claim.lease_ref(), Duration::ZERO)).collect();
+    stage.queue.release(&back).await.unwrap();
+    worker.resume().unwrap();
+    comes_to((0, 13)).await;
+    go.add_permits(3);
+    comes_to((0, 10)).await;
+    let begun = async || (worker.task_count() == 4).then_some(());
+    eventually(DEADLINE, begun, async || format!("{} run", worker.task_count())).await;
+    worker.stop().unwrap();
+    comes_to((6, 4)).await;
+    go.add_permits(4);
+    timeout(DEADLINE, running).await.expect("the worker doesn't stop").unwrap().unwrap();
+    comes_to((6, 0)).await;
 }
 
 #[tokio::test]
