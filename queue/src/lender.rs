@@ -96,19 +96,9 @@ impl Lender {
 
     async fn leads(&self, queue: &QueueName) -> Result<bool, QueueError> {
         let key = format!("{}:role", self.queue.record_key(queue));
-        let mut set = redis::cmd("SET");
-        set.arg(&key).arg(&self.name).arg("NX").arg("GET").arg("PX").arg(ROLE.as_millis() as u64);
-        let leader = match self.queue.shared.link.command(&set).await?.value {
-            redis::Value::Nil => return Ok(true),
-            value => reply::text(value)?,
-        };
-        if leader.as_bytes() != self.name {
-            return Ok(false);
-        }
-        let mut keep = redis::cmd("PEXPIRE");
-        keep.arg(&key).arg(ROLE.as_millis() as u64);
-        self.queue.shared.link.command(&keep).await?;
-        Ok(true)
+        let args = [self.name.clone(), text(ROLE.as_millis())];
+        let answer = self.queue.shared.link.script(&scripts::LEAD, &key, &args).await?;
+        Ok(reply::number(&answer.value)? == 1)
     }
 }
 

@@ -52,6 +52,7 @@ scripts! {
     POLICY = "policy.lua";
     GRANT = "grant.lua";
     LEND = "lend.lua";
+    LEAD = "lead.lua";
     LIST = "list.lua";
     REGISTER = "register.lua";
     TALLY = "tally.lua";

@@ -332,6 +332,29 @@ async fn rule_21_the_role_serves_workers_and_ends_on_shutdown() {
     tokio::time::timeout(Duration::from_secs(5), lender).await.unwrap().unwrap();
 }
 
+#[tokio::test]
+async fn rule_22_a_full_redis_is_lent_in() {
+    let options = devstack::RedisOptions { max_memory_mb: 4, ..devstack::RedisOptions::queue() };
+    let stage = Stage::on(options, partitioned).await;
+    stage.queue.set_policy(&name(), &limit(6), 1).await.unwrap();
+    let fat = || Envelope { fast: Some("x".repeat(1000).into()), ..job("acme", 5) };
+    let full = async || {
+        let pushed = stage.queue.push(&(0..100).map(|_| fat()).collect::<Vec<_>>()).await;
+        matches!(pushed, Err(queue::QueueError::Full)).then_some(())
+    };
+    eventually(Duration::from_secs(30), full, async || "Redis never became full".to_owned()).await;
+    let stop = CancellationToken::new();
+    let lender = Lender::spawn(stage.queue.clone(), vec![name()], stop.clone());
+    let mut held = Vec::new();
+    let lent = async || {
+        held.extend(stage.claim(50).await);
+        (held.len() == 6).then_some(())
+    };
+    eventually(Duration::from_secs(30), lent, async || "the whole limit was never lent".to_owned()).await;
+    stop.cancel();
+    lender.await.unwrap();
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Limit(Option<u32>),

@@ -8,7 +8,7 @@ use std::{collections::HashSet, fs, path::PathBuf, time::Duration};
 use devstack::{RedisProcess, testing::TestServices};
 use queue::{
     Access, Acker, BreakerNews, BreakerReport, Claimer, ClaimerConfig, Done, Envelope, Gates, Heartbeat,
-    HeartbeatConfig, Presence, Priority, Queue, QueueConfig, Reaper, Scheduler, TenantId, WorkerId,
+    HeartbeatConfig, Lender, Presence, Priority, Queue, QueueConfig, Reaper, Scheduler, TenantId, WorkerId,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use support::{
@@ -291,6 +291,21 @@ async fn a_user_with_no_more_than_the_guides_rights_can_do_everything() {
     shutdown.cancel();
     presence.await.unwrap();
     assert_eq!(queue.rates(&name()).await.unwrap().minute.ended, 5);
+
+    // A lender keeps its role for as long as it looks.
+    let stop = CancellationToken::new();
+    let lender = Lender::spawn(queue.clone(), vec![name()], stop.clone());
+    let mut last = -2;
+    let kept = async || {
+        let mut left = redis::cmd("PTTL");
+        let left: i64 = left.arg("{flotilla:ingest:lend}:role").query_async(&mut raw).await.unwrap();
+        assert!(last < 0 || left > 0, "it lost its role");
+        let before = std::mem::replace(&mut last, left);
+        (before > 0 && left > before).then_some(())
+    };
+    eventually(PATIENCE, kept, async || "it never took its role again".to_owned()).await;
+    stop.cancel();
+    lender.await.unwrap();
 
     // And nothing else.
     let mut theirs = redis::Client::open(queue.config().url.as_str())
