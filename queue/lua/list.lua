@@ -5,12 +5,13 @@
 -- ARGV[1]  state: w waiting (by priority, tenant and place), s scheduled (soonest first), l leased (by end of lease)
 -- ARGV[2]  how many to skip
 -- ARGV[3]  how many at most, up to 500
--- ARGV[4]  at how many tenants per priority to look
+-- ARGV[4]  at how many tenants per priority to look, and at how many parked ones
 -- Returns  {jobs in that state, then 4 per job: id, holder or '', end of lease or due time or '', record}; holder and record
 --          as in partition.lua
 -- Complexity: O(priorities * tenants looked at + page * log n). A waiting page skips entries that are stale, so it may
 --          be short.
 --@ partition.lua
+--@ policies.lua
 local state, skip, limit = ARGV[1], tonumber(ARGV[2]), math.min(tonumber(ARGV[3]), 500)
 local answer = {}
 
@@ -23,11 +24,13 @@ local function put(id, at, entered)
 end
 
 if state == 'w' then
+  local most = tonumber(ARGV[4])
+  local parked = parked_tenants(most)
   answer[1] = depth(count)
   for priority = 9, 0, -1 do
     if limit <= 0 then break end
     if count['w' .. priority] > 0 then
-      for _, tenant in ipairs(redis.call('LRANGE', ring_key(priority), 0, tonumber(ARGV[4]) - 1)) do
+      for _, tenant in ipairs(tenants_of(priority, most, parked)) do
         local list = list_key(priority, tenant)
         local length = redis.call('LLEN', list)
         if skip >= length then

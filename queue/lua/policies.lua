@@ -46,6 +46,26 @@ local function unpark(tenant, priorities)
   return (priorities or '') ~= ''
 end
 
+-- By priority, as text, the first tenants of those that are parked and left its ring, `most` in all.
+local function parked_tenants(most)
+  local by_priority = {}
+  if policies < 2 then return by_priority end
+  for _, tenant in ipairs(redis.call('ZRANGE', PARKED, 0, most - 1)) do
+    for priority in string.gmatch(redis.call('HGET', policy_key(tenant), 'b') or '', '%d') do
+      by_priority[priority] = by_priority[priority] or {}
+      table.insert(by_priority[priority], tenant)
+    end
+  end
+  return by_priority
+end
+
+-- Of a priority, the first tenants in its ring, and then those of `parked`.
+local function tenants_of(priority, most, parked)
+  local names = redis.call('LRANGE', ring_key(priority), 0, most - 1)
+  for _, tenant in ipairs(parked[tostring(priority)] or {}) do names[#names + 1] = tenant end
+  return names
+end
+
 -- Leases that counted have ended: `counts` has how many by tenant. Returns whether a tenant came back.
 local function ended(counts)
   local back = false

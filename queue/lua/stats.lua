@@ -3,16 +3,17 @@
 --
 -- KEYS[1]  the partition
 -- ARGV[1]  now_ms, or '' for Redis' clock
--- ARGV[2]  at how many tenants per priority to look for the oldest job
+-- ARGV[2]  at how many tenants per priority to look for the oldest job, and at how many parked ones
 -- Returns  {10 depths, 10 ages of the oldest in ms or -1, scheduled, leased, 1 if it is paused, parked tenants}, priorities from 0
 -- Complexity: O(priorities * tenants looked at)
 --@ partition.lua
-local now = clock(ARGV[1])
-local answer = {}
+--@ policies.lua
+local now, most = clock(ARGV[1]), tonumber(ARGV[2])
+local answer, parked = {}, parked_tenants(most)
 for priority = 0, 9 do
   local since = now
   if count['w' .. priority] > 0 then
-    for _, tenant in ipairs(redis.call('LRANGE', ring_key(priority), 0, tonumber(ARGV[2]) - 1)) do
+    for _, tenant in ipairs(tenants_of(priority, most, parked)) do
       -- The first of the next few entries that is not stale.
       for _, entry in ipairs(redis.call('LRANGE', list_key(priority, tenant), 0, 7)) do
         local id, seq, entered = string.match(entry, '^(%S+) (%d+) (%d+)$')

@@ -3,11 +3,14 @@
 
 mod support;
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use queue::{
-    Claim, Claimer, ClaimerConfig, Envelope, Gates, Heartbeat, HeartbeatConfig, Mode, PolicySet, Priority,
-    Pushed, Queue, QueuePolicy, Rate, TenantId, TenantPolicy,
+    Claim, Claimer, ClaimerConfig, Envelope, Gates, Heartbeat, HeartbeatConfig, ListedState, Mode, PolicySet,
+    Priority, Pushed, Queue, QueuePolicy, Rate, TenantId, TenantPolicy,
 };
 use support::{Stage, eventually, ids, job, jobs, name, worker};
 use tokio_util::sync::CancellationToken;
@@ -255,7 +258,22 @@ async fn a_tenants_concurrency_is_never_exceeded_and_others_go_on() {
     stage.queue.push(&all).await.unwrap();
     let first = stage.claim(20).await;
     assert_eq!(count_by_tenant(&first), HashMap::from([("few".to_owned(), 2), ("other".to_owned(), 5)]));
-    assert_eq!(stage.queue.stats(&name()).await.unwrap().blocked_tenants, 1);
+    // Those that a limit holds back are listed, and have an age, as others.
+    let stats =
+        stage.queue.at(chrono::Utc::now().timestamp_millis() + 3_600_000).stats(&name()).await.unwrap();
+    assert_eq!(stats.blocked_tenants, 1);
+    for priority in [9, 4] {
+        let level = &stats.by_priority[priority];
+        assert!(level.oldest_ms.is_some_and(|age| age >= 3_600_000), "{priority}: {level:?}");
+    }
+    let mut listed = HashSet::new();
+    for skip in (0..8).step_by(2) {
+        let page = stage.queue.list(&name(), ListedState::Waiting, skip, 2).await.unwrap();
+        assert!(page.len() == 2 || skip == 6, "after {skip}: {}", page.len());
+        listed.extend(page.iter().map(|job| job.envelope.id));
+    }
+    let claimed = ids(&first);
+    assert_eq!(listed, all.iter().map(|job| job.id).filter(|id| !claimed.contains(id)).collect());
     assert!(stage.claim(20).await.is_empty());
     let mine: Vec<_> = first.iter().filter(|claim| claim.envelope.tenant.as_str() == "few").collect();
     // By ack, release and reap.
