@@ -35,6 +35,7 @@ mod reply;
 mod rests;
 pub mod retries;
 pub mod roles;
+mod rounds;
 pub mod scheduler;
 mod scripts;
 mod slots;

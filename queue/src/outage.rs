@@ -35,6 +35,11 @@ impl Outage {
         pause
     }
 
+    #[cfg(test)]
+    pub(crate) fn lasts(&self) -> bool {
+        self.since.is_some()
+    }
+
     /// Notes a call that got through.
     pub(crate) fn over(&mut self) {
         if let Some(since) = self.since.take() {

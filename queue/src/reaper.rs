@@ -2,14 +2,16 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use tokio::{
-    task::JoinHandle,
-    time::{Instant, sleep_until},
-};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    envelope::Epoch, error::QueueError, ids::QueueName, outage::Outage, queue::Queue, upkeep::ReapGuard,
+    envelope::Epoch,
+    error::QueueError,
+    ids::QueueName,
+    queue::Queue,
+    rounds::{Place, Rounds},
+    upkeep::ReapGuard,
 };
 
 /// The reaper. Every worker runs one; several do no harm.
@@ -20,16 +22,12 @@ use crate::{
 /// it is measured by Redis' clock.
 pub struct Reaper {
     queue: Queue,
-    queues: Vec<QueueName>,
     /// What is known of each server; there is one unless the partitions are spread over a cluster.
     servers: HashMap<Arc<str>, Server>,
     /// A longer silence than this, in ms, was an outage.
     outage: i64,
     /// What each partition's life was when it was looked at last, and when that was by Redis' clock.
-    seen: HashMap<(QueueName, u16), (i64, Option<Epoch>)>,
-    /// When the next lease of a partition may expire, by our clock.
-    due: HashMap<(QueueName, u16), Instant>,
-    turn: u16,
+    seen: HashMap<Place, (i64, Option<Epoch>)>,
 }
 
 /// One server, as the reaper saw it last.
@@ -51,53 +49,16 @@ impl Reaper {
             outage += tick * u32::from(queue.config().partitions);
         }
         let outage = outage.as_millis() as i64;
-        let reaper = Self {
-            queue,
-            queues,
-            servers: HashMap::new(),
-            outage,
-            seen: HashMap::new(),
-            due: HashMap::new(),
-            turn: 0,
-        };
-        tokio::spawn(reaper.run(tick, shutdown))
+        // A tick is rest enough.
+        let rounds = Rounds::new("reaper", queues, queue.config().partitions, tick, tick);
+        let reaper = Self { queue, servers: HashMap::new(), outage, seen: HashMap::new() };
+        tokio::spawn(reaper.run(rounds, shutdown))
     }
 
-    async fn run(mut self, tick: Duration, shutdown: CancellationToken) {
-        let mut next_tick = Instant::now();
-        let mut outage = Outage::new("reaper");
-        loop {
-            let wake = self.due.values().min().copied().map_or(next_tick, |due| due.min(next_tick));
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                () = sleep_until(wake) => {}
-            }
-            let now = Instant::now();
-            let mut places: Vec<(QueueName, u16)> =
-                self.due.iter().filter(|(_, due)| **due <= now).map(|(place, _)| place.clone()).collect();
-            if next_tick <= now {
-                let turn = self.queues.iter().map(|name| (name.clone(), self.turn));
-                places.extend(turn.filter(|place| self.due.get(place).is_none_or(|due| *due > now)));
-                self.turn = (self.turn + 1) % self.queue.config().partitions;
-                next_tick = now + tick;
-            }
-            for (name, partition) in places {
-                let wait = match self.look(&name, partition).await {
-                    Ok(wait) => {
-                        outage.over();
-                        wait
-                    }
-                    Err(error) => {
-                        // A tick is pause enough.
-                        outage.wait(&error);
-                        Some(tick)
-                    }
-                };
-                match wait {
-                    Some(wait) => self.due.insert((name, partition), Instant::now() + wait),
-                    None => self.due.remove(&(name, partition)),
-                };
-            }
+    async fn run(mut self, mut rounds: Rounds, shutdown: CancellationToken) {
+        while let Some(place) = rounds.next(&shutdown).await {
+            let found = self.look(&place.0, place.1).await;
+            rounds.looked(place, found);
         }
     }
 
@@ -166,12 +127,9 @@ mod tests {
         };
         let mut reaper = Reaper {
             queue: queue.at(NOW + STEP),
-            queues: vec![name.clone()],
             servers: HashMap::new(),
             outage: 5000,
             seen: HashMap::new(),
-            due: HashMap::new(),
-            turn: 0,
         };
         for partition in 0..2 {
             assert_eq!(claimed(NOW + STEP, partition).await, 1);
