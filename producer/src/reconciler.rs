@@ -6,7 +6,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use queue::{Envelope, JobId, Pushed, Queue, QueueError, QueueName};
+use queue::{Envelope, JobId, Place, Pushed, Queue, QueueError, QueueName};
 use sagas::{
     StoreError,
     stores::postgres::{Postgres, relay::Leadership},
@@ -172,8 +172,13 @@ impl Reconciler {
         let names: Vec<(QueueName, JobId)> = page.iter().map(|job| (job.queue.clone(), job.id)).collect();
         let (missing, scheduled) = self.queue.missing_and_scheduled(&names).await?;
         let scheduled: HashSet<JobId> = scheduled.into_iter().collect();
-        let is_due = |job: &Envelope| job.run_at_ms.is_none() && scheduled.contains(&job.id);
-        let asleep: Vec<JobId> = page.iter().filter(|job| is_due(job)).map(|job| job.id).collect();
+        let is_due = |job: &&Envelope| job.run_at_ms.is_none() && scheduled.contains(&job.id);
+        let due: Vec<_> = page.iter().filter(is_due).map(|job| (job.queue.clone(), job.id)).collect();
+        // Few, and some of them may run under a lease that was registered again.
+        let places = self.queue.places(&due).await?;
+        let sleeps = |place: &Option<Place>| *place == Some(Place::Scheduled);
+        let asleep: Vec<JobId> =
+            due.iter().zip(&places).filter(|(_, place)| sleeps(place)).map(|((_, id), _)| *id).collect();
         if !asleep.is_empty() {
             let woken = self.postgres.wake_overdue(&asleep, self.settings.grace);
             let woken = within(self.postgres.call_timeout(), woken).await?;

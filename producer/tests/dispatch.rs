@@ -242,6 +242,37 @@ async fn a_job_that_was_woken_is_brought_forward_although_redis_has_lost_that() 
 }
 
 #[tokio::test]
+async fn a_job_whose_lease_was_registered_again_is_not_taken_for_one_that_sleeps() {
+    let stage = Stage::new().await;
+    let (leased, forgotten) = (report(0), report(1));
+    stage.client.enqueue(leased.clone(), Durability::Durable).await.unwrap();
+    let claim = stage.claim("report", 1).await.remove(0);
+    // The partition's data is lost, and its worker lives.
+    let keys: Vec<String> =
+        redis::cmd("KEYS").arg("{flotilla:report:0}*").query_async(&mut stage.redis().await).await.unwrap();
+    let () = redis::cmd("DEL").arg(&keys).query_async(&mut stage.redis().await).await.unwrap();
+    let beats = stage.queue.heartbeat(&[claim.lease_ref()]).await.unwrap();
+    assert_eq!(beats, [queue::Beat::Reregistered]);
+    let dispatched = async || -> Option<chrono::DateTime<chrono::Utc>> {
+        sqlx::query_scalar("SELECT dispatched_at FROM jobs WHERE id = $1")
+            .bind(leased.id.0)
+            .fetch_one(stage.postgres.pool())
+            .await
+            .unwrap()
+    };
+    let before = dispatched().await;
+    stage.postgres.accept(std::slice::from_ref(&forgotten), true).await.unwrap();
+    let maintenance = stage.maintain(MaintainSettings { grace: Duration::from_millis(100), ..quick() });
+    eventually(|| async {
+        let depth = stage.depth("report").await;
+        if depth == 1 { Ok(()) } else { Err(format!("depth {depth}")) }
+    })
+    .await;
+    maintenance.stop().await;
+    assert_eq!((before.is_some(), dispatched().await), (true, before), "the relay was to bring it forward");
+}
+
+#[tokio::test]
 async fn a_job_changed_just_now_is_left_alone_by_the_regular_pass() {
     let stage = Stage::new().await;
     let job = report(0);

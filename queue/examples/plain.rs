@@ -66,7 +66,9 @@ pub async fn run(config: QueueConfig) -> Result<(), BoxDynError> {
     queue.push(&envelopes).await?;
 
     let shutdown = CancellationToken::new();
-    let (roles, backend) = Roles::spawn(&queue, RolesConfig::new(vec![mails]), &shutdown)?;
+    // Twice the concurrency: what is claimed and waits here is kept from other workers.
+    let config = RolesConfig { slots: 8, ..RolesConfig::new(vec![mails]) };
+    let (roles, backend) = Roles::spawn(&queue, config, &shutdown)?;
     WorkerBuilder::new("mailer")
         .backend(backend)
         // Outside of the acks: a job that panics comes back when its lease has run out.

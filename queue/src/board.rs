@@ -109,7 +109,8 @@ impl<T> Board<T> {
         let (args, ctx) = task.take();
         let refuse = |what: String, instead| Err(QueueError::Task { what, instead });
         if let Some(key) = ctx.idempotency_key() {
-            let instead = "give it a UUID as its id, by which pushes are idempotent, or enqueue it in the ledger";
+            let instead =
+                "give it a UUID as its id, by which pushes are idempotent, or enqueue it in the ledger";
             return refuse(format!("the idempotency key {key:?}"), instead);
         }
         if let Some(most) = ctx.max_attempts() {
@@ -120,7 +121,9 @@ impl<T> Board<T> {
             None => None,
             Some(id) => match Uuid::parse_str(&id) {
                 Ok(id) => Some(JobId(id)),
-                Err(_) => return refuse(format!("the id {id:?}"), "a job's id is a UUID; without one it gets one"),
+                Err(_) => {
+                    return refuse(format!("the id {id:?}"), "a job's id is a UUID; without one it gets one");
+                }
             },
         };
         let priority = ctx.priority().map(|priority| Priority::try_from(priority.min(9) as u8));

@@ -195,7 +195,7 @@ pub struct PriorityStats {
     /// Waiting jobs.
     pub depth: u64,
     /// How long the oldest waiting job has waited, in milliseconds; looks at the first
-    /// [`STATS_TENANTS`](crate::STATS_TENANTS) tenants in turn.
+    /// [`STATS_TENANTS`](crate::STATS_TENANTS) tenants in turn, and at as many of those that a pause or a limit holds back.
     pub oldest_ms: Option<u64>,
 }
 

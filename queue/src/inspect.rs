@@ -22,7 +22,8 @@ impl Queue {
         Ok(self.missing_and_scheduled(jobs).await?.0)
     }
 
-    /// Which of these jobs Redis doesn't know, and which are scheduled there. One look at a hash for each.
+    /// Which of these jobs Redis doesn't know, and which may be scheduled there: a lease that was registered again after Redis
+    /// lost its data looks the same, and [`places`](Self::places) tells them apart. One look at a hash for each.
     pub async fn missing_and_scheduled(
         &self,
         jobs: &[(QueueName, JobId)],
@@ -40,7 +41,7 @@ impl Queue {
                 match answer {
                     Value::Nil => missing.push(*id),
                     record => {
-                        // The sequence of a scheduled job is 0 (partition.lua).
+                        // The sequence of a scheduled job is 0 (partition.lua), and of a lease after restore.lua.
                         if reply::text(record)?.starts_with("0 ") {
                             scheduled.push(*id);
                         }
@@ -51,7 +52,8 @@ impl Queue {
         Ok((missing, scheduled))
     }
 
-    /// Where each of these jobs is in Redis, in order; `None`: Redis doesn't know it. For audits.
+    /// Where each of these jobs is in Redis, in order; `None`: Redis doesn't know it. Four looks
+    /// for each.
     pub async fn places(&self, jobs: &[(QueueName, JobId)]) -> Result<Vec<Option<Place>>, QueueError> {
         let mut places = Vec::with_capacity(jobs.len());
         for chunk in jobs.chunks(CHUNK) {

@@ -77,7 +77,7 @@ impl Queue {
     }
 
     /// A page of the jobs in one state: at most `limit` (500) after `skip`. Waiting jobs come by priority, then tenant
-    /// (the first [`STATS_TENANTS`] of a priority); the others by time; all of it per partition, one after the other.
+    /// (the first [`STATS_TENANTS`] of a priority, then as many of those that are held back); the others by time; all of it per partition, one after the other.
     /// The queue moves on between two pages, so a job may be on both or on neither. What can't be read is logged and left out.
     pub async fn list(
         &self,

@@ -26,11 +26,11 @@ use apalis_core::{
     },
 };
 use axum::{body::Body, http::Request};
+use queue::ledger::{End, Grant, LedgerError, Take, Written};
 use queue::{
     AckLayer, Acker, Board, Done, Envelope, Heartbeat, Job, JobId, Ledger, NoLedger, Presence, Queue,
     QueueConfig, QueueName, QueuePolicy, Roles, RolesConfig, TenantId, TraceContext, WorkerId,
 };
-use queue::ledger::{End, Grant, LedgerError, Take, Written};
 use serde::{Deserialize, Serialize};
 use support::{DEADLINE, Stage, eventually, job, jobs, name, worker};
 use tokio::{
@@ -294,8 +294,8 @@ fn held_up_by(
 ) -> (JoinHandle<Result<(), WorkerError>>, Runs, Arc<Semaphore>) {
     let (runs, go) = (Runs::default(), Arc::new(Semaphore::new(0)));
     let (log, wait) = (runs.clone(), go.clone());
-    let apalis = WorkerBuilder::new("one").backend(backend).layer(acks).concurrency(4).build(
-        move |job: Job| {
+    let apalis =
+        WorkerBuilder::new("one").backend(backend).layer(acks).concurrency(4).build(move |job: Job| {
             let (log, wait) = (log.clone(), wait.clone());
             async move {
                 log.lock().unwrap().push((job.envelope.id, job.envelope.attempts));
@@ -304,8 +304,7 @@ fn held_up_by(
                 }
                 Ok::<(), BoxDynError>(())
             }
-        },
-    );
+        });
     (tokio::spawn(apalis.run()), runs, go)
 }
 
@@ -695,10 +694,8 @@ async fn apalis_own_sink_keeps_a_tasks_trace_and_refuses_what_it_cannot_keep() {
     board.push_task(mail().build()).await.unwrap();
     let claims = stage.claim(3).await;
     let traces: Vec<_> = claims.iter().map(|claim| claim.envelope.trace.clone()).collect();
-    let kept = TraceContext {
-        traceparent: format!("00-{trace}-{span}-01"),
-        tracestate: Some("a=b".to_owned()),
-    };
+    let kept =
+        TraceContext { traceparent: format!("00-{trace}-{span}-01"), tracestate: Some("a=b".to_owned()) };
     assert_eq!(traces, [Some(kept.clone()), Some(kept), None]);
 }
 

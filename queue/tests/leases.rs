@@ -8,8 +8,8 @@ use std::{collections::HashSet, time::Duration};
 use devstack::{RedisOptions, testing::TestServices};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use queue::{
-    Beat, Claim, Envelope, JobId, LeaseRef, LeaseToken, ListedState, Place, Priority, Pushed, Queue, QueueConfig,
-    QueueError, TenantId,
+    Beat, Claim, Envelope, JobId, LeaseRef, LeaseToken, ListedState, Place, Priority, Pushed, Queue,
+    QueueConfig, QueueError, TenantId,
 };
 use support::{Stage, ids, job, jobs, name, worker};
 use uuid::Uuid;
@@ -381,9 +381,12 @@ async fn a_record_that_cannot_be_read_is_dropped_and_blocks_nothing() {
 #[tokio::test]
 async fn a_record_that_no_claim_could_read_or_that_is_too_large_is_refused_and_nothing_stored() {
     let stage = Stage::with(|config| config.max_record = 1000).await;
-    let deep = (0..queue::MAX_DEPTH).fold(serde_json::json!({}), |inner, _| serde_json::json!({ "in": inner }));
+    let deep =
+        (0..queue::MAX_DEPTH).fold(serde_json::json!({}), |inner, _| serde_json::json!({ "in": inner }));
     let large = serde_json::json!({ "text": "x".repeat(1000) });
-    for (fast, words) in [(deep, "nested deeper than 127 levels"), (large, "1011 bytes of JSON: at most 1000")] {
+    for (fast, words) in
+        [(deep, "nested deeper than 127 levels"), (large, "1011 bytes of JSON: at most 1000")]
+    {
         let all = [job("acme", 5), Envelope { fast: Some(fast), ..job("acme", 5) }];
         let error = stage.queue.push(&all).await.unwrap_err().to_string();
         assert!(error.contains(words) && error.contains(&all[1].id.to_string()), "{error}");
