@@ -201,3 +201,23 @@ fn described(stats: &Stats) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn why_the_queues_are_missing_stands_in_the_view() {
+        let stats = Stats {
+            queues: None,
+            away: Some("Redis is away".to_owned()),
+            jobs: JobCounts::default(),
+            undispatched: 1,
+            dead_letters: vec![],
+            tenant_classes: vec![],
+            parked_sagas: 0,
+        };
+        let view = described(&stats);
+        assert!(view.starts_with("Redis is away\n\n") && view.contains("UNDISPATCHED"), "{view}");
+    }
+}
