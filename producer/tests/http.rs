@@ -646,9 +646,33 @@ async fn a_tenant_replays_no_request_for_every_tenant() {
     let all = api.post("/v1/dead-letters:replay", &json!({})).await;
     assert_eq!(all.status, StatusCode::ACCEPTED, "{}", all.body);
     assert_eq!(
-        (&all.body["replayed"][0]["id"], &all.body["failed"][0]["id"]),
-        (&json!(letters[0]), &json!(letters[1]))
+        (&all.body["replayed"][0]["id"], &all.body["failed"][0]["id"], &all.body["next"]),
+        (&json!(letters[0]), &json!(letters[1]), &Value::Null)
     );
+}
+
+#[tokio::test]
+async fn letters_that_cannot_be_replayed_do_not_hide_those_behind_them() {
+    let api = Api::new().await;
+    let mut letters = vec![];
+    for payload in [json!({ "every_tenant": true }), json!({ "every_tenant": true }), json!({ "all": true })]
+    {
+        let job = new_job("embed", TenantId::new("acme").unwrap(), payload.clone()).unwrap();
+        let id = api.stage.client.enqueue(job, Durability::Durable).await.unwrap().id;
+        letters.push(dies(&api, id, "embed", &payload).await);
+    }
+    let ask = async |body: Value| api.post("/v1/dead-letters:replay", &body).await;
+    let first = ask(json!({ "limit": 2 })).await.body;
+    assert_eq!((&first["replayed"], &first["next"]), (&json!([]), &json!(letters[1])), "{first}");
+    let second = ask(json!({ "limit": 2, "after": first["next"] })).await.body;
+    assert_eq!(
+        (&second["replayed"][0]["id"], &second["next"]),
+        (&json!(letters[2]), &Value::Null),
+        "{second}"
+    );
+    let selection = json!({ "after": first["next"] }).to_string();
+    let theirs = api.call(OTHER_KEY, Method::POST, "/v1/dead-letters:replay", selection).await;
+    assert_eq!((theirs.status, theirs.code()), (StatusCode::NOT_FOUND, "not_found"));
 }
 
 /// Has a job die; its letter.

@@ -10,7 +10,7 @@ use chrono::{DateTime, Utc};
 use queue::TenantId;
 use sagas::{
     redaction::is_redacted,
-    stores::postgres::dead_letters::{DeadLetter, DeadLetterFilter, Replay, Resolved},
+    stores::postgres::dead_letters::{Cursor, DeadLetter, DeadLetterFilter, Replay, Resolved},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -69,13 +69,7 @@ pub(super) async fn list(
     Asked(asked): Asked<LetterQuery>,
 ) -> Result<Json<LetterList>, ApiError> {
     let state = asked.state.unwrap_or_else(|| "open".to_owned());
-    let from = match asked.before {
-        Some(id) => {
-            let last = find(&api, &tenant, &id.to_string()).await?;
-            Some((last.created_at, last.id))
-        }
-        None => None,
-    };
+    let from = place(&api, &tenant, asked.before).await?;
     let filter = DeadLetterFilter {
         tenant: Some(tenant.to_string()),
         kind: asked.kind,
@@ -115,6 +109,13 @@ async fn find(api: &Api, tenant: &TenantId, id: &str) -> Result<DeadLetter, ApiE
     let id: Uuid = id.parse().map_err(|_| unknown())?;
     let letter = api.client.postgres().dead_letter(id).await?;
     letter.filter(|letter| letter.tenant == tenant.as_str()).ok_or_else(unknown)
+}
+
+/// Where a page begins: behind this letter.
+async fn place(api: &Api, tenant: &TenantId, last: Option<Uuid>) -> Result<Option<Cursor>, ApiError> {
+    let Some(id) = last else { return Ok(None) };
+    let letter = find(api, tenant, &id.to_string()).await?;
+    Ok(Some((letter.created_at, letter.id)))
 }
 
 /// How to replay or discard.
@@ -214,7 +215,11 @@ pub(super) struct Selection {
     /// Only with this text in the reason or the chain of errors, in any case.
     #[serde(default)]
     text: Option<String>,
-    /// Letters at most, 1 to 1,000. Default 100. Call again for more: the oldest come first.
+    /// Only letters after this one: the `next` of the answer before. The oldest come first.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    after: Option<Uuid>,
+    /// Letters at most, 1 to 1,000. Default 100.
     #[serde(default)]
     limit: Option<i64>,
     /// Only say how many there are.
@@ -229,7 +234,7 @@ pub(super) struct Selection {
 }
 
 impl Selection {
-    fn filter(&self, tenant: &TenantId) -> Result<DeadLetterFilter, ApiError> {
+    async fn filter(&self, api: &Api, tenant: &TenantId) -> Result<DeadLetterFilter, ApiError> {
         Ok(DeadLetterFilter {
             tenant: Some(tenant.to_string()),
             kind: self.kind.clone(),
@@ -238,7 +243,7 @@ impl Selection {
             since: self.since,
             until: self.until,
             text: self.text.clone(),
-            from: None,
+            from: place(api, tenant, self.after).await?,
             limit: page(self.limit)?,
         })
     }
@@ -258,16 +263,18 @@ impl Selection {
 /// Replay open dead letters together, each as if alone.
 ///
 /// One that somebody else deals with meanwhile is left to them; one that can't be replayed keeps none of the others waiting.
+/// There may be more while `next` is not null: ask again with it as `after`.
 #[utoipa::path(post, path = "/v1/dead-letters:replay", tag = "dead letters", request_body = Selection, responses(
-    (status = 202, description = "Each letter with the job that replays it, and those that could not be replayed with the reason", body = Object),
+    (status = 202, description = "Each letter with the job that replays it, those that could not be replayed with the reason, and `next`", body = Object),
     (status = 200, description = "A dry run: how many there are", body = Object),
-    (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope)))]
+    (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope),
+    (status = 404, description = "No such letter as `after`", body = ErrorEnvelope)))]
 pub(super) async fn replay_many(
     State(api): State<Api>,
     Caller(tenant): Caller,
     Body(selection): Body<Selection>,
 ) -> Result<Response, ApiError> {
-    let filter = selection.filter(&tenant)?;
+    let filter = selection.filter(&api, &tenant).await?;
     if selection.dry_run {
         return selection.preview(&api, &filter).await;
     }
@@ -279,7 +286,10 @@ pub(super) async fn replay_many(
         ..Replay::default()
     };
     let (mut replayed, mut failed) = (vec![], vec![]);
-    for (_, id) in postgres.letter_places(&filter).await? {
+    let letters = postgres.letter_places(&filter).await?;
+    let mut is_last = letters.len() < filter.limit as usize;
+    let mut last = selection.after;
+    for (_, id) in letters {
         match postgres.replay(id, &how).await {
             Ok(Resolved::Done(Some(job))) => replayed.push(json!({ "id": id, "replay_job": job })),
             Ok(Resolved::ForEveryTenant) => {
@@ -293,24 +303,29 @@ pub(super) async fn replay_many(
                     if error.class.is_retryable() { "a store is away" } else { "it can't be replayed" };
                 failed.push(json!({ "id": id, "reason": reason }));
                 if error.class.is_retryable() {
+                    is_last = false;
                     break;
                 }
             }
         }
+        last = Some(id);
     }
-    Ok((StatusCode::ACCEPTED, Json(json!({ "replayed": replayed, "failed": failed }))).into_response())
+    let next = last.filter(|_| !is_last);
+    let done = json!({ "replayed": replayed, "failed": failed, "next": next });
+    Ok((StatusCode::ACCEPTED, Json(done)).into_response())
 }
 
 /// Close open dead letters together, without a replay.
 #[utoipa::path(post, path = "/v1/dead-letters:discard", tag = "dead letters", request_body = Selection, responses(
     (status = 200, description = "How many were closed; or, of a dry run, how many there are", body = Object),
-    (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope)))]
+    (status = 400, body = ErrorEnvelope), (status = 401, body = ErrorEnvelope),
+    (status = 404, description = "No such letter as `after`", body = ErrorEnvelope)))]
 pub(super) async fn discard_many(
     State(api): State<Api>,
     Caller(tenant): Caller,
     Body(selection): Body<Selection>,
 ) -> Result<Response, ApiError> {
-    let filter = selection.filter(&tenant)?;
+    let filter = selection.filter(&api, &tenant).await?;
     if selection.dry_run {
         return selection.preview(&api, &filter).await;
     }
