@@ -188,19 +188,18 @@ impl<T> Board<T> {
 
 /// The trace in a task's metadata: W3C's headers, or what apalis keeps of them.
 fn trace(metadata: &MetadataStore) -> Option<TraceContext> {
-    let trace = match metadata.get("traceparent") {
-        Some(parent) => TraceContext {
+    let trace = if let Some(parent) = metadata.get("traceparent") {
+        TraceContext {
             traceparent: parent.to_owned(),
             tracestate: metadata.get("tracestate").map(str::to_owned),
-        },
-        None => {
-            let context: TracingContext = metadata.extract_as().ok()?;
-            let (trace, span) = (context.trace_id().as_ref()?, context.span_id().as_ref()?);
-            let flags = context.trace_flags().unwrap_or_default();
-            TraceContext {
-                traceparent: format!("00-{trace}-{span}-{flags:02x}"),
-                tracestate: context.trace_state().clone(),
-            }
+        }
+    } else {
+        let context: TracingContext = metadata.extract_as().ok()?;
+        let (trace, span) = (context.trace_id().as_ref()?, context.span_id().as_ref()?);
+        let flags = context.trace_flags().unwrap_or_default();
+        TraceContext {
+            traceparent: format!("00-{trace}-{span}-{flags:02x}"),
+            tracestate: context.trace_state().clone(),
         }
     };
     let fits = |text: &str| text.len() <= MAX_TRACE;

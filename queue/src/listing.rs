@@ -68,16 +68,18 @@ impl Queue {
         let mut found = Vec::with_capacity(records.len() / 2);
         while !records.is_empty() {
             let (id, record) = (records.text()?, records.bytes()?);
-            match id.parse() {
-                Ok(id) => found.extend(readable(&record, id, queue)),
-                Err(_) => tracing::warn!(id, "the name of a record is no job id"),
+            if let Ok(id) = id.parse() {
+                found.extend(readable(&record, id, queue));
+            } else {
+                tracing::warn!(id, "the name of a record is no job id");
             }
         }
         Ok((found, (further != 0).then_some(further)))
     }
 
     /// A page of the jobs in one state: at most `limit` (500) after `skip`. Waiting jobs come by priority, then tenant
-    /// (the first [`STATS_TENANTS`] of a priority, then as many of those that are held back); the others by time; all of it per partition, one after the other.
+    /// (the first [`STATS_TENANTS`] of a priority, then as many of those that are held back); the others by time; all of it per
+    /// partition, one after the other.
     /// The queue moves on between two pages, so a job may be on both or on neither. What can't be read is logged and left out.
     pub async fn list(
         &self,

@@ -180,7 +180,8 @@ impl Fleet {
         let of = ["ingest", "embed_version", "engine"].map(Some);
         let points = each_once(trace.lines().filter(|point| of.contains(&point.split('.').next())));
         let before = points.iter().position(|point| point == "ingest.publish.before").expect("its pivot");
-        let published = points[before..].iter().position(|point| point.ends_with(".after")).expect("its end");
+        let ends = |point: &String| point.rsplit('.').next() == Some("after");
+        let published = points[before..].iter().position(ends).expect("its end");
         let place = |(no, point)| Place {
             kind: "ingest".to_owned(),
             point,

@@ -3,7 +3,10 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use queue::{Envelope, JobId, Priority, QueueName};
-use sagas::stores::postgres::accept::{Accepted, Idempotency, NewJob, Until};
+use sagas::stores::postgres::{
+    accept::{Accepted, Idempotency, NewJob, Until},
+    ending::GivenBack,
+};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -88,7 +91,7 @@ async fn a_job_that_waits_beyond_the_years_waits_until_their_end() {
     let ledger = Ledger::start().await;
     let (put_back, failed) = (ledger.ingest("a").await, ledger.ingest("b").await);
     let (one, other) = (ledger.take("w", put_back).await, ledger.take("w", failed).await);
-    assert!(ledger.postgres.release(&run_of(&one, None), far, None).await.unwrap().is_some());
+    assert!(ledger.postgres.release(&run_of(&one, None), far, GivenBack::Asked).await.unwrap().is_some());
     assert!(ledger.postgres.finish(&run_of(&other, None), &retry(far), &[]).await.unwrap());
     for id in [put_back, failed] {
         let run_at = ledger.postgres.job(id, None).await.unwrap().unwrap().run_at;
