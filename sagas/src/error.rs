@@ -139,9 +139,12 @@ pub(crate) fn storable(text: String) -> String {
 
 /// SQLSTATEs, or their beginnings, that are no job's fault: the server is away or full, lets nobody in, or lacks the database; it may
 /// only be read from, as one that was the primary until just now (25006); it has ended a session that was idle within a transaction,
-/// as that of a process is that was paused (25P). What lasts although its probe is answered is charged. Not among them is trouble with
-/// what one statement asks for, as a damaged page (58, XX): others must not wait for it.
+/// as that of a process is that was paused (25P). What lasts although its probe is answered is charged.
 const OUTAGES: [&str; 8] = ["08", "57P0", "53", "28", "3D", "25006", "25P03", "25P04"];
+
+/// Trouble of the server's with what one statement asks for, as a damaged page: others must not wait for it, and whoever was in a
+/// batch with it must not die of it.
+const TROUBLES: [&str; 2] = ["58", "XX"];
 
 impl From<sqlx::Error> for StoreError {
     /// SQLSTATE classes as PROTOCOL.md 16 and 20 sort them.
@@ -155,6 +158,7 @@ impl From<sqlx::Error> for StoreError {
                     c if OUTAGES.iter().any(|outage| c.starts_with(outage)) => Class::Unavailable,
                     "57014" => Class::Timeout,
                     "40001" | "40P01" | "55P03" => Class::Transient,
+                    c if TROUBLES.iter().any(|trouble| c.starts_with(trouble)) => Class::Transient,
                     c if c.starts_with("22") || c.starts_with("23") => Class::Data,
                     _ => Class::Permanent,
                 }

@@ -278,8 +278,8 @@ async fn protocol_16_trouble_with_what_one_statement_asks_for_is_no_outage() {
         ("57P01", Class::Unavailable),
         ("25006", Class::Unavailable),
         // A page that can't be read, or makes no sense.
-        ("58030", Class::Permanent),
-        ("XX001", Class::Permanent),
+        ("58030", Class::Transient),
+        ("XX001", Class::Transient),
     ] {
         let sql = format!("DO $$ BEGIN RAISE EXCEPTION 'a test''s' USING ERRCODE = '{state}'; END $$");
         let error = StoreError::from(own.execute(AssertSqlSafe(sql)).await.unwrap_err());
