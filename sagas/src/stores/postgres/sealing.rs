@@ -214,18 +214,27 @@ impl Postgres {
             return Err(broken("nothing can be sealed", "FLOTILLA_ENCRYPTION_KEYS is not set"));
         };
         let callbacks = self.rotate_callbacks(current, limit).await?;
-        let mut tx = self.begin().await?;
-        // Letters and their jobs have an order of their own; jobs are locked in id order (PROTOCOL.md 3).
-        let jobs = sqlx::query(
-            "SELECT j.id, j.tenant, j.payload, j.payload_key_id FROM jobs j
+        // Found without locks: between two jobs there may be millions that need nothing.
+        let found: Vec<Uuid> = sqlx::query_scalar(
+            "SELECT j.id FROM jobs j
              WHERE j.id > $1 AND j.payload_key_id IS DISTINCT FROM $2
                AND (j.state IN ('waiting', 'running', 'parked')
                     OR (j.state = 'dead' AND EXISTS (SELECT FROM dead_letters l WHERE l.job_id = j.id AND l.state = 'open')))
-             ORDER BY j.id LIMIT $3 FOR NO KEY UPDATE OF j",
+             ORDER BY j.id LIMIT $3",
         )
         .bind(after)
         .bind(current)
         .bind(limit)
+        .fetch_all(&mut *self.snapshot().await?)
+        .await?;
+        let mut tx = self.begin().await?;
+        // Letters and their jobs have an order of their own; jobs are locked in id order (PROTOCOL.md 3).
+        let jobs = sqlx::query(
+            "SELECT id, tenant, payload, payload_key_id FROM jobs
+             WHERE id = ANY($1) AND payload_key_id IS DISTINCT FROM $2 ORDER BY id FOR NO KEY UPDATE",
+        )
+        .bind(&found)
+        .bind(current)
         .fetch_all(&mut *tx)
         .await?;
         let letters = sqlx::query(
@@ -236,10 +245,10 @@ impl Postgres {
         .bind(limit)
         .fetch_all(&mut *tx)
         .await?;
-        if jobs.is_empty() && letters.is_empty() && callbacks == 0 {
+        if found.is_empty() && letters.is_empty() && callbacks == 0 {
             return Ok(None);
         }
-        let last = jobs.last().map(|row| row.try_get("id")).transpose()?.unwrap_or(after);
+        let last = found.last().copied().unwrap_or(after);
         let mut rotated = Rotated { callbacks, ..Rotated::default() };
         for (table, owner, rows) in [("jobs", "id", &jobs), ("dead_letters", "job_id", &letters)] {
             let (mut ids, mut sealed, mut keys) = (vec![], vec![], vec![]);
