@@ -1,5 +1,2 @@
-ALTER TABLE jobs ALTER run_at TYPE timestamptz;
-DROP DOMAIN job_time;
-
 DROP INDEX jobs_undispatched;
 CREATE INDEX jobs_undispatched ON jobs (priority DESC, created_at) WHERE dispatched_at IS NULL AND state = 'waiting';

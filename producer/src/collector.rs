@@ -91,6 +91,8 @@ impl Collector {
                     }
                 }
                 Err(error) if error.is_unavailable() => return Err(error),
+                // The next round folds it.
+                Err(error) if error.conflict => more = true,
                 // One batch that can't be folded must not hold up the others.
                 Err(error) => {
                     tracing::warn!(%batch, %error, again_in = ?PUT_OFF, "a batch waits to be counted");

@@ -210,7 +210,7 @@ async fn serve<B: Batch>(batch: &B, calls: Vec<Call<B>>, size: &Mutex<BatchSize>
                     answer(call, Ok(reply));
                 }
             }
-            Err(error) if error.class == Class::Data && calls.len() > 1 => {
+            Err(error) if (error.class == Class::Data || error.trouble) && calls.len() > 1 => {
                 let half = calls.split_off(calls.len() / 2);
                 work.push(half);
                 work.push(calls);
@@ -249,7 +249,7 @@ mod tests {
     use super::*;
     use std::sync::Mutex;
 
-    /// Refuses odd numbers as data and records the batches it saw.
+    /// Refuses odd numbers as data, gets into trouble with 13, and records the batches it saw.
     #[derive(Clone, Default)]
     struct Evens(Arc<Mutex<Vec<Vec<u32>>>>, Arc<tokio::sync::Notify>);
 
@@ -263,6 +263,10 @@ mod tests {
             self.0.lock().unwrap().push(items.to_vec());
             self.1.notified().await;
             self.1.notify_one();
+            if items.contains(&13) {
+                let error = StoreError::new(Dependency::Postgres, Class::Transient, "a damaged page");
+                return Err(StoreError { trouble: true, ..error });
+            }
             if items.iter().any(|n| n % 2 == 1) {
                 return Err(StoreError::new(Dependency::Postgres, Class::Data, "odd"));
             }
@@ -278,7 +282,7 @@ mod tests {
             Limits { in_flight: 1, max_wait: Duration::from_secs(5), ..Limits::default() },
         );
         let deadline = Instant::now() + Duration::from_secs(10);
-        let calls: Vec<_> = [2, 4, 5, 6, 8]
+        let calls: Vec<_> = [2, 4, 5, 6, 8, 13]
             .map(|n| {
                 let coalescer = coalescer.clone();
                 tokio::spawn(async move { coalescer.call(n, deadline).await.map_err(|e| e.class) })
@@ -290,7 +294,8 @@ mod tests {
         for call in calls {
             replies.push(call.await.unwrap());
         }
-        assert_eq!(replies, [Ok(20), Ok(40), Err(Class::Data), Ok(60), Ok(80)]);
+        let refused = [Err(Class::Data), Err(Class::Transient)];
+        assert_eq!(replies, [Ok(20), Ok(40), refused[0], Ok(60), Ok(80), refused[1]]);
     }
 
     #[tokio::test]

@@ -96,12 +96,22 @@ pub struct StoreError {
     /// It was undone as a whole, because another transaction stood in its way (a deadlock, or what it read has changed), and may be
     /// asked again at once.
     pub conflict: bool,
+    /// The server is in trouble with something that was asked for, as a damaged page. Whoever asks in one batch with it is asked for
+    /// without it.
+    pub trouble: bool,
 }
 
 impl StoreError {
     /// An error without a wish for a later time.
     pub fn new(dependency: Dependency, class: Class, message: impl Into<String>) -> Self {
-        Self { dependency, class, message: message.into(), retry_after: None, conflict: false }
+        Self {
+            dependency,
+            class,
+            message: message.into(),
+            retry_after: None,
+            conflict: false,
+            trouble: false,
+        }
     }
 
     /// The same error as another dependency's: errors of sqlx and of redis convert as those of Flotilla's own Postgres and
@@ -142,23 +152,23 @@ pub(crate) fn storable(text: String) -> String {
 /// as that of a process is that was paused (25P). What lasts although its probe is answered is charged.
 const OUTAGES: [&str; 8] = ["08", "57P0", "53", "28", "3D", "25006", "25P03", "25P04"];
 
-/// Trouble of the server's with what one statement asks for, as a damaged page: others must not wait for it, and whoever was in a
-/// batch with it must not die of it.
+/// Trouble of the server's with what one statement asks for, as a damaged page.
 const TROUBLES: [&str; 2] = ["58", "XX"];
 
 impl From<sqlx::Error> for StoreError {
     /// SQLSTATE classes as PROTOCOL.md 16 and 20 sort them.
     fn from(error: sqlx::Error) -> Self {
-        let mut conflict = false;
+        let (mut conflict, mut trouble) = (false, false);
         let class = match &error {
             sqlx::Error::Database(db) => {
                 let code = db.code().unwrap_or_default();
                 conflict = matches!(code.as_ref(), "40001" | "40P01");
+                trouble = TROUBLES.iter().any(|trouble| code.starts_with(trouble));
                 match code.as_ref() {
                     c if OUTAGES.iter().any(|outage| c.starts_with(outage)) => Class::Unavailable,
                     "57014" => Class::Timeout,
                     "40001" | "40P01" | "55P03" => Class::Transient,
-                    c if TROUBLES.iter().any(|trouble| c.starts_with(trouble)) => Class::Transient,
+                    _ if trouble => Class::Transient,
                     c if c.starts_with("22") || c.starts_with("23") => Class::Data,
                     _ => Class::Permanent,
                 }
@@ -172,7 +182,7 @@ impl From<sqlx::Error> for StoreError {
             sqlx::Error::Encode(_) | sqlx::Error::InvalidArgument(_) => Class::Data,
             _ => Class::Permanent,
         };
-        Self { conflict, ..Self::new(Dependency::Postgres, class, with_causes(&error)) }
+        Self { conflict, trouble, ..Self::new(Dependency::Postgres, class, with_causes(&error)) }
     }
 }
 

@@ -375,10 +375,10 @@ async fn a_run_whose_preparation_kills_its_workers_is_parked() {
     let stage = Stage::repeatable(vec![]).await;
     let id = stage.enqueue(|_| ()).await;
     stage.take(id).await;
-    // Once more than it takes to turn back.
+    // As often again as makes it poison.
     sqlx::query("UPDATE jobs SET lost_alone = $2 WHERE id = $1")
         .bind(id.0)
-        .bind(EngineSettings::default().delivery_limit + 1)
+        .bind(EngineSettings::default().delivery_limit * 2)
         .execute(stage.postgres.pool())
         .await
         .unwrap();

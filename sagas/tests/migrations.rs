@@ -174,17 +174,6 @@ async fn many_that_migrate_a_fresh_database_at_once_all_succeed() {
 }
 
 #[tokio::test]
-async fn times_that_no_clock_shows_are_brought_within_before_the_table_refuses_them() {
-    let (_services, postgres) = database().await;
-    let job = one_job_with_a_run(&postgres).await;
-    postgres.migrate_down(28).await.unwrap();
-    sqlx::query("UPDATE jobs SET run_at = 'infinity'").execute(postgres.pool()).await.unwrap();
-    postgres.migrate_up().await.unwrap();
-    let view = postgres.job(queue::JobId(job), None).await.unwrap().unwrap();
-    assert_eq!(view.run_at.to_rfc3339(), "9999-12-31T23:59:59.999999+00:00");
-}
-
-#[tokio::test]
 async fn migrations_keep_the_rows_of_a_database_in_use() {
     let (_services, postgres) = database().await;
     postgres.migrate_up().await.unwrap();

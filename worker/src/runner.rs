@@ -9,7 +9,7 @@ use sagas::{
     engine::{CallLimits, Delivery, Ended, Engine, breaker::State},
     stores::postgres::{
         ending::{GivenBack, Run},
-        take::{Take, TakeBatch, TakeItem, TakenJob},
+        take::{Take, TakeBatch, TakeItem, TakenJob, refused_for},
     },
 };
 use tokio::{sync::RwLock, time::Instant};
@@ -22,8 +22,6 @@ use crate::gatekeeper::Gatekeeper;
 const ALONE_AFTER: i32 = 2;
 /// How long a job waits that has to run alone, while others wait out an outage.
 const ALONE_LATER: Duration = Duration::from_secs(10);
-/// How long a job waits that the ledger refuses to hand out.
-const REFUSED_FOR: Duration = Duration::from_secs(10);
 
 /// Runs claimed jobs. One for each process.
 pub(crate) struct Runner {
@@ -111,13 +109,11 @@ impl Runner {
                 self.limits.call_timeout.min(job.lease.remaining().saturating_sub(self.limits.lease_margin));
             match self.take.call(item.clone(), Instant::now() + within).await {
                 Ok(take) => return Some(take),
-                // It alone: a batch is split until the guilty one is found. Tried again here it would
-                // hold its slot, its lease and the company for nothing.
-                Err(error) if !error.class.is_retryable() => {
-                    tracing::error!(%error, wait = ?REFUSED_FOR, "the ledger refuses the job; it is put off");
-                    return Some(Take::NotYet(REFUSED_FOR));
-                }
                 Err(error) => {
+                    if let Some(wait) = refused_for(&error) {
+                        tracing::error!(%error, ?wait, "the ledger refuses the job; it is put off");
+                        return Some(Take::NotYet(wait));
+                    }
                     if !self.engine.breakers().confirm_outage(Dependency::Postgres, &error).await {
                         tracing::warn!(%error, "the take failed; trying again");
                         tokio::time::sleep(Duration::from_millis(200)).await;

@@ -392,3 +392,27 @@ async fn a_fast_job_that_a_newer_release_wrote_is_put_off_and_not_dropped() {
     let answer = ledger.take(&envelope, Duration::from_secs(5)).await;
     assert_eq!(answer, Ok(Take::NotYet(Duration::from_secs(60))));
 }
+
+#[tokio::test]
+async fn a_job_whose_row_the_server_cannot_read_is_put_off_and_holds_up_no_other() {
+    let stage = Stage::new().await;
+    let (damaged, sound) = (stage.enqueue("fine", |_| ()).await, stage.enqueue("fine", |_| ()).await);
+    for sql in [
+        "CREATE FUNCTION damaged() RETURNS trigger LANGUAGE plpgsql AS
+         $$ BEGIN RAISE EXCEPTION 'invalid page' USING ERRCODE = 'XX001'; END $$"
+            .to_owned(),
+        format!(
+            "CREATE TRIGGER damaged BEFORE UPDATE ON jobs FOR EACH ROW WHEN (new.id = '{damaged}') EXECUTE FUNCTION damaged()"
+        ),
+    ] {
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(stage.postgres.pool()).await.unwrap();
+    }
+    let ledger = PlainLedger::new(stage.postgres.clone(), WorkerId::new("w:1"));
+    let take = async |job| {
+        let envelope = stage.postgres.envelope(job).await.unwrap().unwrap();
+        ledger.take(&envelope, Duration::from_secs(5)).await.unwrap()
+    };
+    let (of_damaged, of_sound) = tokio::join!(take(damaged), take(sound));
+    assert_eq!(of_damaged, Take::NotYet(Duration::from_secs(10)));
+    assert!(matches!(of_sound, Take::Granted(_)), "{of_sound:?}");
+}

@@ -163,6 +163,17 @@ impl<'a, S: Saga> Drive<'a, S> {
     async fn resume(mut self, open: OpenSaga) -> Result<Ended, StoreError> {
         let next: usize = open.next_step.unsigned_abs().into();
         let past_pivot = next > self.saga.pivot() || open.pivot_begun;
+        let limit = self.engine.settings.delivery_limit;
+        let mut turned = None;
+        if open.compensating {
+            let Some(verdict) = open.verdict.and_then(|v| serde_json::from_value(v).ok()) else {
+                return self.park(None, "the saga's verdict can't be read").await;
+            };
+            if open.lost_compensating >= limit {
+                return self.park(Some(&verdict), "its compensation kills its workers").await;
+            }
+            turned = Some(verdict);
+        }
         let data: S::Data = match open.data {
             Some(data) => match decode(data) {
                 Ok(data) => data,
@@ -172,8 +183,8 @@ impl<'a, S: Saga> Drive<'a, S> {
                     return self.park_at(&parking).await;
                 }
             },
-            // The delivery that was to turn it back died before it could.
-            None if self.ctx.job.lost_alone > self.engine.settings.delivery_limit => {
+            // As many more deliveries as make it poison were to turn it back, and died before they could.
+            None if turned.is_none() && self.ctx.job.lost_alone >= limit.saturating_mul(2) => {
                 let error = "preparing its data kills its workers";
                 return self.park_at(&Parking { verdict: None, error, past_pivot, progress: None }).await;
             }
@@ -186,14 +197,7 @@ impl<'a, S: Saga> Drive<'a, S> {
             },
         };
         (self.done, self.pivot_begun) = (open.done, open.pivot_begun);
-        if open.compensating {
-            let verdict = open.verdict.clone().and_then(|v| serde_json::from_value(v).ok());
-            let Some(verdict) = verdict else {
-                return self.park(None, "the saga's verdict can't be read").await;
-            };
-            if open.lost_compensating >= self.engine.settings.delivery_limit {
-                return self.park(Some(&verdict), "its compensation kills its workers").await;
-            }
+        if let Some(verdict) = turned {
             return self.backward(&data, verdict).await;
         }
         if self.is_poison() {

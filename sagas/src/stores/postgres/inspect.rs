@@ -75,8 +75,10 @@ pub struct JobView {
     pub finished_at: Option<DateTime<Utc>>,
 }
 
+/// Times beyond those that Rust knows ('infinity') are brought within.
 const JOB: &str = "SELECT j.id, j.kind, j.queue, j.priority, j.tenant, j.state, j.outcome, j.result, j.result_key_id, d.key AS document, j.doc_order,
-       j.deliveries, j.lost_deliveries, j.attempts, j.max_attempts, j.run_at, j.worker, j.last_error, j.parent, j.replay_of,
+       j.deliveries, j.lost_deliveries, j.attempts, j.max_attempts,
+       greatest(least(j.run_at, '9999-12-31 23:59Z'), 'epoch') AS run_at, j.worker, j.last_error, j.parent, j.replay_of,
        j.batch_id, p.percent AS progress, p.message AS progress_message, j.traceparent, j.cancel_requested_at, j.created_at,
        j.taken_at, j.finished_at
   FROM jobs j LEFT JOIN documents d ON d.id = j.document_id LEFT JOIN job_progress p ON p.job_id = j.id AND p.fence = j.fence";

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{
     Fence, Postgres,
     ending::{CompleteBatch, Completed, Completion, Ending, Failure, GivenBack, Run, Verdict},
-    take::{Take, TakeBatch, TakeItem, TakenJob, UNROUTABLE_AFTER, look_again_in},
+    take::{Take, TakeBatch, TakeItem, TakenJob, UNROUTABLE_AFTER, look_again_in, refused_for},
 };
 use crate::{
     coalescing::{Coalescer, Limits},
@@ -114,7 +114,15 @@ impl Ledger for PlainLedger {
             Ok(item) => item,
             Err(wait) => return Ok(ledger::Take::NotYet(wait)),
         };
-        Ok(match self.take.call(item, Instant::now() + within).await.map_err(ledger_error)? {
+        let taken = match self.take.call(item, Instant::now() + within).await {
+            Ok(taken) => taken,
+            Err(error) => {
+                let Some(wait) = refused_for(&error) else { return Err(ledger_error(error)) };
+                tracing::error!(job = %envelope.id, %error, ?wait, "the ledger refuses the job; it is put off");
+                return Ok(ledger::Take::NotYet(wait));
+            }
+        };
+        Ok(match taken {
             Take::Taken(job) if job.unreadable.is_some() => self.unreadable(*job).await?,
             Take::Taken(job) => ledger::Take::Granted(grant(*job)),
             Take::Gone => ledger::Take::Gone,

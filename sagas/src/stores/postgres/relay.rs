@@ -36,8 +36,9 @@ impl Batch {
     }
 }
 
+/// Times beyond those that Rust knows ('infinity') are brought within: one job must not stop the relay.
 pub(super) const ENVELOPE: &str = "id, kind, queue, priority, tenant, traceparent, tracestate, created_at,
-    run_at, run_at > now() AS later";
+    greatest(least(run_at, '9999-12-31 23:59Z'), 'epoch') AS run_at, run_at > now() AS later";
 
 /// Undispatched jobs of one queue and priority, those due earliest first.
 const OF_PLACE: &str = "SELECT id FROM jobs WHERE dispatched_at IS NULL AND state = 'waiting'

@@ -141,6 +141,12 @@ impl TakeItem {
     }
 }
 
+/// How long a job is put off that the ledger refuses to hand out; `None`: it may do so the next time. It alone: a batch is split until
+/// the guilty one is found. Asked for again at once it would hold its slot, its lease and its company for nothing.
+pub fn refused_for(error: &StoreError) -> Option<Duration> {
+    (error.trouble || !error.class.is_retryable()).then_some(REFUSED_FOR)
+}
+
 /// When to look again at a job that nobody could run or read for `waited` and that is dead after `limit`: no later than that.
 pub(crate) fn look_again_in(limit: Duration, waited: Duration) -> Duration {
     UNREADABLE_FOR.min(limit.saturating_sub(waited)).max(Duration::from_millis(100))
@@ -186,6 +192,8 @@ pub const UNROUTABLE_AFTER: Duration = Duration::from_secs(3600);
 /// How long a job waits at most that this worker can't run or read, before it or another looks again: long enough not to spin,
 /// short enough that a deploy is noticed.
 pub(crate) const UNREADABLE_FOR: Duration = Duration::from_secs(10);
+/// How long a job waits that the ledger refuses to hand out.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// How long a `fast` job waits whose record this release can't read.
 const UNREADABLE_RECORD_FOR: Duration = Duration::from_secs(60);
 /// How long a job waits whose document is busy, before it is looked at again.
