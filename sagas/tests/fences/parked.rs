@@ -11,6 +11,7 @@ use sagas::stores::postgres::{
     publish::Published,
     stage::Stage,
     take::TakenJob,
+    waits::Signalled,
 };
 use serde_json::json;
 use uuid::Uuid;
@@ -278,4 +279,14 @@ async fn runs_are_listed_by_what_is_asked_for_in_pages() {
     }
     let all = SagaFilter { since: Some(hour_ago), tenant: Some(TENANT.to_owned()), limit: 9, ..parked };
     assert_eq!(ledger.postgres.sagas(&all).await.unwrap().len(), 5);
+}
+
+#[tokio::test]
+async fn a_parked_run_takes_signals_since_it_may_go_on_to_wait_for_them() {
+    let ledger = Ledger::start().await;
+    let (job, stage) = ledger.parked("a", &dead()).await;
+    let signal = async |name| ledger.postgres.signal(job.id, None, name, &json!(true)).await.unwrap();
+    assert_eq!(signal("early").await, Signalled::Sent);
+    ledger.resolve(stage.saga.id).await;
+    assert_eq!(signal("late").await, Signalled::Ended);
 }
