@@ -372,6 +372,15 @@ impl StepContext {
             // Boxed: it is moved into one future after the other here.
             let call = Box::pin(async {
                 crate::fault_point!(&format!("{point}.before"), &self.job.payload);
+                // In a process that was paused until now the time-out may not have been heard of yet, and a command that is
+                // handed to a connection may be on its way when it is.
+                if Instant::now() >= deadline {
+                    return Err(StoreError::new(
+                        dependency,
+                        Class::Timeout,
+                        "its time was over before it began",
+                    ));
+                }
                 let done = call(deadline).await?;
                 crate::fault_point!(&format!("{point}.after"), &self.job.payload);
                 Ok::<T, StoreError>(done)
