@@ -372,16 +372,7 @@ impl StepContext {
             // Boxed: it is moved into one future after the other here.
             let call = Box::pin(async {
                 crate::fault_point!(&format!("{point}.before"), &self.job.payload);
-                // In a process that was paused until now the time-out may not have been heard of yet, and a command that is
-                // handed to a connection may be on its way when it is.
-                if Instant::now() >= deadline {
-                    return Err(StoreError::new(
-                        dependency,
-                        Class::Timeout,
-                        "its time was over before it began",
-                    ));
-                }
-                let done = call(deadline).await?;
+                let done = begin(dependency, deadline, &call).await?;
                 crate::fault_point!(&format!("{point}.after"), &self.job.payload);
                 Ok::<T, StoreError>(done)
             });
@@ -546,6 +537,22 @@ impl StepContext {
     }
 }
 
+/// Begins a call, unless its time is over: in a process that was paused until now the time-out may not have been heard of yet,
+/// and a command that is handed to a connection may be on its way when it is.
+async fn begin<T, C>(
+    dependency: Dependency,
+    deadline: Instant,
+    call: impl Fn(Instant) -> C,
+) -> Result<T, StoreError>
+where
+    C: Future<Output = Result<T, StoreError>>,
+{
+    if Instant::now() >= deadline {
+        return Err(StoreError::new(dependency, Class::Timeout, "its time was over before it began"));
+    }
+    call(deadline).await
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
@@ -571,6 +578,24 @@ mod tests {
 
     fn ten_seconds() -> Budget {
         Budget::new(Instant::now() + SECOND * 10)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn protocol_6_a_call_whose_time_is_over_is_not_begun_though_its_time_out_was_not_heard_of() {
+        let deadline = Instant::now() + SECOND;
+        let begun = AtomicBool::new(false);
+        let call = |_| async {
+            begun.store(true, Ordering::Relaxed);
+            Ok::<_, StoreError>(())
+        };
+        // As `timeout_at` does: the call is looked at before the clock.
+        timeout_at(deadline, begin(Dependency::Cache, deadline, call)).await.unwrap().unwrap();
+        assert!(begun.swap(false, Ordering::Relaxed), "a call in time is begun");
+        tokio::time::advance(SECOND).await;
+        let late = timeout_at(deadline, begin(Dependency::Cache, deadline, call)).await;
+        let error = late.expect("the call is looked at before the clock").unwrap_err();
+        assert_eq!(error.class, Class::Timeout);
+        assert!(!begun.load(Ordering::Relaxed), "a call was begun after its time");
     }
 
     #[tokio::test(start_paused = true)]
