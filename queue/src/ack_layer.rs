@@ -86,7 +86,7 @@ impl<L: Ledger> AckLayer<L> {
         Self { retries, ..self }
     }
 
-    /// Waits out an outage of the ledger.
+    /// Waits out an outage of the ledger. `call` may be made again: it must be idempotent.
     async fn patiently<T, F>(&self, lease: &Lease, call: impl Fn(Duration) -> F) -> Result<T, BoxDynError>
     where
         F: Future<Output = Result<T, LedgerError>>,
@@ -95,7 +95,9 @@ impl<L: Ledger> AckLayer<L> {
         loop {
             lease.valid(margin * 2).await?;
             let within = CALL.min(lease.remaining().saturating_sub(margin));
-            match call(within).await {
+            // Of a server that fell silent nothing may ever be heard, and the heartbeat keeps the lease all the while.
+            let answer = timeout(within, call(within)).await;
+            match answer.unwrap_or_else(|_| Err(LedgerError::Unavailable("no answer in time".to_owned()))) {
                 Err(LedgerError::Unavailable(reason)) => {
                     tracing::debug!(id = %lease.id(), reason, "the ledger is away; trying again");
                     sleep(PAUSE).await;

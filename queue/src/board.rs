@@ -391,6 +391,8 @@ impl<T> FetchById for Board<T> {
     }
 }
 
+/// Tasks go in chunks of 500. After an error those that wait to be sent are forgotten, so that a caller who pushes all again
+/// does not push them twice; chunks before it are stored. Who gives each task a UUID as its id may push all again.
 impl<T> Sink<Task<Value>> for Board<T> {
     type Error = QueueError;
 
@@ -400,8 +402,13 @@ impl<T> Sink<Task<Value>> for Board<T> {
 
     fn start_send(self: Pin<&mut Self>, task: Task<Value>) -> Result<(), QueueError> {
         let this = self.get_mut();
-        let envelope = this.envelope(task)?;
-        this.outgoing.push(envelope);
+        match this.envelope(task) {
+            Ok(envelope) => this.outgoing.push(envelope),
+            Err(error) => {
+                this.outgoing.clear();
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
@@ -412,7 +419,10 @@ impl<T> Sink<Task<Value>> for Board<T> {
             if let Some(sending) = under_way {
                 let sent = ready!(sending.as_mut().poll(cx));
                 *under_way = None;
-                sent?;
+                if let Err(error) = sent {
+                    this.outgoing.clear();
+                    return Poll::Ready(Err(error));
+                }
             }
             if this.outgoing.is_empty() {
                 return Poll::Ready(Ok(()));

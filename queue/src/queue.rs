@@ -310,7 +310,10 @@ impl Queue {
                     tracing::error!(%id, %queue, %error, "dropping a job whose record in Redis can't be read");
                     metrics::counter!("queue_jobs_dropped_total", "reason" => "unreadable").increment(1);
                     let args = [text(id), text(token.as_str())];
-                    self.script(&scripts::ACK, queue, partition, &args).await?;
+                    // If it can't be dropped now, its lease runs out; the sound claims beside it are not to wait for theirs.
+                    if let Err(error) = self.script(&scripts::ACK, queue, partition, &args).await {
+                        tracing::warn!(%id, %queue, %error, "it could not be dropped");
+                    }
                 }
             }
         }

@@ -6,7 +6,10 @@ mod support;
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -362,6 +365,62 @@ async fn a_job_that_waits_to_run_alone_lets_the_others_in_when_its_lease_is_lost
 #[derive(Debug, Clone, Default)]
 struct Timed(Arc<Mutex<Vec<Duration>>>);
 
+/// A ledger that falls silent at the first end of a job, and at the first word that one runs alone.
+#[derive(Debug, Clone, Default)]
+struct Silent {
+    ends: Arc<AtomicU32>,
+    alone: Arc<AtomicU32>,
+}
+
+/// The first call never returns.
+async fn silent_at_first(calls: &AtomicU32) {
+    if calls.fetch_add(1, Ordering::SeqCst) == 0 {
+        std::future::pending::<()>().await;
+    }
+}
+
+impl Ledger for Silent {
+    async fn take(&self, envelope: &Envelope, within: Duration) -> Result<Take, LedgerError> {
+        NoLedger.take(envelope, within).await
+    }
+
+    async fn alone(&self, job: JobId, grant: &Grant) -> Result<bool, LedgerError> {
+        silent_at_first(&self.alone).await;
+        NoLedger.alone(job, grant).await
+    }
+
+    async fn wanted_to_end(&self, jobs: &[JobId]) -> Result<Vec<JobId>, LedgerError> {
+        NoLedger.wanted_to_end(jobs).await
+    }
+
+    async fn end(&self, job: JobId, grant: &Grant, end: &End) -> Result<Written, LedgerError> {
+        silent_at_first(&self.ends).await;
+        NoLedger.end(job, grant, end).await
+    }
+}
+
+#[tokio::test]
+async fn protocol_16_a_ledger_that_falls_silent_is_asked_again() {
+    let stage = Stage::with(quick).await;
+    lost_twice(&stage).await;
+    let (ledger, shutdown) = (Silent::default(), CancellationToken::new());
+    let (roles, backend) = Roles::spawn(&stage.queue, config(8, "one"), &shutdown).unwrap();
+    let apalis = WorkerBuilder::new("one")
+        .backend(backend)
+        .layer(AckLayer::over(ledger.clone(), roles.acker.clone()))
+        .build(async |_: Job| Ok::<(), BoxDynError>(()));
+    let running = tokio::spawn(apalis.run());
+    let gone = async || (stage.queue.stats(&name()).await.unwrap().in_flight == 0).then_some(());
+    let ended = async || (ledger.ends.load(Ordering::SeqCst) == 2).then_some(());
+    eventually(DEADLINE, ended, async || format!("{ledger:?}")).await;
+    eventually(DEADLINE, gone, async || format!("{:?}", stage.queue.stats(&name()).await)).await;
+    assert_eq!(ledger.alone.load(Ordering::SeqCst), 2);
+    assert_eq!(stage.queue.stats(&name()).await.unwrap().depth(), 0);
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
+    roles.join().await;
+}
+
 impl Ledger for Timed {
     const COUNTS: bool = false;
 
@@ -697,6 +756,17 @@ async fn apalis_own_sink_keeps_a_tasks_trace_and_refuses_what_it_cannot_keep() {
     let kept =
         TraceContext { traceparent: format!("00-{trace}-{span}-01"), tracestate: Some("a=b".to_owned()) };
     assert_eq!(traces, [Some(kept.clone()), Some(kept), None]);
+}
+
+#[tokio::test]
+async fn apalis_own_sink_forgets_the_tasks_of_a_push_that_failed() {
+    let stage = Stage::new().await;
+    let mut board = view(&stage);
+    let mail = || TaskBuilder::new(Mail { to: "one".to_owned() });
+    let tasks = [mail().build(), mail().idempotency_key("k1").build()];
+    board.push_all(futures::stream::iter(tasks)).await.unwrap_err();
+    board.push_all(futures::stream::iter([mail().build()])).await.unwrap();
+    assert_eq!(stage.queue.stats(&name()).await.unwrap().depth(), 1);
 }
 
 #[tokio::test]
