@@ -174,8 +174,8 @@ impl<'a, S: Saga> Drive<'a, S> {
             }
             turned = Some(verdict);
         }
-        let data: S::Data = match open.data {
-            Some(data) => match decode(data) {
+        let data: S::Data = match open.unreadable.map(Err).or(open.data.map(decode)) {
+            Some(data) => match data {
                 Ok(data) => data,
                 Err(error) => {
                     let error = format!("the saga's data can't be read: {error}");

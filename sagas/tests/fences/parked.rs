@@ -33,7 +33,7 @@ impl Ledger {
     }
 
     async fn resolve(&self, saga: Uuid) -> Handled {
-        self.postgres.resolve_parked(saga, "a test", "seen to").await.unwrap()
+        self.postgres.resolve_parked(saga, "a test", "seen to", HOUR).await.unwrap()
     }
 
     async fn actions(&self, action: &str) -> i64 {
@@ -129,9 +129,9 @@ async fn a_closed_run_gives_its_job_the_end_that_its_effects_have() {
             assert_eq!(letter.error_chain, json!(["an undo failed"]));
             assert_eq!(ledger.postgres.attempts(job.id).await.unwrap().len(), 1);
         }
-        // The staged version is the janitor's, now.
+        // The staged version is the janitor's, but not before late writers are through.
         let (staged, due): (i64, i64) = sqlx::query_as(
-            "SELECT count(*) FILTER (WHERE state = 'staged'), count(*) FILTER (WHERE state = 'abandoned' AND sweep_after <= now())
+            "SELECT count(*) FILTER (WHERE state = 'staged'), count(*) FILTER (WHERE state = 'abandoned' AND sweep_after > now() + interval '59 min')
              FROM document_versions WHERE saga_id = $1",
         )
         .bind(stage.saga.id)
@@ -177,7 +177,7 @@ async fn of_a_retry_and_a_close_at_once_one_is_done() {
         let (job, stage) = ledger.parked(&format!("d{n}"), &Verdict::Cancelled).await;
         let (retried, closed) = tokio::join!(
             async { ledger.postgres.retry_parked(stage.saga.id, "one").await.unwrap() },
-            async { ledger.postgres.resolve_parked(stage.saga.id, "two", "seen to").await.unwrap() },
+            async { ledger.postgres.resolve_parked(stage.saga.id, "two", "seen to", HOUR).await.unwrap() },
         );
         let done = [&retried, &closed].iter().filter(|answer| matches!(answer, Handled::Done(..))).count();
         assert_eq!(done, 1, "{retried:?} {closed:?}");

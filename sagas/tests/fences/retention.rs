@@ -162,7 +162,7 @@ async fn what_a_parent_that_has_not_ended_or_is_parked_may_still_look_at_stays()
     for id in ids {
         assert_eq!(ledger.result(id).await, Some(json!({ "kept": true })));
     }
-    ledger.postgres.resolve_parked(saga.id, "a test", "").await.unwrap();
+    ledger.postgres.resolve_parked(saga.id, "a test", "", HOUR).await.unwrap();
     assert_eq!(expired().await, (3, 3, 2));
     assert_eq!(expired().await, (0, 1, 0), "the parent goes last");
 }

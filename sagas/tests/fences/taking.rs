@@ -11,7 +11,7 @@ use sagas::{
     },
 };
 
-use crate::ledger::{HOUR, Ledger, after, ingest, job, parking, retry, run_of};
+use crate::ledger::{HOUR, Ledger, after, ingest, job, parking, retry, run_of, saga_of};
 use serde_json::json;
 
 fn waits(take: &Take) -> Option<Duration> {
@@ -35,6 +35,35 @@ async fn protocol_12_a_payload_that_nobody_can_read_keeps_no_other_job_from_its_
     let [Take::Taken(deep), Take::Taken(plain)] = &takes[..] else { panic!("{takes:?}") };
     assert!(deep.unreadable.as_ref().unwrap().contains("recursion limit"), "{deep:?}");
     assert_eq!((&plain.unreadable, &plain.payload), (&None, &json!({ "n": 1 })));
+}
+
+#[tokio::test]
+async fn protocol_12_a_run_whose_data_nobody_can_read_keeps_no_other_job_from_its_worker() {
+    let ledger = Ledger::start().await;
+    let mut ids = vec![];
+    for document in ["a", "b"] {
+        let taken = ledger.take("w", ledger.ingest(document).await).await;
+        assert!(ledger.postgres.begin_saga(&saga_of(&taken, uuid::Uuid::now_v7())).await.unwrap());
+        ids.push(taken.id);
+    }
+    for (column, told) in [("data", true), ("verdict", false)] {
+        sqlx::query(sqlx::AssertSqlSafe(format!(
+            "UPDATE sagas SET {column} = (repeat('[', 200) || repeat(']', 200))::jsonb WHERE job_id = $1"
+        )))
+        .bind(ids[0].0)
+        .execute(ledger.postgres.pool())
+        .await
+        .unwrap();
+        let takes = ledger.takes("w", &ids).await;
+        let [Take::Taken(deep), Take::Taken(plain)] = &takes[..] else { panic!("{column}: {takes:?}") };
+        let (deep, plain) = (deep.saga.as_ref().unwrap(), plain.saga.as_ref().unwrap());
+        assert_eq!(deep.unreadable.is_some(), told, "{deep:?}");
+        assert_eq!((&deep.data, &deep.verdict, &plain.unreadable), (&None, &None, &None));
+        sqlx::query(sqlx::AssertSqlSafe(format!("UPDATE sagas SET {column} = NULL")))
+            .execute(ledger.postgres.pool())
+            .await
+            .unwrap();
+    }
 }
 
 #[tokio::test]

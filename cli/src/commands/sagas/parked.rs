@@ -35,8 +35,10 @@ pub async fn resolve(id: Uuid, reason: &str, postgres: &Postgres, context: &Cont
         bail!("--reason is empty: say why, for whoever reads the audit log");
     }
     let saga = parked(id, postgres).await?;
-    let standing = context.stores(postgres.clone())?.standing(&saga).await?;
-    let (job, state) = done(saga.id, postgres.resolve_parked(saga.id, &actor(), reason).await?)?;
+    let stores = context.stores(postgres.clone())?;
+    let standing = stores.standing(&saga).await?;
+    let resolved = postgres.resolve_parked(saga.id, &actor(), reason, stores.settings.sweep_bound).await?;
+    let (job, state) = done(saga.id, resolved)?;
     let data = json!({ "saga": saga.id, "job": job, "job_state": state, "stood": standing });
     context.out.data(&data, || {
         let next = match state.as_str() {

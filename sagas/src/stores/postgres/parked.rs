@@ -1,6 +1,6 @@
 //! What a person does about a parked run: let it go on from its log, or close it.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Duration};
 
 use chrono::{DateTime, Utc};
 use queue::{JobId, WorkerId};
@@ -105,8 +105,15 @@ impl Postgres {
 
     /// Closes a parked run. Past the pivot its effect stands, and the job has succeeded with the outcome `resolved`.
     /// Before it, readers saw nothing: the job ends as the run's verdict says, where another attempt counts as none, so
-    /// that it is dead with a dead letter; a staged version goes to the janitor at once.
-    pub async fn resolve_parked(&self, saga: Uuid, actor: &str, reason: &str) -> Result<Handled, StoreError> {
+    /// that it is dead with a dead letter; a staged version goes to the janitor after `sweep_after`, when what others of the
+    /// run, such as its embedding's own job, still write has arrived.
+    pub async fn resolve_parked(
+        &self,
+        saga: Uuid,
+        actor: &str,
+        reason: &str,
+        sweep_after: Duration,
+    ) -> Result<Handled, StoreError> {
         let mut tx = self.begin().await?;
         sqlx::query("SELECT FROM document_versions WHERE saga_id = $1 FOR NO KEY UPDATE")
             .bind(saga)
@@ -123,10 +130,11 @@ impl Postgres {
                 .execute(&mut *tx)
                 .await?;
             sqlx::query(
-                "UPDATE document_versions SET state = 'abandoned', body = NULL, sweep_after = now()
+                "UPDATE document_versions SET state = 'abandoned', body = NULL, sweep_after = now() + make_interval(secs => $2)
                  WHERE saga_id = $1 AND state = 'staged'",
             )
             .bind(saga)
+            .bind(sweep_after.as_secs_f64())
             .execute(&mut *tx)
             .await?;
         }

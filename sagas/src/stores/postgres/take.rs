@@ -79,6 +79,8 @@ pub struct OpenSaga {
     pub next_step: i16,
     /// The saga's typed data. `None`: as [`Saga::prepare`](crate::Saga::prepare) makes it.
     pub data: Option<Value>,
+    /// Why `data` can't be read; then they are `None` here.
+    pub unreadable: Option<String>,
     /// Branches of the next step, a group, that are done.
     pub done: Vec<String>,
     /// Whether a pivot that doesn't commit itself may have begun; then the run only goes forward.
@@ -99,6 +101,7 @@ impl OpenSaga {
             compensating: false,
             next_step: 0,
             data: None,
+            unreadable: None,
             done: vec![],
             pivot_begun: false,
             verdict: None,
@@ -330,16 +333,23 @@ impl Postgres {
         .await?;
         rows.iter()
             .map(|row| {
+                // As with payloads: what nobody can read of one run must not keep the others of the batch from their workers.
+                let (data, unreadable) = match row.try_get("data") {
+                    Ok(data) => (data, None),
+                    Err(error) => (None, Some(error.to_string())),
+                };
                 let open = OpenSaga {
                     id: row.try_get("id")?,
                     fresh: false,
                     definition_version: row.try_get("definition_version")?,
                     compensating: row.try_get::<&str, _>("state")? == "compensating",
                     next_step: row.try_get("next_step")?,
-                    data: row.try_get("data")?,
+                    data,
+                    unreadable,
                     done: row.try_get("done")?,
                     pivot_begun: row.try_get("pivot_begun")?,
-                    verdict: row.try_get("verdict")?,
+                    // Without one the run is parked.
+                    verdict: row.try_get("verdict").unwrap_or_default(),
                     lost_compensating: row.try_get("lost_compensating")?,
                 };
                 Ok((JobId(row.try_get("job_id")?), open))
