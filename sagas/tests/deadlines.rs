@@ -127,6 +127,16 @@ fn name() -> QueueName {
 
 impl Stage {
     async fn new(call_timeout: Duration) -> Self {
+        let step = |name, seen: &Arc<Seen>| {
+            Arc::new(Hanging { name, seen: Arc::clone(seen) }) as Arc<dyn Step<Value>>
+        };
+        Self::with(call_timeout, |seen| vec![step("hang", seen), step("hang again", seen)]).await
+    }
+
+    async fn with(
+        call_timeout: Duration,
+        steps: impl FnOnce(&Arc<Seen>) -> Vec<Arc<dyn Step<Value>>>,
+    ) -> Self {
         let services = TestServices::builder().postgres().redis_queue().start().await.unwrap();
         let postgres = Postgres::connect(&PostgresConfig::new(services.postgres().url())).await.unwrap();
         postgres.migrate_up().await.unwrap();
@@ -137,7 +147,6 @@ impl Stage {
         let interval = Duration::from_millis(200);
         let heartbeat = Heartbeat::spawn(config, HeartbeatConfig { interval }).unwrap();
         let seen = Arc::new(Seen::default());
-        let step = |name| Arc::new(Hanging { name, seen: Arc::clone(&seen) }) as Arc<dyn Step<Value>>;
         let settings = EngineSettings {
             calls: CallLimits { call_timeout, lease_margin: MARGIN },
             ..EngineSettings::default()
@@ -147,7 +156,7 @@ impl Stage {
             Breakers::new([], CancellationToken::new()),
             WorkerId::new("w"),
             settings,
-            Registry::default().with(Hangs(vec![step("hang"), step("hang again")])),
+            Registry::default().with(Hangs(steps(&seen))),
         );
         Self { postgres, queue, heartbeat, engine, seen, _services: services }
     }
@@ -240,4 +249,80 @@ async fn protocol_5_a_lost_lease_ends_a_call_that_hangs() {
     let (ended, job) = stage.ended(running).await;
     assert!(stage.told(), "work beside the step is not told of a lost lease");
     assert_eq!((ended, job.state.as_str()), (Ended::Abandoned, "running"));
+}
+
+/// Its first try one way hangs without a call; the other way and later it is done at once.
+struct Slow {
+    back: bool,
+    seen: Arc<Seen>,
+}
+
+impl Slow {
+    async fn hangs_once(&self) {
+        if self.seen.dropped.load(Ordering::SeqCst) {
+            return;
+        }
+        let _dropped = Dropped(Arc::clone(&self.seen));
+        self.seen.entered.notify_one();
+        std::future::pending::<()>().await;
+    }
+}
+
+#[async_trait]
+impl Step<Value> for Slow {
+    fn name(&self) -> &'static str {
+        "slow"
+    }
+    fn timeout(&self) -> Duration {
+        Duration::from_millis(200)
+    }
+    async fn execute(&self, _: &StepContext, _: &mut Value) -> Result<(), StepError> {
+        if !self.back {
+            self.hangs_once().await;
+        }
+        Ok(())
+    }
+    async fn compensate(&self, _: &StepContext, _: &Value) -> Result<(), StepError> {
+        if self.back {
+            self.hangs_once().await;
+        }
+        Ok(())
+    }
+}
+
+struct Fails;
+
+#[async_trait]
+impl Step<Value> for Fails {
+    fn name(&self) -> &'static str {
+        "fails"
+    }
+    async fn execute(&self, _: &StepContext, _: &mut Value) -> Result<(), StepError> {
+        Err(StepError::permanent("refused", "as it should"))
+    }
+    async fn compensate(&self, _: &StepContext, _: &Value) -> Result<(), StepError> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_try_of_a_step_and_of_its_compensation_ends_with_the_steps_own_time() {
+    for back in [false, true] {
+        let steps = |seen: &Arc<Seen>| {
+            vec![Arc::new(Slow { back, seen: Arc::clone(seen) }) as _, Arc::new(Fails) as _]
+        };
+        let stage = Stage::with(Duration::from_secs(600), steps).await;
+        let running = stage.start(Duration::from_secs(600)).await;
+        let (ended, job) = stage.ended(running).await;
+        assert_eq!((ended, job.state.as_str()), (Ended::Ack, "dead"), "back: {back}");
+        let tries: Vec<(String, i32)> = sqlx::query_as(
+            "SELECT direction, attempts FROM saga_timeline WHERE step_name = 'slow' ORDER BY fence, seq",
+        )
+        .fetch_all(stage.postgres.pool())
+        .await
+        .unwrap();
+        let (there, again) = if back { (1, 2) } else { (2, 1) };
+        let expected = [("execute".to_owned(), there), ("compensate".to_owned(), again)];
+        assert_eq!(tries, expected, "back: {back}");
+    }
 }
