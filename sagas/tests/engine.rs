@@ -508,6 +508,20 @@ async fn a_run_that_puts_itself_off_with_data_the_log_refuses_does_again_what_th
 }
 
 #[tokio::test]
+async fn protocol_12_a_run_that_kept_data_too_deep_to_be_read_back_is_parked() {
+    let deep = (0..200).fold(json!(1), |inner, _| json!([inner]));
+    let later = Err(StepError::Snooze(Duration::from_secs(60)));
+    let stage = Stage::new(vec![Ok(deep), later], JobRetry::default(), EngineSettings::default()).await;
+    let id = stage.enqueue(|_| ()).await;
+    assert!(matches!(stage.deliver(id).await, Ended::Release(_)));
+    assert_eq!(stage.deliver(id).await, Ended::Ack);
+    let job = stage.job(id).await;
+    let error = job.last_error.unwrap_or_default();
+    assert_eq!(job.state, "parked", "{error}");
+    assert!(error.contains("data can't be read") && error.contains("recursion limit"), "{error}");
+}
+
+#[tokio::test]
 async fn past_the_pivot_neither_an_error_with_a_nul_nor_data_with_one_keep_a_run_from_being_parked() {
     for (data, error) in [("b", "c\0d"), ("b\0", "cd")] {
         let lines = vec![Ok(json!(data)), Err(StepError::permanent("odd", error))];
