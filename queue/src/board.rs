@@ -402,13 +402,8 @@ impl<T> Sink<Task<Value>> for Board<T> {
 
     fn start_send(self: Pin<&mut Self>, task: Task<Value>) -> Result<(), QueueError> {
         let this = self.get_mut();
-        match this.envelope(task) {
-            Ok(envelope) => this.outgoing.push(envelope),
-            Err(error) => {
-                this.outgoing.clear();
-                return Err(error);
-            }
-        }
+        let envelope = this.envelope(task).inspect_err(|_| this.outgoing.clear())?;
+        this.outgoing.push(envelope);
         Ok(())
     }
 
@@ -419,10 +414,7 @@ impl<T> Sink<Task<Value>> for Board<T> {
             if let Some(sending) = under_way {
                 let sent = ready!(sending.as_mut().poll(cx));
                 *under_way = None;
-                if let Err(error) = sent {
-                    this.outgoing.clear();
-                    return Poll::Ready(Err(error));
-                }
+                sent.inspect_err(|_| this.outgoing.clear())?;
             }
             if this.outgoing.is_empty() {
                 return Poll::Ready(Ok(()));

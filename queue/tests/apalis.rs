@@ -365,6 +365,52 @@ async fn a_job_that_waits_to_run_alone_lets_the_others_in_when_its_lease_is_lost
 #[derive(Debug, Clone, Default)]
 struct Timed(Arc<Mutex<Vec<Duration>>>);
 
+impl Ledger for Timed {
+    const COUNTS: bool = false;
+
+    async fn take(&self, envelope: &Envelope, within: Duration) -> Result<Take, LedgerError> {
+        self.0.lock().unwrap().push(within);
+        let taken = NoLedger.take(envelope, within).await?;
+        let Take::Granted(grant) = taken else { return Ok(taken) };
+        Ok(Take::Granted(Grant { attempts: 3, ..grant }))
+    }
+
+    async fn alone(&self, job: JobId, grant: &Grant) -> Result<bool, LedgerError> {
+        NoLedger.alone(job, grant).await
+    }
+
+    async fn wanted_to_end(&self, jobs: &[JobId]) -> Result<Vec<JobId>, LedgerError> {
+        NoLedger.wanted_to_end(jobs).await
+    }
+
+    async fn end(&self, job: JobId, grant: &Grant, end: &End) -> Result<Written, LedgerError> {
+        NoLedger.end(job, grant, end).await
+    }
+}
+
+#[tokio::test]
+async fn a_short_lease_leaves_time_for_the_ledger_which_says_how_often_a_job_failed() {
+    let stage = Stage::with(quick).await;
+    stage.queue.push(&jobs(5)).await.unwrap();
+    let (ledger, shutdown) = (Timed::default(), CancellationToken::new());
+    let (roles, backend) = Roles::spawn(&stage.queue, config(8, "one"), &shutdown).unwrap();
+    let apalis = WorkerBuilder::new("one")
+        .backend(backend)
+        .layer(AckLayer::over(ledger.clone(), roles.acker.clone()))
+        .build(async |_: Job, attempt: Attempt| {
+            assert_eq!(attempt.current(), 4);
+            Ok::<(), BoxDynError>(())
+        });
+    let running = tokio::spawn(apalis.run());
+    let taken = async || (ledger.0.lock().unwrap().len() == 5).then_some(());
+    eventually(DEADLINE, taken, async || format!("{ledger:?}")).await;
+    let least = *ledger.0.lock().unwrap().iter().min().unwrap();
+    assert!(least >= stage.config.lease / 5, "{ledger:?}");
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
+    roles.join().await;
+}
+
 /// A ledger that falls silent at the first end of a job, and at the first word that one runs alone.
 #[derive(Debug, Clone, Default)]
 struct Silent {
@@ -416,52 +462,6 @@ async fn protocol_16_a_ledger_that_falls_silent_is_asked_again() {
     eventually(DEADLINE, gone, async || format!("{:?}", stage.queue.stats(&name()).await)).await;
     assert_eq!(ledger.alone.load(Ordering::SeqCst), 2);
     assert_eq!(stage.queue.stats(&name()).await.unwrap().depth(), 0);
-    shutdown.cancel();
-    running.await.unwrap().unwrap();
-    roles.join().await;
-}
-
-impl Ledger for Timed {
-    const COUNTS: bool = false;
-
-    async fn take(&self, envelope: &Envelope, within: Duration) -> Result<Take, LedgerError> {
-        self.0.lock().unwrap().push(within);
-        let taken = NoLedger.take(envelope, within).await?;
-        let Take::Granted(grant) = taken else { return Ok(taken) };
-        Ok(Take::Granted(Grant { attempts: 3, ..grant }))
-    }
-
-    async fn alone(&self, job: JobId, grant: &Grant) -> Result<bool, LedgerError> {
-        NoLedger.alone(job, grant).await
-    }
-
-    async fn wanted_to_end(&self, jobs: &[JobId]) -> Result<Vec<JobId>, LedgerError> {
-        NoLedger.wanted_to_end(jobs).await
-    }
-
-    async fn end(&self, job: JobId, grant: &Grant, end: &End) -> Result<Written, LedgerError> {
-        NoLedger.end(job, grant, end).await
-    }
-}
-
-#[tokio::test]
-async fn a_short_lease_leaves_time_for_the_ledger_which_says_how_often_a_job_failed() {
-    let stage = Stage::with(quick).await;
-    stage.queue.push(&jobs(5)).await.unwrap();
-    let (ledger, shutdown) = (Timed::default(), CancellationToken::new());
-    let (roles, backend) = Roles::spawn(&stage.queue, config(8, "one"), &shutdown).unwrap();
-    let apalis = WorkerBuilder::new("one")
-        .backend(backend)
-        .layer(AckLayer::over(ledger.clone(), roles.acker.clone()))
-        .build(async |_: Job, attempt: Attempt| {
-            assert_eq!(attempt.current(), 4);
-            Ok::<(), BoxDynError>(())
-        });
-    let running = tokio::spawn(apalis.run());
-    let taken = async || (ledger.0.lock().unwrap().len() == 5).then_some(());
-    eventually(DEADLINE, taken, async || format!("{ledger:?}")).await;
-    let least = *ledger.0.lock().unwrap().iter().min().unwrap();
-    assert!(least >= stage.config.lease / 5, "{ledger:?}");
     shutdown.cancel();
     running.await.unwrap().unwrap();
     roles.join().await;
