@@ -349,7 +349,10 @@ impl Postgres {
                     done: row.try_get("done")?,
                     pivot_begun: row.try_get("pivot_begun")?,
                     // Without one the run is parked.
-                    verdict: row.try_get("verdict").unwrap_or_default(),
+                    verdict: row.try_get("verdict").unwrap_or_else(|error| {
+                        tracing::error!(%error, "a run's verdict can't be read");
+                        None
+                    }),
                     lost_compensating: row.try_get("lost_compensating")?,
                 };
                 Ok((JobId(row.try_get("job_id")?), open))
