@@ -72,7 +72,7 @@ pub use policy::{Mode, PolicySet, QueuePolicy, Rate, TenantPolicy};
 pub use queue::Queue;
 pub use rates::{Ended, Rates};
 pub use reaper::Reaper;
-pub use record::MAX_DEPTH;
+pub use record::{MAX_DEPTH, is_too_deep};
 pub use registry::{LivingWorker, Presence};
 pub use retries::Retries;
 pub use roles::{Roles, RolesConfig};

@@ -19,20 +19,28 @@ use crate::{
 /// How deep a `fast` record may be nested: serde_json reads no more levels than these.
 pub const MAX_DEPTH: usize = 127;
 
-/// Whether a claim can read what a push of this job would write, and it isn't larger than `most` bytes.
-pub(crate) fn check(envelope: &Envelope, most: usize) -> Result<(), QueueError> {
-    let Some(fast) = &envelope.fast else { return Ok(()) };
-    // Without recursion, because the depth is not known yet; writing it has recursion.
-    let mut work = vec![(fast, 1)];
+/// Whether a value is nested deeper than [`MAX_DEPTH`], so that it can be written, and read by nobody. Without recursion, because
+/// the depth is not known yet; writing it has recursion.
+pub fn is_too_deep(value: &Value) -> bool {
+    let mut work = vec![(value, 1)];
     while let Some((value, depth)) = work.pop() {
         if depth > MAX_DEPTH && (value.is_array() || value.is_object()) {
-            return Err(QueueError::TooDeep { job: envelope.id });
+            return true;
         }
         match value {
             Value::Array(items) => work.extend(items.iter().map(|item| (item, depth + 1))),
             Value::Object(fields) => work.extend(fields.values().map(|item| (item, depth + 1))),
             _ => {}
         }
+    }
+    false
+}
+
+/// Whether a claim can read what a push of this job would write, and it isn't larger than `most` bytes.
+pub(crate) fn check(envelope: &Envelope, most: usize) -> Result<(), QueueError> {
+    let Some(fast) = &envelope.fast else { return Ok(()) };
+    if is_too_deep(fast) {
+        return Err(QueueError::TooDeep { job: envelope.id });
     }
     let size = fast.to_string().len();
     if size > most {

@@ -296,6 +296,11 @@ fn stranger(postgres: Postgres, settings: EngineSettings) -> Engine {
     Engine::new(postgres, breakers, WorkerId::new("w"), settings, Registry::default())
 }
 
+/// JSON that can be written, and that nobody can read.
+fn too_deep() -> Value {
+    (0..200).fold(json!(1), |inner, _| json!([inner]))
+}
+
 fn fails() -> Result<Value, StepError> {
     Err(StepError::transient("busy", "busy"))
 }
@@ -481,39 +486,46 @@ async fn an_error_with_a_nul_ends_its_attempt_like_any_other() {
 
 #[tokio::test]
 async fn a_run_whose_data_the_log_refuses_is_undone_and_dead() {
-    let lines = vec![Ok(json!({ "name": "a\0b" }))];
-    let stage = Stage::new(lines, JobRetry::default(), EngineSettings::default()).await;
-    let id = stage.enqueue(|_| ()).await;
-    assert_eq!(stage.deliver(id).await, Ended::Ack);
-    let job = stage.job(id).await;
-    assert_eq!((job.state.as_str(), job.attempts), ("dead", 1));
-    let letter = stage.postgres.dead_letter(id.0).await.unwrap().unwrap();
-    assert_eq!(letter.class, "refused_data", "{}", letter.reason);
-    assert_eq!(*stage.undone.lock().unwrap(), 1);
-    assert_eq!(stage.postgres.sagas_of(id).await.unwrap()[0].state, "compensated");
+    for (data, class) in [(json!({ "name": "a\0b" }), "refused_data"), (too_deep(), "result_too_deep")] {
+        let stage = Stage::new(vec![Ok(data)], JobRetry::default(), EngineSettings::default()).await;
+        let id = stage.enqueue(|_| ()).await;
+        assert_eq!(stage.deliver(id).await, Ended::Ack);
+        let job = stage.job(id).await;
+        assert_eq!((job.state.as_str(), job.attempts), ("dead", 1));
+        let letter = stage.postgres.dead_letter(id.0).await.unwrap().unwrap();
+        assert_eq!(letter.class, class, "{}", letter.reason);
+        assert_eq!(*stage.undone.lock().unwrap(), 1);
+        assert_eq!(stage.postgres.sagas_of(id).await.unwrap()[0].state, "compensated");
+    }
 }
 
 #[tokio::test]
-async fn a_run_that_puts_itself_off_with_data_the_log_refuses_does_again_what_the_log_does_not_know() {
-    let wait = Duration::from_secs(600);
-    let lines = vec![Ok(json!("a\0b")), Err(StepError::Snooze(wait)), Ok(json!("c")), Ok(json!("d"))];
-    let stage = Stage::repeatable_without_pivot(lines).await;
-    let id = stage.enqueue(|_| ()).await;
-    assert_eq!(stage.deliver(id).await, Ended::Release(wait));
-    let job = stage.job(id).await;
-    assert_eq!((job.state.as_str(), job.attempts), ("waiting", 0));
-    assert_eq!(stage.deliver(id).await, Ended::Ack);
-    let job = stage.job(id).await;
-    assert_eq!((job.state.as_str(), job.result), ("succeeded", Some(json!("d"))));
+async fn protocol_12_a_run_that_puts_itself_off_with_data_that_the_log_refuses_does_again_what_it_does_not_know()
+{
+    // Postgres refuses the one, nobody could read the other.
+    for odd in [json!("a\0b"), too_deep()] {
+        let wait = Duration::from_secs(600);
+        let lines = vec![Ok(odd), Err(StepError::Snooze(wait)), Ok(json!("c")), Ok(json!("d"))];
+        let stage = Stage::repeatable_without_pivot(lines).await;
+        let id = stage.enqueue(|_| ()).await;
+        assert_eq!(stage.deliver(id).await, Ended::Release(wait));
+        let job = stage.job(id).await;
+        assert_eq!((job.state.as_str(), job.attempts), ("waiting", 0));
+        assert_eq!(stage.deliver(id).await, Ended::Ack);
+        let job = stage.job(id).await;
+        assert_eq!((job.state.as_str(), job.result), ("succeeded", Some(json!("d"))));
+    }
 }
 
 #[tokio::test]
-async fn protocol_12_a_run_that_kept_data_too_deep_to_be_read_back_is_parked() {
-    let deep = (0..200).fold(json!(1), |inner, _| json!([inner]));
+async fn protocol_12_a_run_whose_log_has_data_too_deep_to_be_read_back_is_parked() {
     let later = Err(StepError::Snooze(Duration::from_secs(60)));
-    let stage = Stage::new(vec![Ok(deep), later], JobRetry::default(), EngineSettings::default()).await;
+    let stage = Stage::new(vec![Ok(json!(1)), later], JobRetry::default(), EngineSettings::default()).await;
     let id = stage.enqueue(|_| ()).await;
     assert!(matches!(stage.deliver(id).await, Ended::Release(_)));
+    // As a release kept them that did not look.
+    let changed = sqlx::query("UPDATE sagas SET data = $2 WHERE job_id = $1").bind(id.0).bind(too_deep());
+    assert_eq!(changed.execute(stage.postgres.pool()).await.unwrap().rows_affected(), 1);
     assert_eq!(stage.deliver(id).await, Ended::Ack);
     let job = stage.job(id).await;
     let error = job.last_error.unwrap_or_default();
