@@ -1,7 +1,8 @@
 //! Parked runs: a person lets them go on or closes them, once, and nothing else waits for that.
 
-use queue::JobId;
+use queue::{JobId, QueueName, TenantId};
 use sagas::stores::postgres::{
+    accept::NewJob,
     batches::{BatchId, NewBatch},
     compensation::Turn,
     dead_letters::{Replay, Resolved},
@@ -11,7 +12,7 @@ use sagas::stores::postgres::{
     publish::Published,
     stage::Stage,
     take::TakenJob,
-    waits::Signalled,
+    waits::{Awaited, Signalled},
 };
 use serde_json::json;
 use uuid::Uuid;
@@ -168,6 +169,49 @@ async fn a_closed_run_gives_its_job_the_end_that_its_effects_have() {
     assert_eq!(ledger.postgres.dead_letter(job.id.0).await.unwrap().unwrap().class, "parked");
     let replayed = ledger.postgres.replay(job.id.0, &Replay::default()).await.unwrap();
     assert!(matches!(replayed, Resolved::Done(Some(_))), "{replayed:?}");
+}
+
+#[tokio::test]
+async fn a_closed_run_short_of_its_pivot_has_its_children_cancelled_and_one_past_it_has_not() {
+    let ledger = Ledger::start().await;
+    for (n, past_pivot) in [false, true].into_iter().enumerate() {
+        let job = ledger.take("w", ledger.ingest(&format!("d{n}")).await).await;
+        let saga = saga_of(&job, Uuid::now_v7());
+        assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
+        let run = run_of(&job, Some(saga.id));
+        let tenant = TenantId::new(TENANT).unwrap();
+        let batch = NewBatch {
+            id: BatchId::new(),
+            tenant: tenant.clone(),
+            name: "parts".to_owned(),
+            parent: Some(job.id),
+            callback: None,
+        };
+        let child = NewJob::new("probe", QueueName::new("probe").unwrap(), tenant, json!({}));
+        let child = NewJob { batch: Some(batch.id), ..child };
+        let waits =
+            ledger.postgres.await_children(&run, "parts", &batch, std::slice::from_ref(&child)).await.unwrap();
+        assert!(matches!(waits, Awaited::NotYet(_)), "{waits:?}");
+        // Its worker has begun it, and may write for a while yet.
+        let taken = ledger.take("v", child.id).await;
+        let verdict = dead();
+        let parking = if past_pivot {
+            parking(None, "refused")
+        } else {
+            let turned = ledger.postgres.begin_compensation(&run, &verdict, "refused", None, 1).await.unwrap();
+            assert_eq!(turned, Turn::Back);
+            parking(Some(&verdict), "an undo failed")
+        };
+        assert!(ledger.postgres.park(&run, &parking, &[]).await.unwrap());
+        let state = if past_pivot { "succeeded" } else { "dead" };
+        assert_eq!(ledger.resolve(saga.id).await, done(&job, state));
+        // As the collector does.
+        for id in ledger.postgres.batches_to_cancel(BatchId(Uuid::nil()), 10).await.unwrap() {
+            ledger.postgres.cancel_members(id, Uuid::nil(), 10).await.unwrap();
+        }
+        let child = ledger.postgres.job(taken.id, None).await.unwrap().unwrap();
+        assert_eq!((child.state.as_str(), child.cancel_requested_at.is_some()), ("running", !past_pivot));
+    }
 }
 
 #[tokio::test]

@@ -47,9 +47,11 @@ pub async fn resolve(id: Uuid, reason: &str, postgres: &Postgres, context: &Cont
         };
         format!(
             "{}\n{} is closed, job {job} is {state}\nthe janitor removes points and cache entries of a version that nobody \
-             sees; effects elsewhere are yours\n{next}",
+             sees, in {:?}; jobs that the run waited for are cancelled if it was short of its pivot; effects elsewhere are \
+             yours\n{next}",
             stands(&standing),
-            saga.id
+            saga.id,
+            stores.settings.sweep_bound,
         )
     })
 }

@@ -13,6 +13,7 @@ use super::{
     Fence, Postgres,
     ending::{Ending, Failure, Run, Verdict, settle},
     ledger::record_in,
+    waits::cancel_children_of_parked,
 };
 use crate::error::{Class, StoreError};
 
@@ -105,8 +106,8 @@ impl Postgres {
 
     /// Closes a parked run. Past the pivot its effect stands, and the job has succeeded with the outcome `resolved`.
     /// Before it, readers saw nothing: the job ends as the run's verdict says, where another attempt counts as none, so
-    /// that it is dead with a dead letter; a staged version goes to the janitor after `sweep_after`, when what others of the
-    /// run, such as its embedding's own job, still write has arrived.
+    /// that it is dead with a dead letter; its children are cancelled; a staged version goes to the janitor after `sweep_after`,
+    /// when what others of the run, such as its embedding's own job, still write has arrived.
     pub async fn resolve_parked(
         &self,
         saga: Uuid,
@@ -115,6 +116,7 @@ impl Postgres {
         sweep_after: Duration,
     ) -> Result<Handled, StoreError> {
         let mut tx = self.begin().await?;
+        cancel_children_of_parked(&mut tx, saga).await?;
         sqlx::query("SELECT FROM document_versions WHERE saga_id = $1 FOR NO KEY UPDATE")
             .bind(saga)
             .execute(&mut *tx)

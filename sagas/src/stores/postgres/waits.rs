@@ -113,6 +113,34 @@ pub struct WaitView {
     pub outcome: Option<String>,
 }
 
+/// The collector cancels no more in a batch that has finished: what goes on in it since, as a replay does, is few and cancelled here.
+async fn cancel_the_rest(connection: &mut PgConnection, batch: BatchId) -> Result<(), StoreError> {
+    collecting::cancel_members_in(connection, batch, Uuid::nil(), i64::MAX).await?;
+    Ok(())
+}
+
+/// Cancels the children of a run that is parked short of its pivot, in the transaction that closes it. It locks their batches, so
+/// that it comes before all other locks.
+pub(super) async fn cancel_children_of_parked(
+    connection: &mut PgConnection,
+    saga: Uuid,
+) -> Result<(), StoreError> {
+    let batches: Vec<Uuid> = sqlx::query_scalar(
+        "SELECT w.batch_id FROM saga_waits w JOIN sagas s ON s.id = w.saga_id
+         WHERE s.id = $1 AND s.state = 'parked' AND w.kind = 'children'
+             AND (s.verdict ? 'end' OR s.verdict ->> 'past_pivot' = 'false') ORDER BY w.batch_id",
+    )
+    .bind(saga)
+    .fetch_all(&mut *connection)
+    .await?;
+    for batch in batches.into_iter().map(BatchId) {
+        if batches::cancel_in(connection, batch).await? == Changed::Finished {
+            cancel_the_rest(connection, batch).await?;
+        }
+    }
+    Ok(())
+}
+
 /// A wait's row, read under the fence.
 struct Wait {
     outcome: Option<String>,
@@ -232,8 +260,7 @@ impl Postgres {
             return Ok(Awaited::LeaseLost);
         }
         if cancelled == Changed::Finished {
-            // The collector cancels no more there: what goes on in it since, as a replay does, is few and cancelled here.
-            collecting::cancel_members_in(&mut tx, batch, Uuid::nil(), i64::MAX).await?;
+            cancel_the_rest(&mut tx, batch).await?;
         }
         let under_way: bool = sqlx::query_scalar(
             "SELECT EXISTS (SELECT FROM jobs WHERE batch_id = $1 AND state IN ('waiting', 'running'))",
