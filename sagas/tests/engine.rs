@@ -501,7 +501,7 @@ async fn a_run_whose_data_the_log_refuses_is_undone_and_dead() {
 
 #[tokio::test]
 async fn protocol_12_a_run_that_puts_itself_off_with_data_that_the_log_refuses_does_again_what_it_does_not_know()
-{
+ {
     // Postgres refuses the one, nobody could read the other.
     for odd in [json!("a\0b"), too_deep()] {
         let wait = Duration::from_secs(600);
@@ -686,7 +686,7 @@ async fn protocol_06_a_success_that_comes_after_the_run_has_turned_back_is_refus
     let run = Stage::run_of(&stage.take(id).await);
     let verdict = Verdict::Cancelled;
     let turned =
-        stage.postgres.begin_compensation(&run, &verdict, "no answer in time", None, 2).await.unwrap();
+        stage.postgres.begin_compensation(&run, &verdict, "no answer in time", None, 2, 1).await.unwrap();
     assert_eq!(turned, Turn::Back);
     assert!(!stage.postgres.complete(&run, &json!(1), &[]).await.unwrap());
     assert_eq!(stage.job(id).await.state, "running");

@@ -64,7 +64,7 @@ async fn protocol_08_a_lower_order_never_replaces_a_higher_one() {
     // It removes what it staged and ends as a success.
     let run = run_of(&low, Some(low_stage.saga.id));
     assert_eq!(
-        ledger.postgres.begin_compensation(&run, &Verdict::Superseded, "", None, 1).await.unwrap(),
+        ledger.postgres.begin_compensation(&run, &Verdict::Superseded, "", None, 1, 1).await.unwrap(),
         Turn::Back
     );
     assert!(ledger.postgres.abandon_version(low.id, low.fence, low_stage.version.id, HOUR).await.unwrap());

@@ -74,7 +74,7 @@ async fn entries_of_a_run(ledger: &Ledger) -> Vec<(&'static str, i64)> {
     assert!(postgres.begin_saga(&saga_of(&taken[0], Uuid::now_v7())).await.unwrap());
     did("begin").await;
     let (run, verdict) = (run_of(&taken[1], None), Verdict::Dead { failure: failure() });
-    postgres.begin_compensation(&run, &verdict, "a test's", None, 1).await.unwrap();
+    postgres.begin_compensation(&run, &verdict, "a test's", None, 1, 1).await.unwrap();
     did("turn").await;
     assert!(postgres.finish(&run, &verdict, &[]).await.unwrap());
     did("finish").await;
@@ -139,7 +139,7 @@ async fn runs_of_one_job(ledger: &Ledger) {
         assert!(ledger.postgres.begin_saga(&saga).await.unwrap());
         let run = run_of(&job, Some(saga.id));
         let verdict = Verdict::Dead { failure: failure() };
-        ledger.postgres.begin_compensation(&run, &verdict, "a test's", None, 1).await.unwrap();
+        ledger.postgres.begin_compensation(&run, &verdict, "a test's", None, 1, 1).await.unwrap();
         assert!(ledger.postgres.finish(&run, &verdict, &[undone()]).await.unwrap());
         ledger.ingested(&format!("document {n}")).await;
     }

@@ -26,7 +26,7 @@ impl Ledger {
         let stage = self.staged(&job).await;
         let run = run_of(&job, Some(stage.saga.id));
         assert_eq!(
-            self.postgres.begin_compensation(&run, verdict, "refused", None, 1).await.unwrap(),
+            self.postgres.begin_compensation(&run, verdict, "refused", None, 1, 1).await.unwrap(),
             Turn::Back
         );
         assert!(self.postgres.park(&run, &parking(Some(verdict), "an undo failed"), &[]).await.unwrap());
@@ -189,8 +189,11 @@ async fn a_closed_run_short_of_its_pivot_has_its_children_cancelled_and_one_past
         };
         let child = NewJob::new("probe", QueueName::new("probe").unwrap(), tenant, json!({}));
         let child = NewJob { batch: Some(batch.id), ..child };
-        let waits =
-            ledger.postgres.await_children(&run, "parts", &batch, std::slice::from_ref(&child)).await.unwrap();
+        let waits = ledger
+            .postgres
+            .await_children(&run, "parts", &batch, std::slice::from_ref(&child))
+            .await
+            .unwrap();
         assert!(matches!(waits, Awaited::NotYet(_)), "{waits:?}");
         // Its worker has begun it, and may write for a while yet.
         let taken = ledger.take("v", child.id).await;
@@ -198,7 +201,8 @@ async fn a_closed_run_short_of_its_pivot_has_its_children_cancelled_and_one_past
         let parking = if past_pivot {
             parking(None, "refused")
         } else {
-            let turned = ledger.postgres.begin_compensation(&run, &verdict, "refused", None, 1).await.unwrap();
+            let turned =
+                ledger.postgres.begin_compensation(&run, &verdict, "refused", None, 1, 1).await.unwrap();
             assert_eq!(turned, Turn::Back);
             parking(Some(&verdict), "an undo failed")
         };

@@ -1,6 +1,6 @@
 //! Rule 6: a version belongs to one run; a run that has begun to compensate never goes forward again.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use sagas::stores::postgres::take::TakenJob;
 use sagas::{
@@ -15,7 +15,7 @@ use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use crate::{
-    ledger::{HOUR, Ledger, retry, run_of, stage_of},
+    ledger::{HOUR, Ledger, failure, retry, run_of, stage_of},
     lock_order::until_someone_waits,
 };
 
@@ -26,7 +26,7 @@ async fn protocol_06_the_decision_to_compensate_outlives_the_worker_that_made_it
     let stage = ledger.staged(&job).await;
     let run = run_of(&job, Some(stage.saga.id));
     assert_eq!(
-        ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None, 1).await.unwrap(),
+        ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None, 1, 1).await.unwrap(),
         Turn::Back
     );
     // Before anything is undone another worker takes over, and knows.
@@ -49,7 +49,8 @@ async fn protocol_20_a_run_whose_pivot_committed_without_an_answer_is_not_turned
     let job = ledger.take("w", ledger.ingest("a").await).await;
     let stage = ledger.staged(&job).await;
     let (run, pivot) = (run_of(&job, Some(stage.saga.id)), stage.saga.next_step - 1);
-    let turn = ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "", None, pivot).await.unwrap();
+    let turn =
+        ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "", None, pivot, 1).await.unwrap();
     assert_eq!(turn, Turn::TooLate);
     let open = ledger.take("another", job.id).await.saga.expect("the open run");
     assert_eq!((open.compensating, open.verdict), (false, None));
@@ -111,14 +112,46 @@ async fn protocol_20_a_run_that_commits_while_it_is_turned_back_goes_on_from_its
     let (saga, verdict) = (Uuid::now_v7(), retry(Duration::ZERO));
     let run = run_of(&job, Some(saga));
     // The first step's answer was lost.
-    let turning = ledger.postgres.begin_compensation(&run, &verdict, "", None, 1);
+    let turning = ledger.postgres.begin_compensation(&run, &verdict, "", None, 1, 1);
     assert_eq!(during_a_write(&ledger, &job, saga, BEGINS, turning).await.unwrap(), Turn::TooLate);
     // And the pivot's.
     let passes = "UPDATE sagas SET next_step = 2 WHERE id = $1 AND job_id = $2";
-    let turning = ledger.postgres.begin_compensation(&run, &verdict, "", None, 1);
+    let turning = ledger.postgres.begin_compensation(&run, &verdict, "", None, 1, 1);
     assert_eq!(during_a_write(&ledger, &job, saga, passes, turning).await.unwrap(), Turn::TooLate);
     let open = ledger.take("another", job.id).await.saga.expect("the open run");
     assert_eq!((open.id, open.next_step, open.compensating), (saga, 2, false));
+}
+
+#[tokio::test]
+async fn protocol_12_a_stage_that_arrives_after_its_run_has_turned_back_stages_nothing() {
+    let ledger = Ledger::start().await;
+    let batch = StageBatch(ledger.postgres.clone());
+    let verdict = Verdict::Dead { failure: failure() };
+    let good = ledger.take("w", ledger.ingest("good").await).await;
+    let good = Arc::new(stage_of(&good));
+    // Its first try never came, or came and only its answer was lost.
+    for (document, came) in [("a", false), ("b", true)] {
+        let job = ledger.take("w", ledger.ingest(document).await).await;
+        let late = if came { ledger.staged(&job).await } else { Arc::new(stage_of(&job)) };
+        let run = run_of(&job, Some(late.saga.id));
+        let turned =
+            ledger.postgres.begin_compensation(&run, &verdict, "no answer", None, 2, 1).await.unwrap();
+        assert_eq!(turned, Turn::Back);
+        assert!(ledger.postgres.abandon_version(job.id, job.fence, late.version.id, HOUR).await.unwrap());
+        batch.flush(&[Arc::clone(&late), Arc::clone(&good)]).await.unwrap();
+        assert!(ledger.postgres.finish(&run, &verdict, &[]).await.unwrap());
+        let saga =
+            ledger.postgres.saga(late.saga.id).await.unwrap().expect("the log has the run that turned back");
+        assert_eq!(saga.state, "compensated");
+        let staged: Vec<(Uuid, i64)> = sqlx::query_as(
+            "SELECT id, (SELECT count(*) FROM chunks WHERE version_id = id) FROM document_versions WHERE state = 'staged'",
+        )
+        .fetch_all(ledger.postgres.pool())
+        .await
+        .unwrap();
+        assert_eq!(staged, [(good.version.id, good.version.chunks.len() as i64)]);
+        assert_eq!(ledger.count("SELECT count(*) FROM chunks").await, good.version.chunks.len() as i64);
+    }
 }
 
 #[tokio::test]
@@ -133,7 +166,11 @@ async fn protocol_06_a_retry_is_a_new_run_with_a_new_version() {
     let job = ledger.take("w", job.id).await;
     let run = run_of(&job, Some(first.saga.id));
     assert_eq!(
-        ledger.postgres.begin_compensation(&run, &retry(Duration::ZERO), "a test's", None, 1).await.unwrap(),
+        ledger
+            .postgres
+            .begin_compensation(&run, &retry(Duration::ZERO), "a test's", None, 1, 1)
+            .await
+            .unwrap(),
         Turn::Back
     );
     assert!(ledger.postgres.abandon_version(job.id, job.fence, first.version.id, HOUR).await.unwrap());

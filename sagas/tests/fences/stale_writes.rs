@@ -189,7 +189,8 @@ async fn protocol_02_erase_text_with_a_stale_fence_writes_nothing() {
 async fn protocol_02_begin_compensation_with_a_stale_fence_writes_nothing() {
     check("ingest", true, async |r| {
         let run = run_of(&r.job, Some(r.stage.saga.id));
-        let turn = r.ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None, 1).await;
+        let turn =
+            r.ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "a test's", None, 1, 1).await;
         turn.unwrap() == Turn::Back
     })
     .await;

@@ -57,6 +57,7 @@ impl<S: Saga> Drive<'_, S> {
             error: reason,
             data: self.for_log(data),
             pivot: i16::try_from(self.saga.pivot()).unwrap_or(i16::MAX),
+            definition_version: self.saga.version(),
         });
         let begun = match self.turn(Arc::clone(&turning)).await {
             // Compensations have to do with what the log has in any case: a worker may die before it can turn its run.

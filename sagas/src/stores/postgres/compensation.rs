@@ -42,6 +42,8 @@ pub struct Turning {
     pub data: Option<Value>,
     /// The pivot's place among the steps.
     pub pivot: i16,
+    /// Version of the saga's definition, for a run that the log doesn't know yet.
+    pub definition_version: i32,
 }
 
 /// The coalesced decision.
@@ -69,19 +71,21 @@ impl Postgres {
         error: &str,
         data: Option<&Value>,
         pivot: i16,
+        definition_version: i32,
     ) -> Result<Turn, StoreError> {
         let (run, verdict, error) = (run.clone(), verdict.clone(), error.to_owned());
-        let one = Turning { run, verdict, error, data: data.cloned(), pivot };
+        let one = Turning { run, verdict, error, data: data.cloned(), pivot, definition_version };
         Ok(self.turn_all(&[&one]).await?.remove(0))
     }
 
-    /// [`begin_compensation`](Self::begin_compensation) for many, in one statement; answers in their order.
+    /// [`begin_compensation`](Self::begin_compensation) for many, in one statement; answers in their order. A run that the log
+    /// doesn't know is logged as turned: its first row may still be on its way, and must find that it comes too late.
     async fn turn_all(&self, items: &[&Turning]) -> Result<Vec<Turn>, StoreError> {
         let rows: Vec<(Uuid, bool)> = sqlx::query_as(crate::fenced_sql!(
             "WITH alive AS (
                 SELECT held.*, j.* FROM (
-                    SELECT * FROM unnest((SELECT $1::uuid[]), $2::bigint[], $3::uuid[], $4::jsonb[], $5::text[], $6::jsonb[], $7::smallint[])
-                         AS held (id, fence, saga, verdict, error, data, pivot)
+                    SELECT * FROM unnest((SELECT $1::uuid[]), $2::bigint[], $3::uuid[], $4::jsonb[], $5::text[], $6::jsonb[], $7::smallint[], $8::integer[])
+                         AS held (id, fence, saga, verdict, error, data, pivot, version)
                     ORDER BY id
                 ) AS held
                 CROSS JOIN LATERAL (
@@ -95,10 +99,9 @@ impl Postgres {
                 WHERE s.id = alive.saga AND (s.state = 'compensating' OR (s.state = 'running' AND s.next_step <= alive.pivot))
                 RETURNING s.id
              ), logged AS (
-                -- What a take began and nothing has been said of yet.
                 INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, verdict, error, data, fence, created_at)
-                SELECT id, id, kind, begun_version, tenant, 'compensating', verdict, error, data, fence, taken_at FROM alive
-                WHERE saga = id AND begun_version IS NOT NULL AND NOT EXISTS (SELECT FROM sagas s WHERE s.id = alive.id)
+                SELECT saga, id, kind, coalesce(begun_version, version), tenant, 'compensating', verdict, error, data, fence, taken_at
+                FROM alive WHERE saga IS NOT NULL AND NOT EXISTS (SELECT FROM sagas s WHERE s.id = alive.saga)
                 ON CONFLICT DO NOTHING
                 RETURNING id
              )
@@ -113,6 +116,7 @@ impl Postgres {
         .bind(items.iter().map(|item| item.error.as_str()).collect::<Vec<_>>())
         .bind(items.iter().map(|item| item.data.as_ref()).collect::<Vec<_>>())
         .bind(items.iter().map(|item| item.pivot).collect::<Vec<_>>())
+        .bind(items.iter().map(|item| item.definition_version).collect::<Vec<_>>())
         .fetch_all(&self.pool)
         .await?;
         crate::fault_point!("engine.turn.inside");
@@ -129,7 +133,6 @@ impl Postgres {
             .map(|item| match turned(item) {
                 None => Turn::LeaseLost,
                 Some(false) if item.run.saga_id.is_some_and(|saga| known.contains(&saga)) => Turn::TooLate,
-                // Also where the first step did not commit the run: there is nothing to turn.
                 Some(_) => Turn::Back,
             })
             .collect())

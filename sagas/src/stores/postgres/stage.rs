@@ -104,8 +104,10 @@ impl Batch for StageBatch {
         if !live.is_empty() {
             let sagas: Vec<&NewSaga> = live.iter().map(|item| &item.saga).collect();
             insert_sagas(&mut tx, &sagas).await?;
-            insert_versions(&mut tx, &live).await?;
-            insert_chunks(&mut tx, &live).await?;
+            let staged = insert_versions(&mut tx, &live).await?;
+            let staged: Vec<&Stage> =
+                live.into_iter().filter(|item| staged.contains(&item.version.id)).collect();
+            insert_chunks(&mut tx, &staged).await?;
         }
         crate::fault_point!("ingest.stage.inside");
         tx.commit().await?;
@@ -156,9 +158,14 @@ pub(super) async fn insert_sagas(
     Ok(())
 }
 
-async fn insert_versions(connection: &mut PgConnection, items: &[&Stage]) -> Result<(), sqlx::Error> {
+/// Writes the versions and returns those that were not there. A run that has turned back stages nothing any more: its caller is
+/// gone, and nothing would withdraw the version.
+async fn insert_versions(
+    connection: &mut PgConnection,
+    items: &[&Stage],
+) -> Result<HashSet<Uuid>, sqlx::Error> {
     let versions: Vec<&NewVersion> = items.iter().map(|item| &item.version).collect();
-    sqlx::query(
+    let staged: Vec<Uuid> = sqlx::query_scalar(
         "INSERT INTO document_versions
              (id, document_id, tenant, doc_order, saga_id, state, title, body, metadata, content_hash, model, dimensions,
               collection, chunk_count)
@@ -168,8 +175,10 @@ async fn insert_versions(connection: &mut PgConnection, items: &[&Stage]) -> Res
                      $9::bytea[], $10::text[], $11::integer[], $12::text[], $13::integer[])
               AS v (id, document_id, tenant, doc_order, saga_id, title, body, metadata, content_hash, model, dimensions,
                     collection, chunk_count)
+         WHERE (SELECT s.state FROM sagas s WHERE s.id = v.saga_id) = 'running'
          ORDER BY id
-         ON CONFLICT (id) DO NOTHING",
+         ON CONFLICT (id) DO NOTHING
+         RETURNING id",
     )
     .bind(versions.iter().map(|v| v.id).collect::<Vec<_>>())
     .bind(versions.iter().map(|v| v.document_id).collect::<Vec<_>>())
@@ -184,9 +193,9 @@ async fn insert_versions(connection: &mut PgConnection, items: &[&Stage]) -> Res
     .bind(versions.iter().map(|v| v.dimensions).collect::<Vec<_>>())
     .bind(versions.iter().map(|v| v.collection.clone()).collect::<Vec<_>>())
     .bind(versions.iter().map(|v| v.chunks.len() as i32).collect::<Vec<_>>())
-    .execute(connection)
+    .fetch_all(connection)
     .await?;
-    Ok(())
+    Ok(staged.into_iter().collect())
 }
 
 async fn insert_chunks(connection: &mut PgConnection, items: &[&Stage]) -> Result<(), sqlx::Error> {
