@@ -8,6 +8,8 @@
 //! `FLOTILLA_FAULTS_TRACE` names a file to which each point is added when it is passed, armed or not: run a saga once, there or
 //! back, and the file lists its points.
 //!
+//! `FLOTILLA_FAULTS_STEP_MS` is the longest time of a step's try, there and back, so that no test waits for a minute.
+//!
 //! `FLOTILLA_UNKNOWN_KIND` names a kind that this process is not to know, as if it were an older release.
 //!
 //! `FLOTILLA_FAULTS_DOCUMENT` narrows them to one document's jobs: then only points around steps act, because those inside
@@ -100,6 +102,17 @@ pub(crate) fn without(rule: &str) -> bool {
         std::sync::LazyLock::new(|| std::env::var("FLOTILLA_WITHOUT").ok());
     debug_assert!(RULES.contains(&rule), "{rule} is not in the list");
     WITHOUT.as_deref() == Some(rule)
+}
+
+/// The time that a step's try has, which the environment may shorten.
+pub(crate) fn step_timeout(timeout: std::time::Duration) -> std::time::Duration {
+    #[cfg(feature = "faults")]
+    let timeout = {
+        static LONGEST: std::sync::LazyLock<Option<u64>> =
+            std::sync::LazyLock::new(|| std::env::var("FLOTILLA_FAULTS_STEP_MS").ok()?.parse().ok());
+        LONGEST.map_or(timeout, |longest| timeout.min(std::time::Duration::from_millis(longest)))
+    };
+    timeout
 }
 
 /// The kind that this process is not to know.
@@ -197,5 +210,34 @@ mod armed {
             "unavailable" => error(Class::Unavailable),
             _ => error(Class::Transient),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::{collections::BTreeSet, path::Path};
+
+    /// The points inside store writes that the files below a folder have.
+    fn points_in(folder: &Path, points: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                points_in(&path, points);
+            } else {
+                let text = std::fs::read_to_string(path).unwrap();
+                let named = text.split("fault_point!(\"").skip(1).filter_map(|rest| rest.split('"').next());
+                points.extend(named.filter(|name| name.ends_with(".inside")).map(str::to_owned));
+            }
+        }
+    }
+
+    #[test]
+    fn every_point_inside_a_write_of_a_saga_is_in_the_list_that_the_matrix_goes_through() {
+        let mut points = BTreeSet::new();
+        points_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut points);
+        // Of the batches' collector, which no saga passes.
+        assert!(points.remove("collector.fold.inside"));
+        assert_eq!(points, super::INSIDE.iter().map(|point| (*point).to_owned()).collect());
     }
 }

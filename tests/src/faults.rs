@@ -81,11 +81,6 @@ impl Place {
     pub fn is_after_a_retry(&self) -> bool {
         matches!(self.way, Way::Stuck(..)) && self.point != "engine.park.inside"
     }
-
-    /// Whether it is inside a call to a store: then a hang there ends with the call.
-    pub fn in_a_call(&self) -> bool {
-        [".call", ".undo", ".inside"].iter().any(|part| self.point.contains(part))
-    }
 }
 
 impl Fleet {
@@ -167,28 +162,53 @@ impl Fleet {
         each_once(trace.lines().filter(|point| passes(&subject.kind, point)))
     }
 
-    /// Every place of an `ingest` job and of the job that embeds for it, on the way to their ends.
+    /// Every place of an `ingest` job and of the job that embeds for it, on the way to their ends, and on the way back when the
+    /// embedding has failed for good. Fails the test if a point that the code names for their steps is not among them.
     pub async fn places_of_a_hand_over(&self) -> Vec<Place> {
-        let path = self.faults("trace-hand-over", "").dir.join("trace");
-        let worker = self.worker().queues(&["ingest", "embed"]).handing_over().patient();
+        let there = self.trace_hand_over(&Way::There).await;
+        let back = Way::Back("embed_version.vectors.after".to_owned());
+        let undone = self.trace_hand_over(&back).await;
+        let before = there.iter().position(|point| point == "ingest.publish.before").expect("its pivot");
+        let ends = |point: &String| point.rsplit('.').next() == Some("after");
+        let published = before + there[before..].iter().position(ends).expect("its end");
+        let only_back = undone.into_iter().filter(|point| !there.contains(point)).map(|point| (point, &back));
+        let only_back: Vec<_> = only_back.collect();
+        let places = there.into_iter().map(|point| (point, &Way::There)).chain(only_back).enumerate();
+        let places: Vec<Place> = places
+            .map(|(no, (point, way))| Place {
+                kind: "ingest".to_owned(),
+                point,
+                way: way.clone(),
+                past_pivot: *way == Way::There && no >= published,
+            })
+            .collect();
+        let named = self.fault_points_of(true);
+        let steps = named.iter().filter(|point| {
+            let of = point.split('.').next();
+            !point.ends_with(".inside") && (of == Some("ingest") || of == Some("embed_version"))
+        });
+        let missed: Vec<&String> =
+            steps.filter(|point| !places.iter().any(|place| place.point == **point)).collect();
+        assert!(missed.is_empty(), "no run passes these points: {missed:?}");
+        assert!(places.iter().any(|place| place.point.starts_with("engine.suspend.")), "{places:?}");
+        places
+    }
+
+    /// The points that an `ingest` job and its embedding pass on this way, in order, each once.
+    async fn trace_hand_over(&self, way: &Way) -> Vec<String> {
+        let name = format!("trace-hand-over-{:?}", way.outcome());
+        let faults = self.faults(&name, way.spec("permanent", "permanent"));
+        let path = faults.dir.join("trace");
+        let worker = self.worker().queues(&["ingest", "embed"]).handing_over().armed(&faults).patient();
         let worker = worker.env("FLOTILLA_FAULTS_TRACE", path.display().to_string()).start();
-        let job = self.ingest("trace-hand-over", &text("trace-hand-over", 1)).await;
-        self.assert_all_succeeded(&[job]).await;
+        let job = self.ingest(&name, &text(&name, 1)).await;
+        let ends = if way.outcome() == Outcome::Done { "succeeded" } else { "dead" };
+        assert_eq!(self.ended(job).await, ends, "{}", self.describe(job).await);
         worker.ready().await;
         assert!(worker.terminate().await.success(), "{}", worker.tail());
         let trace = std::fs::read_to_string(path).expect("the trace");
         let of = ["ingest", "embed_version", "engine"].map(Some);
-        let points = each_once(trace.lines().filter(|point| of.contains(&point.split('.').next())));
-        let before = points.iter().position(|point| point == "ingest.publish.before").expect("its pivot");
-        let ends = |point: &String| point.rsplit('.').next() == Some("after");
-        let published = points[before..].iter().position(ends).expect("its end");
-        let place = |(no, point)| Place {
-            kind: "ingest".to_owned(),
-            point,
-            way: Way::There,
-            past_pivot: no >= before + published,
-        };
-        points.into_iter().enumerate().map(place).collect()
+        each_once(trace.lines().filter(|point| of.contains(&point.split('.').next())))
     }
 }
 

@@ -161,14 +161,21 @@ impl Fleet {
 
     /// The names of all fault points: those around each step of each registered saga, and those inside store writes.
     pub fn fault_points(&self) -> Vec<String> {
+        self.fault_points_of(false)
+    }
+
+    /// The same, of a worker that hands embeddings over or doesn't.
+    pub(crate) fn fault_points_of(&self, handing_over: bool) -> Vec<String> {
+        let mut stores = self.stores.clone();
+        Arc::make_mut(&mut stores.settings).hand_embedding_over = handing_over;
         let stop = CancellationToken::new();
         let _stop = stop.clone().drop_guard();
         let engine = Engine::new(
             self.postgres.clone(),
-            self.stores.breakers(stop),
+            stores.breakers(stop),
             WorkerId::new("names"),
             EngineSettings::default(),
-            self.stores.registry(),
+            stores.registry(),
         );
         let mut points = engine.fault_points();
         points.extend(sagas::fault::INSIDE.iter().map(|point| (*point).to_owned()));

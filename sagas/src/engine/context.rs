@@ -460,6 +460,7 @@ impl StepContext {
         timeout: Duration,
         work: impl Future<Output = Result<T, StepError>>,
     ) -> Result<T, StepError> {
+        let timeout = crate::fault::step_timeout(timeout);
         let until = Instant::now() + timeout;
         {
             let mut times = self.budget.times();
