@@ -443,13 +443,14 @@ pub(crate) fn failure(error: &StepError) -> Failure {
 
 /// The step's state as it is kept when a job goes back mid-run.
 pub(crate) fn encode<D: serde::Serialize>(data: &D) -> Result<serde_json::Value, StoreError> {
-    let encoded = run::unless_it_panics(|| serde_json::to_value(data)).map_err(|panic| panic.to_string());
-    let encoded = encoded.and_then(|encoded| encoded.map_err(|error| error.to_string()));
-    encoded
-        // The log would keep it, and no delivery could read it again.
-        .and_then(|encoded| match queue::is_too_deep(&encoded) {
-            true => Err(format!("the run's data are nested deeper than {} levels", queue::MAX_DEPTH)),
-            false => Ok(encoded),
-        })
-        .map_err(|why| StoreError::new(Dependency::Postgres, Class::Permanent, why))
+    let refused = |why: String| StoreError::new(Dependency::Postgres, Class::Permanent, why);
+    let encoded = run::unless_it_panics(|| serde_json::to_value(data))
+        .map_err(|panic| refused(panic.to_string()))?
+        .map_err(|error| refused(error.to_string()))?;
+    // The log would keep it, and no delivery could read it again.
+    if queue::is_too_deep(&encoded) {
+        let why = format!("the run's data are nested deeper than {} levels", queue::MAX_DEPTH);
+        return Err(refused(why));
+    }
+    Ok(encoded)
 }
