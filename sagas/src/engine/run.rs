@@ -29,6 +29,7 @@ use crate::{
     results::fits,
     stores::postgres::{
         ending::{Completed, Completion, Ending, Failure, Parking, Run, Verdict},
+        forward::Advance,
         stage::NewSaga,
         take::{OpenSaga, StepRecord},
     },
@@ -358,9 +359,13 @@ impl<'a, S: Saga> Drive<'a, S> {
         if matches!(pivot.commits(), Commits::Begin | Commits::End) {
             return Ok(());
         }
-        let (run, next, data) = (self.ctx.run(), i16::try_from(i).unwrap_or(i16::MAX), encode(data)?);
-        let postgres = &self.engine.postgres;
-        match self.ctx.call(Dependency::Postgres, |_| postgres.begin_pivot(&run, next, &data)).await? {
+        let advance = self.advance(i, data)?;
+        let pivot = &self.engine.pivot;
+        let begun = self
+            .ctx
+            .call(Dependency::Postgres, |deadline| pivot.call(Arc::clone(&advance), deadline))
+            .await?;
+        match begun {
             Some(true) => {
                 self.pivot_begun = true;
                 self.ctx.ignore_cancel();
@@ -373,10 +378,18 @@ impl<'a, S: Saga> Drive<'a, S> {
 
     /// Commits the data and that the steps before `next` are done.
     async fn keep(&self, next: usize, data: &S::Data) -> Result<(), StepError> {
-        let (run, next, data) = (self.ctx.run(), i16::try_from(next).unwrap_or(i16::MAX), encode(data)?);
-        let postgres = &self.engine.postgres;
-        let kept = self.ctx.call(Dependency::Postgres, |_| postgres.keep(&run, next, &data)).await?;
+        let advance = self.advance(next, data)?;
+        let kept = self
+            .ctx
+            .call(Dependency::Postgres, |deadline| self.engine.keep.call(Arc::clone(&advance), deadline))
+            .await?;
         if kept { Ok(()) } else { Err(StepError::LeaseLost) }
+    }
+
+    /// How far the run is, for the log.
+    fn advance(&self, next: usize, data: &S::Data) -> Result<Arc<Advance>, StoreError> {
+        let next_step = i16::try_from(next).unwrap_or(i16::MAX);
+        Ok(Arc::new(Advance { run: self.ctx.run(), next_step, data: encode(data)? }))
     }
 
     /// Runs the branches that are not done at once. The outputs of those that succeed go into the data, whatever becomes of

@@ -24,7 +24,11 @@ use crate::{
     error::{Dependency, StepError, StoreError},
     stores::{
         cache::Cache,
-        postgres::{Postgres, publish::PublishBatch, stage::StageBatch},
+        postgres::{
+            Postgres,
+            publish::PublishBatch,
+            stage::{AbandonBatch, StageBatch},
+        },
         vectors::Vectors,
     },
 };
@@ -179,7 +183,9 @@ impl Stores {
     pub fn registry(&self) -> Registry {
         let stage = Coalescer::spawn(StageBatch(self.postgres.clone()), Limits::default());
         let publish = Coalescer::spawn(PublishBatch(self.postgres.clone()), Limits::default());
-        let steps = version::Steps { stores: self.clone(), stage, publish };
+        let unstage = Coalescer::spawn(AbandonBatch(self.postgres.clone()), Limits::default());
+        let withdrawals = self.vectors.withdrawals();
+        let steps = version::Steps { stores: self.clone(), stage, unstage, withdrawals, publish };
         let registry = Registry::default()
             .with(ingest::Ingest::new(steps.clone()))
             .with(embed::EmbedDocument::new(steps))

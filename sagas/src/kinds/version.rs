@@ -17,10 +17,10 @@ use crate::{
         cache::Entry,
         postgres::{
             publish::{Condition, Publish, PublishBatch, Published},
-            stage::{NewSaga, NewVersion, Stage, StageBatch},
+            stage::{AbandonBatch, Abandoned, NewSaga, NewVersion, Stage, StageBatch},
             take::StepRecord,
         },
-        vectors::{Point, vectors_hash},
+        vectors::{Point, Withdrawals, vectors_hash},
     },
 };
 
@@ -78,6 +78,8 @@ impl Draft {
 pub(super) struct Steps {
     pub stores: Stores,
     pub stage: Coalescer<StageBatch>,
+    pub unstage: Coalescer<AbandonBatch>,
+    pub withdrawals: Withdrawals,
     pub publish: Coalescer<PublishBatch>,
 }
 
@@ -85,7 +87,7 @@ impl Steps {
     /// The steps after the stage, in order: vectors, cache, publish.
     pub fn after_stage(&self) -> [Arc<dyn Step<Draft>>; 3] {
         [
-            Arc::new(StoreVectors(self.stores.clone())),
+            Arc::new(StoreVectors(self.stores.clone(), self.withdrawals.clone())),
             Arc::new(WriteCache(self.stores.clone())),
             Arc::new(PublishVersion(self.clone())),
         ]
@@ -134,18 +136,19 @@ impl Steps {
 
     /// Withdraws the staged version.
     pub async fn unstage(&self, ctx: &StepContext, draft: &Draft) -> Result<(), StepError> {
-        let (postgres, bound) = (&self.stores.postgres, self.stores.settings.sweep_bound);
-        let done = ctx
-            .call(Dependency::Postgres, |_| {
-                postgres.abandon_version(ctx.job.id, ctx.fence(), draft.version, bound)
-            })
-            .await?;
+        let abandoned = Abandoned {
+            job: ctx.job.id,
+            fence: ctx.fence(),
+            version: draft.version,
+            sweep_after: self.stores.settings.sweep_bound,
+        };
+        let done = ctx.call(Dependency::Postgres, |deadline| self.unstage.call(abandoned, deadline)).await?;
         if done { Ok(()) } else { Err(StepError::LeaseLost) }
     }
 }
 
 /// Embeds the chunks and stores a point for each, insert-only.
-struct StoreVectors(Stores);
+struct StoreVectors(Stores, Withdrawals);
 
 #[async_trait]
 impl Step<Draft> for StoreVectors {
@@ -195,8 +198,11 @@ impl Step<Draft> for StoreVectors {
             // Whatever the setting says here: another worker may have handed it over.
             ctx.cancel_children(embed_version::WAIT).await?;
         }
-        let versions = [(draft.version, draft.chunk_count as i32)];
-        ctx.call(Dependency::Vectors, |_| self.0.vectors.remove(&draft.collection, &versions)).await
+        let chunks = draft.chunk_count as i32;
+        ctx.call(Dependency::Vectors, |deadline| {
+            self.1.remove(&draft.collection, draft.version, chunks, deadline)
+        })
+        .await
     }
 }
 

@@ -1,7 +1,7 @@
 //! Qdrant, or the development server behind the same API: one point for each chunk of a version.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -146,6 +146,55 @@ impl Batch for UpsertBatch {
     }
 }
 
+/// A version's points that are to go.
+#[derive(Clone)]
+struct Withdrawn {
+    collection: String,
+    version: Uuid,
+    chunks: i32,
+}
+
+struct WithdrawBatch(Vectors);
+
+/// Coalesced [`Vectors::remove`]; clones share the coalescer.
+#[derive(Clone)]
+pub struct Withdrawals(Coalescer<WithdrawBatch>);
+
+impl Withdrawals {
+    /// Removes a version's points; fine when they, or the collection, are not there.
+    pub async fn remove(
+        &self,
+        collection: &str,
+        version: Uuid,
+        chunks: i32,
+        deadline: tokio::time::Instant,
+    ) -> Result<(), StoreError> {
+        let item = Withdrawn { collection: collection.to_owned(), version, chunks };
+        self.0.call(item, deadline).await?
+    }
+}
+
+#[async_trait]
+impl Batch for WithdrawBatch {
+    type Item = Withdrawn;
+    /// What the item's collection answered: that of a neighbour may be another.
+    type Reply = Result<(), StoreError>;
+    const OP: &'static str = "withdraw";
+    const DEPENDENCY: Dependency = Dependency::Vectors;
+
+    async fn flush(&self, items: &[Withdrawn]) -> Result<Vec<Self::Reply>, StoreError> {
+        let mut versions: BTreeMap<&str, Vec<(Uuid, i32)>> = BTreeMap::new();
+        for item in items {
+            versions.entry(&item.collection).or_default().push((item.version, item.chunks));
+        }
+        let mut answers = BTreeMap::new();
+        for (collection, versions) in versions {
+            answers.insert(collection, self.0.remove(collection, &versions).await);
+        }
+        Ok(items.iter().map(|item| answers[item.collection.as_str()].clone()).collect())
+    }
+}
+
 fn point_struct(point: &Point) -> PointStruct {
     PointStruct::new(
         PointId::from(point_id(point.version, point.chunk).to_string()),
@@ -192,6 +241,11 @@ impl Vectors {
             probe: Arc::new(build(Duration::from_secs(1))?),
             collections: Arc::default(),
         })
+    }
+
+    /// Starts the coalescer of the removals that compensations ask for.
+    pub fn withdrawals(&self) -> Withdrawals {
+        Withdrawals(Coalescer::spawn(WithdrawBatch(self.clone()), Limits::default()))
     }
 
     /// Whether the server answers within a second.

@@ -5,13 +5,19 @@ use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use sagas::{
     coalescing::Batch,
-    stores::postgres::{Postgres, PostgresConfig, stage::StageBatch, take::TakenJob},
+    stores::postgres::{
+        Postgres, PostgresConfig,
+        forward::{Advance, KeepBatch, PivotBatch},
+        stage::{AbandonBatch, Abandoned, StageBatch},
+        take::TakenJob,
+    },
 };
+use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::ledger::{Ledger, ingest, publish_of, stage_of};
+use crate::ledger::{HOUR, Ledger, ingest, publish_of, run_of, stage_of};
 
 /// Drives `work` until a backend waits for a row that somebody holds. Fails if it ends before.
 pub async fn until_someone_waits<T>(ledger: &Ledger, work: &mut Pin<&mut impl Future<Output = T>>) {
@@ -118,5 +124,50 @@ async fn protocol_03_publish_locks_documents_and_versions_in_id_order() {
         };
         let items = [publish_of(&b, &stage_b), publish_of(&a, &stage_a)];
         check(&ledger, table, ids, ledger.publish(&items)).await;
+    }
+}
+
+#[tokio::test]
+async fn protocol_03_what_runs_keep_and_where_their_pivots_begin_locks_jobs_in_id_order() {
+    for pivot in [false, true] {
+        let ledger = scanning().await;
+        let [a, b] = two_taken(&ledger).await;
+        let (stage_a, stage_b) = (ledger.staged(&a).await, ledger.staged(&b).await);
+        let items = [(&b, stage_b), (&a, stage_a)].map(|(job, stage)| {
+            Arc::new(Advance { run: run_of(job, Some(stage.saga.id)), next_step: 2, data: json!({}) })
+        });
+        let (keep, begin) = (KeepBatch(ledger.postgres.clone()), PivotBatch(ledger.postgres.clone()));
+        check(&ledger, "jobs", [a.id.0, b.id.0], async {
+            if pivot {
+                assert_eq!(begin.flush(&items).await.unwrap(), [Some(true); 2]);
+            } else {
+                assert_eq!(keep.flush(&items).await.unwrap(), [true; 2]);
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn protocol_03_withdrawals_lock_versions_and_jobs_in_id_order() {
+    for table in ["document_versions", "jobs"] {
+        let ledger = scanning().await;
+        let [a, b] = two_taken(&ledger).await;
+        let (stage_a, stage_b) = (ledger.staged(&a).await, ledger.staged(&b).await);
+        let ids = match table {
+            "jobs" => [a.id.0, b.id.0],
+            _ => [stage_a.version.id, stage_b.version.id],
+        };
+        let items = [(&b, &stage_b), (&a, &stage_a)].map(|(job, stage)| Abandoned {
+            job: job.id,
+            fence: job.fence,
+            version: stage.version.id,
+            sweep_after: HOUR,
+        });
+        let batch = AbandonBatch(ledger.postgres.clone());
+        check(&ledger, table, ids, async {
+            assert_eq!(batch.flush(&items).await.unwrap(), [true; 2]);
+        })
+        .await;
     }
 }

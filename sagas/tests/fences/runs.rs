@@ -8,9 +8,16 @@ use sagas::{
     error::Class,
     stores::{
         point_id,
-        postgres::{compensation::Turn, ending::Verdict, stage::StageBatch},
+        postgres::{
+            compensation::Turn,
+            ending::Verdict,
+            forward::{Advance, KeepBatch, PivotBatch},
+            ledger::Cancel,
+            stage::{AbandonBatch, Abandoned, StageBatch},
+        },
     },
 };
+use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
@@ -195,4 +202,83 @@ fn protocol_06_point_ids_derive_from_version_and_chunk_alone() {
     assert_ne!(point_id(one, 0), point_id(two, 0));
     // Part of the stored data's format: another value here orphans every point of every installation.
     assert_eq!(point_id(one, 7).get_version_num(), 5);
+}
+
+#[tokio::test]
+async fn protocol_06_a_pivot_announced_after_its_run_has_turned_back_is_not() {
+    let ledger = Ledger::start().await;
+    let job = ledger.take("w", ledger.ingest("a").await).await;
+    let stage = ledger.staged(&job).await;
+    let run = run_of(&job, Some(stage.saga.id));
+    let turned = json!({ "turned": true });
+    let turn = ledger.postgres.begin_compensation(&run, &Verdict::Cancelled, "", Some(&turned), 1, 1).await;
+    assert_eq!(turn.unwrap(), Turn::Back);
+    let late = json!({ "late": true });
+    // Under the same fence: its caller gave it up, and the flush went on.
+    assert_eq!(ledger.postgres.begin_pivot(&run, 1, &late).await.unwrap(), Some(false));
+    assert!(!ledger.postgres.keep(&run, 1, &late).await.unwrap());
+    let open = ledger.take("another", job.id).await.saga.expect("the open run");
+    assert_eq!((open.compensating, open.pivot_begun), (true, false));
+    assert_eq!(open.data, Some(turned));
+}
+
+#[tokio::test]
+async fn protocol_20_the_log_does_not_go_back_to_what_was_written_late() {
+    let ledger = Ledger::start().await;
+    let job = ledger.take("w", ledger.ingest("a").await).await;
+    let stage = ledger.staged(&job).await;
+    let run = run_of(&job, Some(stage.saga.id));
+    let (late, now) = (json!({ "late": true }), json!({ "now": true }));
+    assert!(ledger.postgres.keep(&run, 3, &now).await.unwrap());
+    assert!(!ledger.postgres.keep(&run, 2, &late).await.unwrap());
+    assert_eq!(ledger.postgres.begin_pivot(&run, 2, &late).await.unwrap(), Some(false));
+    // The same once more: its answer was lost.
+    assert!(ledger.postgres.keep(&run, 3, &now).await.unwrap());
+    let open = ledger.take("another", job.id).await.saga.expect("the open run");
+    assert_eq!((open.next_step, open.data, open.pivot_begun), (3, Some(now), false));
+}
+
+#[tokio::test]
+async fn each_of_a_batch_gets_its_own_answer() {
+    let ledger = Ledger::start().await;
+    let [lost, unwanted, ours] = ["a", "b", "c"].map(|name| ledger.ingest(name));
+    let [lost, unwanted, ours] = [lost.await, unwanted.await, ours.await];
+    let lost = ledger.take("w", lost).await;
+    let stage = ledger.staged(&lost).await;
+    let mut items = vec![Advance { run: run_of(&lost, Some(stage.saga.id)), next_step: 2, data: json!({}) }];
+    let mut versions = vec![(lost.clone(), stage.version.id)];
+    for id in [unwanted, ours] {
+        let job = ledger.take("w", id).await;
+        let stage = ledger.staged(&job).await;
+        items.push(Advance { run: run_of(&job, Some(stage.saga.id)), next_step: 2, data: json!({}) });
+        versions.push((job, stage.version.id));
+    }
+    ledger.take("another", lost.id).await;
+    assert_eq!(ledger.postgres.cancel(unwanted, None).await.unwrap(), Cancel::Requested);
+    let items: Vec<Arc<Advance>> = items.into_iter().map(Arc::new).collect();
+    let kept = KeepBatch(ledger.postgres.clone()).flush(&items).await.unwrap();
+    assert_eq!(kept, [false, true, true]);
+    let begun = PivotBatch(ledger.postgres.clone()).flush(&items).await.unwrap();
+    assert_eq!(begun, [None, Some(false), Some(true)]);
+    let abandoned: Vec<Abandoned> = versions
+        .iter()
+        .map(|(job, version)| Abandoned {
+            job: job.id,
+            fence: job.fence,
+            version: *version,
+            sweep_after: HOUR,
+        })
+        .collect();
+    let answers = AbandonBatch(ledger.postgres.clone()).flush(&abandoned).await.unwrap();
+    assert_eq!(answers, [false, true, true]);
+    let staged: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM document_versions WHERE state = 'staged'")
+        .fetch_all(ledger.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(staged, [versions[0].1]);
+    let chunks: Vec<Uuid> = sqlx::query_scalar("SELECT DISTINCT version_id FROM chunks")
+        .fetch_all(ledger.postgres.pool())
+        .await
+        .unwrap();
+    assert_eq!(chunks, staged);
 }

@@ -18,20 +18,19 @@ const TESTS: &[(&str, &str)] = &[
     ("deletion.rs erase_text", "stale_writes::protocol_02_erase_text_with_a_stale_fence_writes_nothing"),
     ("ending.rs complete_all", "stale_writes::protocol_02_complete_with_a_stale_fence_writes_nothing"),
     ("ending.rs finish_all", "stale_writes::protocol_02_finish_with_a_stale_fence_writes_nothing"),
-    ("ending.rs log_run", "stale_writes::protocol_02_log_run_with_a_stale_fence_writes_nothing"),
+    ("ending.rs log_runs", "stale_writes::protocol_02_log_run_with_a_stale_fence_writes_nothing"),
     ("ending.rs park", "stale_writes::protocol_02_park_with_a_stale_fence_writes_nothing"),
     ("ending.rs release", "stale_writes::protocol_02_release_with_a_stale_fence_writes_nothing"),
     (
         "fenced.rs fenced",
         "stale_writes::protocol_02_07_the_fenced_handle_of_user_steps_opens_only_under_the_newest_fence",
     ),
+    ("forward.rs begin_pivots", "stale_writes::protocol_02_begin_pivot_with_a_stale_fence_writes_nothing"),
+    ("forward.rs keep_all", "stale_writes::protocol_02_keep_with_a_stale_fence_writes_nothing"),
     ("progress.rs record_progress", "progress::protocol_02_a_zombies_progress_is_refused_by_the_fence"),
     ("publish.rs flush", "stale_writes::protocol_02_publish_with_a_stale_fence_writes_nothing"),
     ("sealing.rs note_error", "steps::protocol_02_a_zombie_says_nothing_about_a_job_that_another_runs"),
-    (
-        "stage.rs abandon_version",
-        "stale_writes::protocol_02_abandon_version_with_a_stale_fence_writes_nothing",
-    ),
+    ("stage.rs abandon_all", "stale_writes::protocol_02_abandon_version_with_a_stale_fence_writes_nothing"),
     ("stage.rs begin_sagas", "stale_writes::protocol_02_begin_saga_with_a_stale_fence_writes_nothing"),
     ("stage.rs flush", "stale_writes::protocol_02_stage_with_a_stale_fence_writes_nothing"),
     ("take.rs mark_alone", "stale_writes::protocol_02_mark_alone_with_a_stale_fence_writes_nothing"),
@@ -42,8 +41,6 @@ const TESTS: &[(&str, &str)] = &[
     ("waits.rs await_children", "stale_writes::protocol_02_await_children_with_a_stale_fence_writes_nothing"),
     ("waits.rs await_signal", "stale_writes::protocol_02_await_signal_with_a_stale_fence_writes_nothing"),
     ("waits.rs await_timer", "stale_writes::protocol_02_await_timer_with_a_stale_fence_writes_nothing"),
-    ("waits.rs begin_pivot", "stale_writes::protocol_02_begin_pivot_with_a_stale_fence_writes_nothing"),
-    ("waits.rs keep", "stale_writes::protocol_02_keep_with_a_stale_fence_writes_nothing"),
     ("waits.rs suspend", "stale_writes::protocol_02_suspend_with_a_stale_fence_writes_nothing"),
 ];
 /// Rules of the pivot beside the fence, and the test that fails without each. The decision to compensate has its own in

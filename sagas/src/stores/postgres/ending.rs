@@ -252,21 +252,35 @@ pub(super) async fn insert_steps(
     Ok(())
 }
 
-/// Writes the first row of a run that its job's take began, if the log has none: whatever the log is to say of such a run
-/// follows this. Nothing happens to other runs, and none where the fence refuses.
+/// [`log_runs`] for one.
 pub(super) async fn log_run(executor: impl PgExecutor<'_>, run: &Run) -> Result<(), sqlx::Error> {
-    if !run.began_with_take() {
+    log_runs(executor, &[run]).await
+}
+
+/// Writes the first rows of those runs that their jobs' takes began, where the log has none: whatever the log is to say of such a
+/// run follows this. Nothing happens to other runs, and none where the fence refuses.
+pub(super) async fn log_runs(executor: impl PgExecutor<'_>, runs: &[&Run]) -> Result<(), sqlx::Error> {
+    let runs: Vec<&Run> = runs.iter().filter(|run| run.began_with_take()).copied().collect();
+    if runs.is_empty() {
         return Ok(());
     }
     sqlx::query(crate::fenced_sql!(
-        "WITH alive AS (SELECT * FROM jobs WHERE id = $1 AND fence = $2 AND state = 'running' FOR NO KEY UPDATE)
+        "WITH alive AS (
+            SELECT j.* FROM (
+                SELECT * FROM unnest((SELECT $1::uuid[]), $2::bigint[]) AS held (id, fence) ORDER BY id
+            ) AS held
+            CROSS JOIN LATERAL (
+                SELECT * FROM jobs j
+                WHERE j.id = held.id AND j.fence = held.fence AND j.state = 'running' FOR NO KEY UPDATE
+            ) AS j
+         )
          INSERT INTO sagas (id, job_id, kind, definition_version, tenant, state, fence, created_at)
          SELECT id, id, kind, begun_version, tenant, 'running', fence, taken_at FROM alive WHERE begun_version IS NOT NULL
          ON CONFLICT DO NOTHING",
-        "fence = $2 AND state = 'running'"
+        "j.fence = held.fence AND j.state = 'running'"
     ))
-    .bind(run.job_id.0)
-    .bind(run.fence.0)
+    .bind(runs.iter().map(|run| run.job_id.0).collect::<Vec<_>>())
+    .bind(runs.iter().map(|run| run.fence.0).collect::<Vec<_>>())
     .execute(executor)
     .await?;
     Ok(())

@@ -18,6 +18,7 @@ pub mod documents;
 pub mod ending;
 pub mod events;
 pub mod fenced;
+pub mod forward;
 pub mod inspect;
 pub mod janitor;
 pub mod ledger;

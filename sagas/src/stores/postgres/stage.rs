@@ -1,6 +1,6 @@
 //! The stage: the saga's row, the staged version and its chunks, in one transaction with many others.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Duration};
 
 use async_trait::async_trait;
 use queue::JobId;
@@ -112,6 +112,35 @@ impl Batch for StageBatch {
         crate::fault_point!("ingest.stage.inside");
         tx.commit().await?;
         Ok(items.iter().map(|item| alive.contains_key(&item.saga.job_id)).collect())
+    }
+}
+
+/// A staged version that is to be withdrawn.
+#[derive(Debug, Clone, Copy)]
+pub struct Abandoned {
+    /// Whose run withdraws it.
+    pub job: JobId,
+    /// Under this fence.
+    pub fence: Fence,
+    /// The version.
+    pub version: Uuid,
+    /// How long late writers may still put something of it into the other stores.
+    pub sweep_after: Duration,
+}
+
+/// The coalesced withdrawal. The reply is `false` where the fence refused.
+#[derive(Debug, Clone)]
+pub struct AbandonBatch(pub Postgres);
+
+#[async_trait]
+impl Batch for AbandonBatch {
+    type Item = Abandoned;
+    type Reply = bool;
+    const OP: &'static str = "unstage";
+    const DEPENDENCY: Dependency = Dependency::Postgres;
+
+    async fn flush(&self, items: &[Self::Item]) -> Result<Vec<bool>, StoreError> {
+        self.0.abandon_all(items).await
     }
 }
 
@@ -299,27 +328,39 @@ impl Postgres {
         job: JobId,
         fence: Fence,
         version: Uuid,
-        sweep_after: std::time::Duration,
+        sweep_after: Duration,
     ) -> Result<bool, StoreError> {
+        Ok(self.abandon_all(&[Abandoned { job, fence, version, sweep_after }]).await? == [true])
+    }
+
+    /// [`abandon_version`](Self::abandon_version) for many, in one transaction; answers in their order.
+    async fn abandon_all(&self, items: &[Abandoned]) -> Result<Vec<bool>, StoreError> {
         let mut tx = self.begin().await?;
-        sqlx::query("SELECT FROM document_versions WHERE id = $1 FOR NO KEY UPDATE")
-            .bind(version)
+        sqlx::query("SELECT FROM document_versions WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE")
+            .bind(items.iter().map(|item| item.version).collect::<Vec<_>>())
             .execute(&mut *tx)
             .await?;
-        if lock_alive(&mut tx, &[(job, fence)]).await?.is_empty() {
-            return Ok(false);
+        let held: Vec<_> = items.iter().map(|item| (item.job, item.fence)).collect();
+        let alive = lock_alive(&mut tx, &held).await?;
+        let live: Vec<&Abandoned> = items.iter().filter(|item| alive.contains_key(&item.job)).collect();
+        if !live.is_empty() {
+            let versions: Vec<Uuid> = live.iter().map(|item| item.version).collect();
+            sqlx::query("DELETE FROM chunks WHERE version_id = ANY($1)")
+                .bind(&versions)
+                .execute(&mut *tx)
+                .await?;
+            sqlx::query(
+                "UPDATE document_versions v SET state = 'abandoned', body = NULL, sweep_after = now() + make_interval(secs => live.sweep_after)
+                 FROM unnest((SELECT $1::uuid[]), $2::float8[]) AS live (id, sweep_after)
+                 WHERE v.id = live.id AND v.state = 'staged'",
+            )
+            .bind(&versions)
+            .bind(live.iter().map(|item| item.sweep_after.as_secs_f64()).collect::<Vec<_>>())
+            .execute(&mut *tx)
+            .await?;
         }
-        sqlx::query("DELETE FROM chunks WHERE version_id = $1").bind(version).execute(&mut *tx).await?;
-        sqlx::query(
-            "UPDATE document_versions SET state = 'abandoned', body = NULL, sweep_after = now() + make_interval(secs => $2)
-             WHERE id = $1 AND state = 'staged'",
-        )
-        .bind(version)
-        .bind(sweep_after.as_secs_f64())
-        .execute(&mut *tx)
-        .await?;
         crate::fault_point!("ingest.unstage.inside");
         tx.commit().await?;
-        Ok(true)
+        Ok(items.iter().map(|item| alive.contains_key(&item.job)).collect())
     }
 }

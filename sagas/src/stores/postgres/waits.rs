@@ -500,54 +500,6 @@ impl Postgres {
         Ok(Some(wait))
     }
 
-    /// Keeps what a run has done so far, without giving it back. `false`: the fence refused.
-    pub async fn keep(&self, run: &Run, next_step: i16, data: &Value) -> Result<bool, StoreError> {
-        self.log_run(run).await?;
-        let kept = sqlx::query(crate::fenced_sql!(
-            "WITH alive AS (SELECT id FROM jobs WHERE id = $1 AND fence = $2 AND state = 'running' FOR NO KEY UPDATE)
-             UPDATE sagas s SET next_step = $4, data = $5, done = '{}', updated_at = now(), fence = $2
-             FROM alive WHERE s.id = $3 AND s.job_id = alive.id AND s.state = 'running'",
-            "fence = $2 AND state = 'running'"
-        ))
-        .bind(run.job_id.0)
-        .bind(run.fence.0)
-        .bind(run.saga_id)
-        .bind(next_step)
-        .bind(data)
-        .execute(&self.pool)
-        .await?;
-        crate::fault_point!("engine.keep.inside");
-        Ok(kept.rows_affected() == 1)
-    }
-
-    /// Records that a pivot which doesn't commit itself is about to begin, unless a person asked for the job's end: then
-    /// `Some(false)`. From this commit on the run only goes forward. `None`: the fence refused.
-    pub async fn begin_pivot(
-        &self,
-        run: &Run,
-        next_step: i16,
-        data: &Value,
-    ) -> Result<Option<bool>, StoreError> {
-        let mut tx = self.begin().await?;
-        let alive = lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?;
-        let Some(alive) = alive.get(&run.job_id) else { return Ok(None) };
-        log_run(&mut *tx, run).await?;
-        let begun = sqlx::query(
-            "UPDATE sagas SET pivot_at = coalesce(pivot_at, now()), next_step = $2, data = $3, done = '{}', updated_at = now(), fence = $4
-             WHERE id = $1 AND (pivot_at IS NOT NULL OR NOT $5)",
-        )
-        .bind(run.saga_id)
-        .bind(next_step)
-        .bind(data)
-        .bind(run.fence.0)
-        .bind(alive.cancel_requested)
-        .execute(&mut *tx)
-        .await?;
-        crate::fault_point!("engine.pivot.inside");
-        tx.commit().await?;
-        Ok(Some(begun.rows_affected() == 1))
-    }
-
     /// What a run waited and waits for, oldest first.
     pub async fn waits(&self, saga: Uuid) -> Result<Vec<WaitView>, StoreError> {
         Ok(sqlx::query_as(
