@@ -10,32 +10,45 @@
 //!
 //! `FLOTILLA_FAULTS_STEP_MS` is the longest time of a step's try, there and back, so that no test waits for a minute.
 //!
+//! `FLOTILLA_FAULTS_PAGE` is the most points that one request stores, so that a document's points are there in part meanwhile.
+//!
 //! `FLOTILLA_UNKNOWN_KIND` names a kind that this process is not to know, as if it were an older release.
 //!
 //! `FLOTILLA_FAULTS_DOCUMENT` narrows them to one document's jobs: then only points around steps act, because those inside
 //! store writes know no single job.
 
-/// The points inside store writes, right before their commit, or, where a write is one statement that commits by itself, before
-/// its reply is heard; beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
+/// The points inside store writes: right before their commit; where a write is one statement that commits by itself, before its
+/// reply is heard; where it is several, between them. And those around the writes that no step's call makes. Beside those around each step that [`Engine::fault_points`](crate::engine::Engine::fault_points)
 /// names, and those around each store call (see [`StepContext::call`](crate::engine::StepContext::call)). The ingest ones are
 /// shared by `embed_document`.
-pub const INSIDE: [&str; 17] = [
+pub const INSIDE: [&str; 28] = [
     "ingest.stage.inside",
     "ingest.unstage.inside",
     "ingest.vectors.inside",
     "ingest.publish.inside",
     "delete.tombstone.inside",
     "delete.erase.inside",
+    "delete.cache.inside",
     "engine.take.inside",
     "engine.begin.inside",
     "engine.keep.inside",
+    "engine.timer.inside",
+    "engine.signal.inside",
+    "engine.children.inside",
+    "engine.cancel_children.inside",
+    "engine.suspend.before",
     "engine.suspend.inside",
+    "engine.suspend.after",
     "engine.pivot.inside",
     "engine.turn.inside",
     "engine.complete.inside",
     "engine.finish.inside",
+    "engine.park.before",
     "engine.park.inside",
+    "engine.park.after",
+    "engine.release.before",
     "engine.release.inside",
+    "engine.release.after",
     "probe.effect.inside",
 ];
 
@@ -113,6 +126,17 @@ pub(crate) fn step_timeout(timeout: std::time::Duration) -> std::time::Duration 
         LONGEST.map_or(timeout, |longest| timeout.min(std::time::Duration::from_millis(longest)))
     };
     timeout
+}
+
+/// Points in one request, which the environment may lessen: so that also a short document's come in several.
+pub(crate) fn page(most: usize) -> usize {
+    #[cfg(feature = "faults")]
+    let most = {
+        static LESS: std::sync::LazyLock<Option<usize>> =
+            std::sync::LazyLock::new(|| std::env::var("FLOTILLA_FAULTS_PAGE").ok()?.parse().ok());
+        LESS.map_or(most, |less| most.min(less.max(1)))
+    };
+    most
 }
 
 /// The kind that this process is not to know.
@@ -218,7 +242,7 @@ mod armed {
 mod tests {
     use std::{collections::BTreeSet, path::Path};
 
-    /// The points inside store writes that the files below a folder have.
+    /// The points with a name of their own that the files below a folder have.
     fn points_in(folder: &Path, points: &mut BTreeSet<String>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -227,13 +251,13 @@ mod tests {
             } else {
                 let text = std::fs::read_to_string(path).unwrap();
                 let named = text.split("fault_point!(\"").skip(1).filter_map(|rest| rest.split('"').next());
-                points.extend(named.filter(|name| name.ends_with(".inside")).map(str::to_owned));
+                points.extend(named.map(str::to_owned));
             }
         }
     }
 
     #[test]
-    fn every_point_inside_a_write_of_a_saga_is_in_the_list_that_the_matrix_goes_through() {
+    fn every_point_with_a_name_of_its_own_is_in_the_list_that_the_matrix_goes_through() {
         let mut points = BTreeSet::new();
         points_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut points);
         // Of the batches' collector, which no saga passes.

@@ -3,9 +3,13 @@
 use std::{collections::BTreeSet, path::PathBuf};
 
 use futures::future::join_all;
+use queue::JobId;
 use sagas::stores::postgres::ledger::Cancel;
 
-use crate::{Fleet, Outcome, Subject, text};
+use crate::{Fleet, LONG, Outcome, Subject, text, wait_until};
+
+/// Where the job that embeds for another begins its work.
+const EMBEDS: &str = "embed_version.vectors.before";
 
 /// Armed fault points whose firings are counted on their own, over all workers that carry them.
 #[derive(Debug, Clone)]
@@ -38,6 +42,8 @@ pub enum Way {
     Stuck(String, String),
     /// It is given back, because the worker doesn't know its kind.
     GivenBack,
+    /// On the way back: a person wants its end while the job that embeds for it hangs.
+    Cancelled,
 }
 
 impl Way {
@@ -46,6 +52,7 @@ impl Way {
     pub fn spec(&self, failure: &str, stuck: &str) -> String {
         match self {
             Self::There | Self::GivenBack => String::new(),
+            Self::Cancelled => format!("{EMBEDS}=hang*99"),
             Self::Back(fails_at) => format!("{fails_at}={failure}"),
             Self::Stuck(fails_at, stuck_at) => format!("{fails_at}={failure};{stuck_at}={stuck}"),
         }
@@ -53,12 +60,16 @@ impl Way {
 
     /// Whether it leads back.
     pub const fn leads_back(&self) -> bool {
-        matches!(self, Self::Back(_) | Self::Stuck(..))
+        matches!(self, Self::Back(_) | Self::Stuck(..) | Self::Cancelled)
     }
 
     /// How a job that comes this way ends, with a person's help if it is stuck.
     pub const fn outcome(&self) -> Outcome {
-        if self.leads_back() { Outcome::Dead } else { Outcome::Done }
+        match self {
+            Self::There | Self::GivenBack => Outcome::Done,
+            Self::Back(_) | Self::Stuck(..) => Outcome::Dead,
+            Self::Cancelled => Outcome::Cancelled,
+        }
     }
 }
 
@@ -79,7 +90,7 @@ impl Place {
     /// Whether a person must have had the run go on before it gets there: of a run that is stuck, that is so for all that a run
     /// on its way back doesn't come by anyway, but for its being parked.
     pub fn is_after_a_retry(&self) -> bool {
-        matches!(self.way, Way::Stuck(..)) && self.point != "engine.park.inside"
+        matches!(self.way, Way::Stuck(..)) && !self.point.starts_with("engine.park.")
     }
 }
 
@@ -162,18 +173,22 @@ impl Fleet {
         each_once(trace.lines().filter(|point| passes(&subject.kind, point)))
     }
 
-    /// Every place of an `ingest` job and of the job that embeds for it, on the way to their ends, and on the way back when the
-    /// embedding has failed for good. Fails the test if a point that the code names for their steps is not among them.
+    /// Every place of an `ingest` job and of the job that embeds for it: on the way to their ends; on the way back when the
+    /// embedding has failed for good; and on the way back when a person wants the end while it is under way. Fails the test if a point that the code names for their steps is not among them.
     pub async fn places_of_a_hand_over(&self) -> Vec<Place> {
         let there = self.trace_hand_over(&Way::There).await;
         let back = Way::Back("embed_version.vectors.after".to_owned());
         let undone = self.trace_hand_over(&back).await;
+        let cancelled = self.trace_hand_over(&Way::Cancelled).await;
         let before = there.iter().position(|point| point == "ingest.publish.before").expect("its pivot");
         let ends = |point: &String| point.rsplit('.').next() == Some("after");
         let published = before + there[before..].iter().position(ends).expect("its end");
-        let only_back = undone.into_iter().filter(|point| !there.contains(point)).map(|point| (point, &back));
-        let only_back: Vec<_> = only_back.collect();
-        let places = there.into_iter().map(|point| (point, &Way::There)).chain(only_back).enumerate();
+        // What is passed on the way there, too, is passed there first.
+        let only = |points: Vec<String>| points.into_iter().filter(|point| !there.contains(point));
+        let undone: Vec<_> = only(undone).map(|point| (point, &back)).collect();
+        let cancelled: Vec<_> = only(cancelled).map(|point| (point, &Way::Cancelled)).collect();
+        let ways = there.into_iter().map(|point| (point, &Way::There));
+        let places = ways.chain(undone).chain(cancelled).enumerate();
         let places: Vec<Place> = places
             .map(|(no, (point, way))| Place {
                 kind: "ingest".to_owned(),
@@ -191,6 +206,10 @@ impl Fleet {
             steps.filter(|point| !places.iter().any(|place| place.point == **point)).collect();
         assert!(missed.is_empty(), "no run passes these points: {missed:?}");
         assert!(places.iter().any(|place| place.point.starts_with("engine.suspend.")), "{places:?}");
+        let alive = ["engine.cancel_children.inside", "embed_version.vectors.compensate.before"];
+        let cancelled =
+            |point: &&str| places.iter().any(|place| place.way == Way::Cancelled && place.point == **point);
+        assert!(alive.iter().all(|point| cancelled(&point)), "{places:?}");
         places
     }
 
@@ -202,13 +221,25 @@ impl Fleet {
         let worker = self.worker().queues(&["ingest", "embed"]).handing_over().armed(&faults).patient();
         let worker = worker.env("FLOTILLA_FAULTS_TRACE", path.display().to_string()).start();
         let job = self.ingest(&name, &text(&name, 1)).await;
-        let ends = if way.outcome() == Outcome::Done { "succeeded" } else { "dead" };
-        assert_eq!(self.ended(job).await, ends, "{}", self.describe(job).await);
+        if *way == Way::Cancelled {
+            self.cancel_while_it_embeds(job, &faults).await;
+        }
+        assert_eq!(self.ended(job).await, way.outcome().state(), "{}", self.describe(job).await);
         worker.ready().await;
         assert!(worker.terminate().await.success(), "{}", worker.tail());
         let trace = std::fs::read_to_string(path).expect("the trace");
         let of = ["ingest", "embed_version", "engine"].map(Some);
         each_once(trace.lines().filter(|point| of.contains(&point.split('.').next())))
+    }
+
+    /// Wants a job's end, as a person does, when the job that embeds for it hangs.
+    pub async fn cancel_while_it_embeds(&self, job: JobId, faults: &Faults) {
+        wait_until("the embedding hangs", LONG, async || match faults.fired(EMBEDS) {
+            0 => Err(self.describe(job).await),
+            _ => Ok(()),
+        })
+        .await;
+        assert_eq!(self.postgres.cancel(job, None).await.expect("a cancel"), Cancel::Requested);
     }
 }
 

@@ -118,6 +118,7 @@ impl Fleet {
             ("FLOTILLA_RETRY_BASE_MS", "100"),
             ("FLOTILLA_RECONCILE_MS", "500"),
             ("FLOTILLA_CALL_TIMEOUT_MS", "1000"),
+            ("FLOTILLA_FAULTS_PAGE", "2"),
             ("FLOTILLA_LOG", "info"),
         ]
         .map(|(name, value)| (name.to_owned(), value.to_owned()));

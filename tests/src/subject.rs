@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::{Fleet, LONG, TENANT, Way, text, wait_until};
 
 /// The kinds that do nothing but leave rows in the table of effects; see `sagas::kinds::probe`.
-pub const PROBES: [&str; 3] = ["probe", "nap", "revocable"];
+pub const PROBES: [&str; 4] = ["probe", "nap", "revocable", "gather"];
 
 /// What a job is tried on. Each has a document and a queue of its own, so that only chosen workers meet it.
 #[derive(Debug, Clone)]
@@ -37,6 +37,19 @@ pub enum Outcome {
     Done,
     /// It is a dead letter, and nothing of its effect is left.
     Dead,
+    /// A person wanted its end, and nothing of its effect is left.
+    Cancelled,
+}
+
+impl Outcome {
+    /// The job's state then.
+    pub const fn state(self) -> &'static str {
+        match self {
+            Self::Done => "succeeded",
+            Self::Dead => "dead",
+            Self::Cancelled => "cancelled",
+        }
+    }
 }
 
 impl Subject {
@@ -159,8 +172,7 @@ impl Fleet {
     pub async fn assert_outcome(&self, subject: &Subject, job: JobId, outcome: Outcome) {
         let state = self.ended(job).await;
         let story = self.describe(job).await;
-        let wanted = if outcome == Outcome::Done { "succeeded" } else { "dead" };
-        assert_eq!(state, wanted, "{story}");
+        assert_eq!(state, outcome.state(), "{story}");
         let letters: i64 = self.count("SELECT count(*) FROM dead_letters WHERE job_id = $1", job.0).await;
         assert_eq!(letters, i64::from(outcome == Outcome::Dead), "dead letters of{story}");
         let open: i64 =
@@ -197,7 +209,7 @@ impl Fleet {
     /// One new version is published in place of the one before; or none, and readers see what they saw before.
     async fn assert_version(&self, subject: &Subject, outcome: Outcome, story: &str) {
         let now = self.version_of(subject).await;
-        if outcome == Outcome::Dead {
+        if outcome != Outcome::Done {
             assert_eq!(now, subject.before, "readers see another version after{story}");
         } else {
             assert!(now.is_some() && now != subject.before, "no new version after{story}");
@@ -205,7 +217,7 @@ impl Fleet {
         if now.is_some() {
             let shown =
                 self.stores.document(TENANT, &subject.document).await.expect("read").expect("the document");
-            let text = if outcome == Outcome::Dead { subject.text_before() } else { subject.text() };
+            let text = if outcome == Outcome::Done { subject.text() } else { subject.text_before() };
             assert_eq!(shown.text, text, "{story}");
         }
         let published: Vec<Uuid> = sqlx::query_scalar(

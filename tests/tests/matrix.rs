@@ -13,18 +13,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Fleet, LONG, Outcome, PROBES, Place, Subject, Way, WorkerBuilder, wait_until};
+use e2e::{Faults, Fleet, LONG, Outcome, PROBES, Place, Subject, Way, WorkerBuilder, wait_until};
 use futures::{FutureExt, future::join_all};
 use queue::JobId;
 
 /// Cases that run side by side, each on a queue of its own.
 const LANES: usize = 6;
+/// Where a run is parked, and only Redis doesn't know it.
+const PARKED: &str = "engine.park.after";
 /// The action of a step that fails for good, whenever it is reached.
 const FOR_GOOD: &str = "permanent*9";
 /// Of the cases, so many run in `make test`.
 const SOME: usize = 48;
 /// Of those of a hand-over.
 const SOME_HANDED_OVER: usize = 10;
+/// Fleets on which those run side by side, if they are many: all embeddings of one fleet wait in one queue.
+const FLEETS: usize = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trouble {
@@ -71,7 +75,8 @@ struct Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let over = if self.handed_over { " handed over" } else { "" };
-        write!(f, "{}{over} {:?} at {}", self.place.kind, self.trouble, self.place.point)
+        let cancelled = if self.place.way == Way::Cancelled { " cancelled" } else { "" };
+        write!(f, "{}{over}{cancelled} {:?} at {}", self.place.kind, self.trouble, self.place.point)
     }
 }
 
@@ -111,14 +116,18 @@ impl Case {
 
     /// What arms the point, and makes the saga come by it.
     fn spec(&self, action: &str) -> String {
-        // Where it is being parked when it is met with trouble, the first time doesn't get into the log.
-        let stuck = if self.place.is_after_a_retry() { "permanent" } else { "permanent*2" };
+        // Where it is being parked when it is met with trouble, the first time doesn't get into the log, but for the last place.
+        let logged = self.place.is_after_a_retry() || self.place.point == PARKED;
+        let stuck = if logged { "permanent" } else { "permanent*2" };
         format!("{}={action};{}", self.place.point, self.place.way.spec(FOR_GOOD, stuck))
     }
 
     /// Enqueues the job, and helps it to get to the point.
-    async fn begin(&self, fleet: &Fleet) -> JobId {
+    async fn begin(&self, fleet: &Fleet, faults: &Faults) -> JobId {
         let job = fleet.begin(&self.subject).await;
+        if self.place.way == Way::Cancelled {
+            fleet.cancel_while_it_embeds(job, faults).await;
+        }
         if self.place.is_after_a_retry() {
             fleet.retry_parked(job).await;
         }
@@ -162,7 +171,7 @@ impl Case {
             }
             // Its pivot is announced: an error there that may pass doesn't turn the run back.
             kind @ ("probe" | "nap") => format!("{kind}.second.after=error*3"),
-            "revocable" => "revocable.third.after=error*3".to_owned(),
+            kind @ ("revocable" | "gather") => format!("{kind}.third.after=error*3"),
             kind => format!("{kind}.publish.before=error*3"),
         }
     }
@@ -172,7 +181,7 @@ impl Case {
         let faults = fleet.faults(&format!("case-{no}"), self.spec("kill"));
         let queue = self.subject.queue.as_str();
         let first = self.first(fleet).armed(&faults).start();
-        let job = self.begin(fleet).await;
+        let job = self.begin(fleet, &faults).await;
         first.killed().await;
         assert_eq!(faults.fired(&self.place.point), 1);
         let second = self.worker(fleet).armed(&faults).start();
@@ -190,7 +199,7 @@ impl Case {
         let faults = fleet.faults(&format!("case-{no}"), self.spec(action));
         let queue = self.subject.queue.as_str();
         let mut worker = self.first(fleet).armed(&faults).start();
-        let job = self.begin(fleet).await;
+        let job = self.begin(fleet, &faults).await;
         if self.place.way == Way::GivenBack {
             fleet.given_back(job).await;
             assert!(worker.terminate().await.success(), "{}", worker.tail());
@@ -209,13 +218,17 @@ impl Case {
         // What is undone is tried again, and published by another run.
         let fails = match &self.place.way {
             Way::There | Way::GivenBack => String::new(),
+            way @ Way::Cancelled => way.spec(FOR_GOOD, FOR_GOOD),
             Way::Back(_) => self.passing_failure(),
             Way::Stuck(_, stuck_at) => format!("{};{stuck_at}=permanent", self.passing_failure()),
         };
         let stops = format!("{}=stop;{fails}", self.place.point);
         let stops = fleet.faults(&format!("case-{no}"), stops);
-        let zombie = self.first(fleet).concurrency(1).armed(&stops).start();
-        let job = self.begin(fleet).await;
+        let cancelled = self.place.way == Way::Cancelled;
+        // An embedding that hangs has a slot of its own.
+        let slots = if cancelled { 2 } else { 1 };
+        let zombie = self.first(fleet).concurrency(slots).armed(&stops).start();
+        let job = self.begin(fleet, &stops).await;
         wait_until("the fault point acts", LONG, async || match stops.fired(&self.place.point) {
             1 => Ok(()),
             _ => Err(format!("{}\n{}", fleet.describe(job).await, zombie.tail())),
@@ -224,11 +237,16 @@ impl Case {
         zombie.stopped().await;
         let fails = match self.trouble {
             Trouble::ZombieAfterThird => self.passing_failure(),
+            _ if cancelled => self.place.way.spec(FOR_GOOD, FOR_GOOD),
             _ => String::new(),
         };
         let fails = fleet.faults(&format!("case-{no}-successor"), fails);
         let successor = self.worker(fleet).armed(&fails).start();
-        fleet.assert_outcome(&self.subject, job, Outcome::Done).await;
+        if self.place.point == PARKED {
+            fleet.retry_parked(job).await;
+        }
+        let outcome = if cancelled { Outcome::Cancelled } else { Outcome::Done };
+        fleet.assert_outcome(&self.subject, job, outcome).await;
         let runs = fleet.postgres.sagas_of(job).await.unwrap();
         if self.trouble == Trouble::ZombieAfterThird {
             let undone = runs.iter().filter(|run| run.state == "compensated").count();
@@ -245,14 +263,19 @@ impl Case {
         assert!(successor.terminate().await.success(), "{}", successor.tail());
 
         zombie.resume();
-        // It has one slot: when it has brought another job to its end, it has done with the old one.
+        // When it has brought another job to its end in its one slot, it has done with the old one; with two, when it has ended.
         let kind = if self.place.kind == "probe" { "nap" } else { "probe" };
         let next = fleet.begin(&Subject::new(kind, &format!("next-{no}"), queue)).await;
         assert_eq!(fleet.ended(next).await, "succeeded", "{}", zombie.tail());
+        if cancelled {
+            assert!(zombie.terminate().await.success(), "{}", zombie.tail());
+        }
         let after = fleet.snapshot(&self.subject, job).await;
         assert_eq!(before, after, "the zombie changed something\n{}", zombie.tail());
         fleet.let_go(queue, next).await;
-        zombie.kill9().await;
+        if !cancelled {
+            zombie.kill9().await;
+        }
         job
     }
 }
@@ -277,16 +300,21 @@ fn chosen(cases: Vec<Case>, some: usize) -> Vec<Case> {
     }
 }
 
-/// Runs those of the cases that are chosen, in so many lanes, and audits the stores when all have passed.
-async fn run(fleet: &Fleet, cases: Vec<Case>, some: usize, lanes: usize) {
-    let began = Instant::now();
+/// Prints how many cases there are of each trouble, and returns those that are chosen.
+fn announced(cases: Vec<Case>, some: usize) -> Vec<Case> {
     for trouble in Trouble::ALL {
         println!("{trouble:?}: {} cases", cases.iter().filter(|case| case.trouble == trouble).count());
     }
     let total = cases.len();
-    let mut cases = chosen(cases, some);
+    let chosen = chosen(cases, some);
+    println!("chosen: {} of {total} cases", chosen.len());
+    chosen
+}
+
+/// Runs the cases in so many lanes, and audits the stores when all have passed.
+async fn run(fleet: &Fleet, mut cases: Vec<Case>, lanes: usize) {
+    let began = Instant::now();
     if cases.is_empty() {
-        println!("FLOTILLA_MATRIX chooses none of these {total} cases");
         return;
     }
     let mut subjects: Vec<Subject> = cases.iter().map(|case| case.subject.clone()).collect();
@@ -316,7 +344,7 @@ async fn run(fleet: &Fleet, cases: Vec<Case>, some: usize, lanes: usize) {
     let failed: Vec<String> = join_all((0..lanes).map(lane)).await.concat();
     let run = next.load(Ordering::Relaxed).min(cases.len());
     println!(
-        "{} of {run} cases passed, of {} chosen of {total}, in {:.0} s",
+        "{} of {run} cases passed, of {}, in {:.0} s",
         run - failed.len(),
         cases.len(),
         began.elapsed().as_secs_f64()
@@ -341,17 +369,24 @@ async fn whatever_happens_at_any_point_leaves_one_effect_or_none_and_no_half_sta
         places.len(),
         cases.len()
     );
-    run(&fleet, cases, SOME, LANES).await;
+    run(&fleet, announced(cases, SOME), LANES).await;
     fleet.end();
 }
 
-/// In one lane: all embeddings wait in one queue.
+/// On each fleet in one lane.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_happens_to_an_embedding_that_is_handed_over_leaves_one_effect_and_no_half_state() {
     let fleet = Fleet::start().await;
     let places = fleet.places_of_a_hand_over().await;
     let cases = Case::all(&places, true);
     println!("{} points of a job and its embedding make {} cases", places.len(), cases.len());
-    run(&fleet, cases, SOME_HANDED_OVER, 1).await;
-    fleet.end();
+    let cases = announced(cases, SOME_HANDED_OVER);
+    let more = if cases.len() > 10 * FLEETS { FLEETS - 1 } else { 0 };
+    let mut fleets = vec![fleet];
+    fleets.extend(join_all((0..more).map(|_| Fleet::start())).await);
+    let part = |no| cases.iter().skip(no).step_by(fleets.len()).cloned().collect();
+    join_all(fleets.iter().enumerate().map(|(no, fleet)| run(fleet, part(no), 1))).await;
+    let last = fleets.pop();
+    drop(fleets);
+    last.into_iter().for_each(Fleet::end);
 }

@@ -201,6 +201,7 @@ impl Stores {
             .with(probe::Probe::new(&self.postgres))
             .with(probe::Probe::napping(&self.postgres))
             .with(probe::Probe::revocable(&self.postgres))
+            .with(probe::Probe::gathering(&self.postgres))
             .without(crate::fault::unknown_kind());
         registry
     }

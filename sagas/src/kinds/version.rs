@@ -177,7 +177,6 @@ impl Step<Draft> for StoreVectors {
             Some(given) => given,
             None => Arc::new(self.embed(ctx, draft).await?),
         };
-        crate::fault_point!("ingest.vectors.inside");
         store_points(ctx, &self.0, &draft.place(), &vectors).await?;
         draft.vectors_hash = if earlier {
             self.stored_hash(ctx, draft).await?

@@ -230,6 +230,7 @@ impl Cache {
         let mut range = redis::cmd("ZRANGE");
         range.arg(&tag).arg(0).arg(-1);
         let tagged: Vec<String> = self.line.command(&range).await?;
+        crate::fault_point!("delete.cache.inside");
         let mut all: Vec<Uuid> = tagged.iter().filter_map(|version| version.parse().ok()).collect();
         all.extend(versions);
         all.sort_unstable();

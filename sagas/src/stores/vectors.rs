@@ -334,7 +334,10 @@ impl Vectors {
             .map_err(|_| {
             StoreError::new(Dependency::Vectors, Class::Timeout, "the collection was not ready in time")
         })??;
-        for page in points.chunks(PAGE) {
+        for (no, page) in points.chunks(crate::fault::page(PAGE)).enumerate() {
+            if no > 0 {
+                crate::fault_point!("ingest.vectors.inside");
+            }
             if let Err(error) = coalescer.call(Arc::new(page.to_vec()), deadline).await {
                 return Err(self.unless_dropped(collection, error).await);
             }

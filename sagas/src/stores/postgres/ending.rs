@@ -420,6 +420,7 @@ impl Postgres {
         steps: &[StepRecord],
     ) -> Result<bool, StoreError> {
         let Parking { verdict, error, past_pivot, progress } = *parking;
+        crate::fault_point!("engine.park.before");
         let mut tx = self.begin().await?;
         if lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?.is_empty() {
             return Ok(false);
@@ -451,6 +452,7 @@ impl Postgres {
             .await?;
         crate::fault_point!("engine.park.inside");
         tx.commit().await?;
+        crate::fault_point!("engine.park.after");
         Ok(true)
     }
 
@@ -464,6 +466,7 @@ impl Postgres {
         delay: Duration,
         why: GivenBack,
     ) -> Result<Option<Duration>, StoreError> {
+        crate::fault_point!("engine.release.before");
         let mut tx = self.begin().await?;
         let alive = lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?;
         let Some(alive) = alive.get(&run.job_id) else { return Ok(None) };
@@ -487,6 +490,7 @@ impl Postgres {
         .await?;
         crate::fault_point!("engine.release.inside");
         tx.commit().await?;
+        crate::fault_point!("engine.release.after");
         Ok(Some(wait))
     }
 

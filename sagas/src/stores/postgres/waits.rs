@@ -164,13 +164,15 @@ impl Postgres {
         let Some(wait) = wait_row(&mut tx, run, "timer", name, Some(due), None).await? else {
             return Ok(Awaited::NotBegun);
         };
-        if !wait.is_due() {
-            tx.commit().await?;
-            return Ok(Awaited::NotYet(wait.left));
-        }
-        end_wait(&mut tx, run, "timer", name, "due").await?;
+        let answer = if wait.is_due() {
+            end_wait(&mut tx, run, "timer", name, "due").await?;
+            Awaited::Here(())
+        } else {
+            Awaited::NotYet(wait.left)
+        };
+        crate::fault_point!("engine.timer.inside");
         tx.commit().await?;
-        Ok(Awaited::Here(()))
+        Ok(answer)
     }
 
     /// Waits for a signal, `within` this time of the first call. Whether it came or timed out is decided once: a signal that
@@ -206,6 +208,7 @@ impl Postgres {
             }
             None => Awaited::NotYet(wait.left),
         };
+        crate::fault_point!("engine.signal.inside");
         tx.commit().await?;
         Ok(answer)
     }
@@ -235,16 +238,21 @@ impl Postgres {
                 self.enqueue_children(&mut tx, batch, jobs).await?;
             }
         }
-        let Some(ends) = self.child_ends(&mut tx, batch.id).await? else {
-            if wait.outcome.is_some() {
-                reopen(&mut tx, run, batch.id).await?;
+        let answer = match self.child_ends(&mut tx, batch.id).await? {
+            Some(ends) => {
+                end_wait(&mut tx, run, "children", name, "answered").await?;
+                ends.map_or_else(Awaited::Unreadable, Awaited::Here)
             }
-            tx.commit().await?;
-            return Ok(Awaited::NotYet(None));
+            None => {
+                if wait.outcome.is_some() {
+                    reopen(&mut tx, run, batch.id).await?;
+                }
+                Awaited::NotYet(None)
+            }
         };
-        end_wait(&mut tx, run, "children", name, "answered").await?;
+        crate::fault_point!("engine.children.inside");
         tx.commit().await?;
-        Ok(ends.map_or_else(Awaited::Unreadable, Awaited::Here))
+        Ok(answer)
     }
 
     /// Cancels the unfinished children of a run and waits for their end. Children that were never enqueued have none.
@@ -271,6 +279,7 @@ impl Postgres {
         if under_way {
             reopen(&mut tx, run, batch).await?;
         }
+        crate::fault_point!("engine.cancel_children.inside");
         tx.commit().await?;
         Ok(if under_way { Awaited::NotYet(None) } else { Awaited::Here(()) })
     }
@@ -441,6 +450,7 @@ impl Postgres {
         progress: Option<(i16, &Value, &[String])>,
         steps: &[StepRecord],
     ) -> Result<Option<Duration>, StoreError> {
+        crate::fault_point!("engine.suspend.before");
         let mut tx = self.begin().await?;
         let alive = lock_alive(&mut tx, &[(run.job_id, run.fence)]).await?;
         let Some(alive) = alive.get(&run.job_id) else { return Ok(None) };
@@ -497,6 +507,7 @@ impl Postgres {
         .await?;
         crate::fault_point!("engine.suspend.inside");
         tx.commit().await?;
+        crate::fault_point!("engine.suspend.after");
         Ok(Some(wait))
     }
 
