@@ -8,6 +8,8 @@ use sagas::stores::postgres::ledger::Cancel;
 
 use crate::{Fleet, LONG, Outcome, Subject, text, wait_until};
 
+/// Where a job waits for others.
+const CHILDREN: &str = "engine.children.inside";
 /// Where the job that embeds for another begins its work.
 const EMBEDS: &str = "embed_version.vectors.before";
 
@@ -98,11 +100,13 @@ impl Fleet {
     /// Every place: a job of each kind is run on each way by a worker that writes down which points it passes. Fails the test if a
     /// point that the code names is not among them.
     pub async fn places(&self) -> Vec<Place> {
-        let named = self.fault_points();
+        let mut named = self.fault_points();
+        // Only who hands over waits for children.
+        named.retain(|point| point != CHILDREN);
         assert!(named.iter().any(|point| point.ends_with(".before")), "build with --features cli/faults");
         let kinds: BTreeSet<&str> = named
             .iter()
-            .filter(|point| !point.ends_with(".inside"))
+            .filter(|point| !sagas::fault::INSIDE.contains(&point.as_str()))
             .filter_map(|point| point.split('.').next())
             .collect();
         let mut ways: Vec<(&str, Way)> = kinds.iter().map(|kind| (*kind, Way::There)).collect();
@@ -206,6 +210,7 @@ impl Fleet {
             steps.filter(|point| !places.iter().any(|place| place.point == **point)).collect();
         assert!(missed.is_empty(), "no run passes these points: {missed:?}");
         assert!(places.iter().any(|place| place.point.starts_with("engine.suspend.")), "{places:?}");
+        assert!(places.iter().any(|place| place.point == CHILDREN), "{places:?}");
         let alive = ["engine.cancel_children.inside", "embed_version.vectors.compensate.before"];
         let cancelled =
             |point: &&str| places.iter().any(|place| place.way == Way::Cancelled && place.point == **point);

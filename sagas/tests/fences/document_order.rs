@@ -1,16 +1,20 @@
 //! Rules 8, 9, 10 and 14: the order of jobs on one document, deletions, and the pivot against a cancel.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use queue::JobId;
-use sagas::stores::postgres::{
-    compensation::Turn,
-    dead_letters::{Replay, Resolved},
-    ending::{GivenBack, Verdict},
-    ledger::Cancel,
-    publish::{Condition, Published},
-    retention::Place,
-    take::Take,
+use sagas::{
+    coalescing::{Coalescer, Limits},
+    error::Class,
+    stores::postgres::{
+        compensation::Turn,
+        dead_letters::{Replay, Resolved},
+        ending::{GivenBack, Verdict},
+        ledger::Cancel,
+        publish::{Condition, PublishBatch, Published},
+        retention::Place,
+        take::Take,
+    },
 };
 use uuid::Uuid;
 
@@ -43,6 +47,23 @@ async fn protocol_08_of_concurrent_acceptances_no_two_get_the_same_number() {
     }
     orders.sort_unstable();
     assert_eq!(orders, (1..=16).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_version_that_is_not_staged_fails_its_own_publish_alone() {
+    let ledger = Ledger::start().await;
+    let [gone, ours] = [ledger.ingest("a").await, ledger.ingest("b").await];
+    let [gone, ours] = [ledger.take("w", gone).await, ledger.take("w", ours).await];
+    let [gone_stage, ours_stage] = [ledger.staged(&gone).await, ledger.staged(&ours).await];
+    assert!(ledger.postgres.abandon_version(gone.id, gone.fence, gone_stage.version.id, HOUR).await.unwrap());
+    let publish = Coalescer::spawn(PublishBatch(ledger.postgres.clone()), Limits::default());
+    let deadline = tokio::time::Instant::now() + HOUR;
+    let (refused, published) = tokio::join!(
+        publish.call(Arc::new(publish_of(&gone, &gone_stage)), deadline),
+        publish.call(Arc::new(publish_of(&ours, &ours_stage)), deadline)
+    );
+    assert_eq!(refused.unwrap_err().class, Class::Data);
+    assert_eq!(published.unwrap(), Published::Yes);
 }
 
 #[tokio::test]

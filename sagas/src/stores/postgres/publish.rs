@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{Fence, Postgres, ending::insert_steps, lock_alive, take::StepRecord};
 use crate::{
     coalescing::Batch,
-    error::{Dependency, StoreError},
+    error::{Class, Dependency, StoreError},
     fault::without,
 };
 
@@ -189,7 +189,7 @@ async fn write_versions(
     retired: &[(Uuid, Uuid, f64)],
     published: &[(&Publish, bool)],
     skipped: &HashSet<Uuid>,
-) -> Result<(), sqlx::Error> {
+) -> Result<(), StoreError> {
     sqlx::query(
         "UPDATE document_versions v SET state = 'retired', retired_by = r.saga, sweep_after = now() + make_interval(secs => r.grace)
          FROM unnest((SELECT $1::uuid[]), $2::uuid[], $3::float8[]) AS r (id, saga, grace) WHERE v.id = r.id",
@@ -210,12 +210,9 @@ async fn write_versions(
     .execute(connection)
     .await?;
     if done.rows_affected() != new.len() as u64 {
-        // A fence holder's own staged version can't be missing: refuse the whole transaction rather than half of it.
-        return Err(sqlx::Error::Protocol(format!(
-            "{} of {} versions were staged at their publish",
-            done.rows_affected(),
-            new.len()
-        )));
+        // A fence holder's own staged version can't be missing. Whose it is the batch finds out by being split.
+        let why = format!("{} of {} versions were staged at their publish", done.rows_affected(), new.len());
+        return Err(StoreError::new(Dependency::Postgres, Class::Data, why));
     }
     Ok(())
 }
