@@ -213,8 +213,8 @@ impl Fleet {
         assert!(places.iter().any(|place| place.point == CHILDREN), "{places:?}");
         let alive = ["engine.cancel_children.inside", "embed_version.vectors.compensate.before"];
         let cancelled =
-            |point: &&str| places.iter().any(|place| place.way == Way::Cancelled && place.point == **point);
-        assert!(alive.iter().all(|point| cancelled(&point)), "{places:?}");
+            |point: &str| places.iter().any(|place| place.way == Way::Cancelled && place.point == point);
+        assert!(alive.into_iter().all(cancelled), "{places:?}");
         places
     }
 

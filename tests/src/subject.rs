@@ -209,10 +209,10 @@ impl Fleet {
     /// One new version is published in place of the one before; or none, and readers see what they saw before.
     async fn assert_version(&self, subject: &Subject, outcome: Outcome, story: &str) {
         let now = self.version_of(subject).await;
-        if outcome != Outcome::Done {
-            assert_eq!(now, subject.before, "readers see another version after{story}");
-        } else {
+        if outcome == Outcome::Done {
             assert!(now.is_some() && now != subject.before, "no new version after{story}");
+        } else {
+            assert_eq!(now, subject.before, "readers see another version after{story}");
         }
         if now.is_some() {
             let shown =

@@ -238,17 +238,14 @@ impl Postgres {
                 self.enqueue_children(&mut tx, batch, jobs).await?;
             }
         }
-        let answer = match self.child_ends(&mut tx, batch.id).await? {
-            Some(ends) => {
-                end_wait(&mut tx, run, "children", name, "answered").await?;
-                ends.map_or_else(Awaited::Unreadable, Awaited::Here)
+        let answer = if let Some(ends) = self.child_ends(&mut tx, batch.id).await? {
+            end_wait(&mut tx, run, "children", name, "answered").await?;
+            ends.map_or_else(Awaited::Unreadable, Awaited::Here)
+        } else {
+            if wait.outcome.is_some() {
+                reopen(&mut tx, run, batch.id).await?;
             }
-            None => {
-                if wait.outcome.is_some() {
-                    reopen(&mut tx, run, batch.id).await?;
-                }
-                Awaited::NotYet(None)
-            }
+            Awaited::NotYet(None)
         };
         crate::fault_point!("engine.children.inside");
         tx.commit().await?;
