@@ -41,7 +41,7 @@ test: ## all tests, over real private services
 SEEDS ?= 1 2 3
 MINUTES ?= 10
 
-test-chaos: ## the whole fault matrix (about 25 minutes), then random faults: SEEDS="1 2 3" MINUTES=10
+test-chaos: ## the whole fault matrix (about 40 minutes), then random faults: SEEDS="1 2 3" MINUTES=10
 	@scripts/setup.sh --for test
 	@$(MAKE) --no-print-directory model vectors
 	cargo build --locked $(TEST_FEATURES)
